@@ -1,0 +1,34 @@
+"""What the notebooks need: predictions, source views, a traffic meter, figures, widgets, a real model, and the grader.
+
+Everything is imported on first use, so that `import flashlib.course` brings neither matplotlib nor ipywidgets nor
+transformers.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "Figure": "display",
+    "TrafficMeter": "meter",
+    "capture_qkv": "models",
+    "check": "grader",
+    "load_smollm2": "models",
+    "predict": "predict",
+    "scoreboard": "predict",
+    "show_source": "source",
+    "table": "display",
+}
+_MODULES = {"figures", "widgets"}
+
+__all__ = sorted([*_HOME, *_MODULES])
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

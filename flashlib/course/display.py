@@ -1,0 +1,131 @@
+"""How a figure or a table gets into a notebook: once for the eye, and once in words.
+
+A picture cannot be read by a screen reader, cannot be searched, and cannot be compared when the notebook is run again
+on another machine. So each figure carries an *alt text* that states what it shows in words and rounded numbers, and
+each table carries its plain text. Both go into the notebook as `text/plain` beside the picture.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+PNG_DPI = 192  # twice the 96 dots per inch of a browser's pixel, so that text stays sharp on dense screens
+
+
+class Figure:
+    """A matplotlib figure, rendered once to PNG at twice the screen's density, with its description.
+
+    Args:
+        fig: the figure, laid out and complete. It is closed here, so that the notebook does not show it twice.
+        alt: what the figure shows, in words and rounded numbers. It is stored in the notebook and compared when the
+            notebook is tested, so it must not hold anything that changes from run to run.
+
+    Attributes:
+        png: the image, as bytes.
+        alt: the description.
+
+    Raises:
+        TypeError: `fig` is not a matplotlib figure, or `alt` is not a string.
+        ValueError: `alt` is empty.
+    """
+
+    def __init__(self, fig: MatplotlibFigure, *, alt: str) -> None:
+        import matplotlib.figure
+        import matplotlib.pyplot as plt
+
+        if not isinstance(fig, matplotlib.figure.Figure):
+            raise TypeError(f"fig must be a matplotlib Figure, got {type(fig).__name__}")
+        if not isinstance(alt, str):
+            raise TypeError(f"alt must be a str, got {type(alt).__name__}")
+        if not alt.strip():
+            raise ValueError("alt must describe what the figure shows; it is empty")
+        self.alt = alt.strip()
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format="png", dpi=PNG_DPI, bbox_inches="tight", pad_inches=0.08)
+        plt.close(fig)
+        self.png = buffer.getvalue()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height on the page, in CSS pixels."""
+        width, height = (int.from_bytes(self.png[at : at + 4], "big") for at in (16, 20))  # PNG's IHDR fields
+        return round(width * 96 / PNG_DPI), round(height * 96 / PNG_DPI)
+
+    def save(self, path: str) -> None:
+        """Write the PNG to `path`."""
+        with open(path, "wb") as file:
+            file.write(self.png)
+
+    def __str__(self) -> str:
+        return self.alt
+
+    __repr__ = __str__
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict[str, Any], dict[str, Any]]:
+        width, height = self.size
+        data = {"image/png": base64.b64encode(self.png).decode("ascii"), "text/plain": self.alt}
+        return data, {"image/png": {"width": width, "height": height, "alt": self.alt}}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of formatted cells under headers, with notes below. Prints as text, shows as HTML in a notebook."""
+
+    rows: tuple[tuple[str, ...], ...]
+    headers: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    align: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([self._tabulate("simple"), *self.notes])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return str(self._tabulate("html")) + notes
+
+    def _tabulate(self, style: str) -> str:
+        from tabulate import tabulate
+
+        align = self.align if self.rows else None
+        return tabulate(self.rows, self.headers, style, disable_numparse=True, colalign=align)
+
+
+def table(rows: Sequence[Sequence[Any]], headers: Sequence[str], *, notes: Sequence[str] = ()) -> Table:
+    """A `Table` of `rows`: numbers right-aligned, thousands separated, floats to four digits, None left blank.
+
+    Raises:
+        ValueError: a row has not as many cells as there are headers.
+    """
+    rows = [tuple(row) for row in rows]
+    for index, row in enumerate(rows):
+        if len(row) != len(headers):
+            raise ValueError(f"row {index} has {len(row)} cells, expected one for each header of {list(headers)}")
+    columns = list(zip(*rows, strict=True)) or [()] * len(headers)
+    align = tuple("right" if _is_numeric(column) else "left" for column in columns)
+    cells = tuple(tuple(_format_cell(value) for value in row) for row in rows)
+    return Table(cells, tuple(headers), tuple(notes), align)
+
+
+def _is_numeric(column: Sequence[Any]) -> bool:
+    present = [value for value in column if value is not None]
+    return bool(present) and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in present)
+
+
+def _format_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,151 @@
+"""Every way to run an attention problem, the order in which they are tried, and the reasons.
+
+``attention(..., backend="auto")`` takes the first backend of :data:`PREFERENCES` that can run the problem;
+``explain(spec)`` shows the whole list with each one's answer. A backend that cannot run a problem says why. A backend asked
+for by name either runs or raises: nothing else runs in its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+from flashlib.backends.base import Backend, BackendUnavailableError
+from flashlib.backends.flash_attn import FlashAttention2, FlashAttention3
+from flashlib.backends.pytorch import ReferenceBackend, TiledBackend
+from flashlib.backends.torch_sdpa import SDPACudnn, SDPAEfficient, SDPAFlash, SDPAMath
+from flashlib.config import FlashAttentionConfig, current_config
+from flashlib.spec import AttentionSpec
+
+__all__ = [
+    "BACKENDS",
+    "PREFERENCES",
+    "Backend",
+    "BackendUnavailableError",
+    "Explanation",
+    "Preference",
+    "available",
+    "choose",
+    "explain",
+]
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        ReferenceBackend(),
+        TiledBackend(),
+        SDPAMath(),
+        SDPAEfficient(),
+        SDPAFlash(),
+        SDPACudnn(),
+        FlashAttention2(),
+        FlashAttention3(),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One step in the order of choice: a backend, and why it stands where it stands."""
+
+    backend: str
+    reason: str
+
+
+# The figures are forward passes at head_dim 128, 16k tokens, bf16, on one H200 (torch 2.11, TFLOP/s full / causal).
+PREFERENCES: tuple[Preference, ...] = (
+    Preference("flash_attn_3", "written for Hopper; the published figures lead on that GPU"),
+    Preference("torch_sdpa_cudnn", "comes with PyTorch; 605 / 553 TFLOP/s on an H200, 1.7x FlashAttention-2"),
+    Preference("flash_attn_2", "FlashAttention-2 with windows, softcap and LSE, which PyTorch's copy does not offer"),
+    Preference(
+        "torch_sdpa_flash", "FlashAttention-2 inside PyTorch: 340 / 318 TFLOP/s on an H200; the fused kernel on CPUs"
+    ),
+    Preference("torch_sdpa_efficient", "takes any mask and fp32 on a GPU, without the N x N matrix of scores"),
+    Preference("tiled", "runs everything everywhere in linear memory; a Python loop, so slow for its size"),
+    Preference("torch_sdpa_math", "PyTorch's unfused formula: makes the N x N matrix, so only when asked for"),
+    Preference("reference", "the formula itself, for comparison"),
+)
+
+
+def check_name(argument: str, name: str) -> str:
+    """Return ``name`` if there is such a backend; else ValueError naming ``argument`` and the backends there are."""
+    if name not in BACKENDS:
+        raise ValueError(f"{argument}: there is no backend {name!r}; backends are {', '.join(BACKENDS)}")
+    return name
+
+
+def available() -> dict[str, str | None]:
+    """Every backend by name: None if this machine has what it needs, else what is missing."""
+    return {name: backend.missing() for name, backend in BACKENDS.items()}
+
+
+def choose(spec: AttentionSpec, backend: str = "auto", config: FlashAttentionConfig | None = None) -> Backend:
+    """The backend that runs ``spec``.
+
+    Args:
+        backend: a name, or ``"auto"`` for the first in the configured order that can.
+        config: settings; None for those in force.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        BackendUnavailableError: the named backend cannot run this problem, or none in the order can; says why.
+    """
+    config = config or current_config()
+    if backend == "auto":
+        backend = config.backend
+    if backend != "auto":
+        chosen = BACKENDS[check_name("backend", backend)]
+        reason = chosen.why_not(spec, config)
+        if reason:
+            raise BackendUnavailableError(f"backend {backend!r} cannot run this: {reason}")
+        return chosen
+    for name in _order(config):
+        if BACKENDS[name].why_not(spec, config) is None:
+            return BACKENDS[name]
+    raise BackendUnavailableError(f"no backend in the order of choice can run this:\n{explain(spec, config)}")
+
+
+def explain(spec: AttentionSpec, config: FlashAttentionConfig | None = None) -> Explanation:
+    """What each backend says of a problem, in the order in which ``"auto"`` asks them."""
+    config = config or current_config()
+    reasons = {preference.backend: preference.reason for preference in PREFERENCES}
+    rows, chosen = [], None
+    for name in _order(config):
+        obstacle = BACKENDS[name].why_not(spec, config)
+        if obstacle is None and chosen is None:
+            chosen = name
+        rows.append((name, obstacle is None, obstacle or reasons[name]))
+    return Explanation(tuple(rows), chosen)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The order of choice for one problem. Print it, or end a notebook cell with it.
+
+    Attributes:
+        rows: ``(backend, runs, reason)``: why it stands where it stands if it runs, else what stands against it.
+        chosen: the backend that ``"auto"`` picks; None if no backend runs the problem.
+    """
+
+    rows: tuple[tuple[str, bool, str], ...]
+    chosen: str | None
+
+    def _table(self, style: str) -> str:
+        marks = [
+            ("->" if name == self.chosen else "", name, "yes" if runs else "no", reason)
+            for name, runs, reason in self.rows
+        ]
+        return tabulate(marks, headers=("", "backend", "runs", "why, or why not"), tablefmt=style)
+
+    def __str__(self) -> str:
+        return self._table("simple")
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self._table("html")
+
+
+def _order(config: FlashAttentionConfig) -> list[str]:
+    return list(config.order) or [preference.backend for preference in PREFERENCES]

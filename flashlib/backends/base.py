@@ -1,0 +1,41 @@
+"""What a backend is: a name, a reason why not, and a way to run."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flashlib.config import FlashAttentionConfig
+from flashlib.spec import AttentionSpec
+
+__all__ = ["Backend", "BackendUnavailableError"]
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend asked for cannot run this problem on this machine. The message says what stands against it."""
+
+
+class Backend:
+    """One way to run an :class:`flashlib.AttentionSpec`. Stateless."""
+
+    name: str
+
+    def missing(self) -> str | None:
+        """What this machine lacks for any problem at all (a package, a GPU); None if nothing."""
+        return None
+
+    def why_not(self, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:
+        """Why this problem cannot be run here; None if it can."""
+        return self.missing() or self.unsupported(spec, config)
+
+    def unsupported(self, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:
+        """What in the problem is beyond this backend; None if nothing."""
+        raise NotImplementedError
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, config: FlashAttentionConfig
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(out, lse)``, on the autograd graph. lse may be None if ``spec.return_lse`` is False.
+
+        Only called with a problem for which :meth:`why_not` is None and which has at least one score to compute.
+        """
+        raise NotImplementedError

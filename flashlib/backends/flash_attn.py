@@ -1,0 +1,103 @@
+"""The flash-attn packages, used where they are installed and never required.
+
+Both take ``[batch, seq, heads, head_dim]`` and know bands (causal, windows) and nothing else.
+FlashAttention-2: Dao 2023 (arXiv 2307.08691). FlashAttention-3: Shah et al. 2024 (arXiv 2407.08608).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import torch
+
+from flashlib.backends.base import Backend
+from flashlib.spec import AttentionSpec
+
+__all__ = ["FlashAttention2", "FlashAttention3"]
+
+
+class _FlashAttentionPackage(Backend):
+    package: str  # the name that is imported
+    least_capability: tuple[int, int]
+    settings: str  # the name of its section in FlashAttentionConfig
+
+    def missing(self):
+        if importlib.util.find_spec(self.package) is None:
+            return f"the package {self.package} is not installed"
+        if not torch.cuda.is_available():
+            return "needs a CUDA GPU"
+        return None
+
+    def why_not(self, spec, config):
+        if not getattr(config, self.settings).enabled:
+            return f"switched off: {self.settings}.enabled is False in the configuration"
+        return super().why_not(spec, config)
+
+    def unsupported(self, spec: AttentionSpec, config) -> str | None:
+        if spec.device.type != "cuda":
+            return f"the kernel runs on CUDA; the tensors are on {spec.device}"
+        if torch.cuda.get_device_capability(spec.device) < self.least_capability:
+            major, minor = self.least_capability
+            return f"needs a GPU of compute capability {major}.{minor} or newer"
+        if spec.dtype not in (torch.float16, torch.bfloat16):
+            return f"takes fp16 and bf16; got {spec.dtype}"
+        if spec.mask.band() is None:
+            return "takes causal masks and windows aligned bottom-right, and no other mask"
+        if spec.head_dim > 256 or spec.head_dim != spec.v_head_dim:
+            return f"takes one head_dim of at most 256 for q, k and v; got {spec.head_dim} and {spec.v_head_dim}"
+        if spec.return_lse and spec.needs_grad:
+            return "its LSE carries no gradient"
+        return None
+
+    def run(self, q, k, v, spec, config):
+        function = importlib.import_module(self.package).flash_attn_func
+        left, right = (-1 if width is None else width for width in spec.mask.band())
+        out, lse = self.call(
+            function,
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            getattr(config, self.settings),
+            spec,
+            softmax_scale=spec.scale,
+            causal=False,  # a causal mask is the window (-1, 0)
+            window_size=(left, right),
+            softcap=spec.softcap,
+        )
+        empty_rows = spec.intervals.empty_rows()[:, None]
+        out = out.transpose(1, 2).masked_fill(empty_rows[..., None], 0.0)
+        return out, None if lse is None else lse.masked_fill(empty_rows, float("-inf"))
+
+
+class FlashAttention3(_FlashAttentionPackage):
+    name = "flash_attn_3"
+    package = "flash_attn_interface"
+    least_capability = (9, 0)
+    settings = "fa3"
+
+    def unsupported(self, spec, config):
+        if spec.device.type == "cuda" and torch.cuda.get_device_capability(spec.device)[0] != 9:
+            return "written for Hopper (compute capability 9.x) alone"
+        return super().unsupported(spec, config)
+
+    def call(self, function, q, k, v, settings, spec, **options):
+        result = function(
+            q,
+            k,
+            v,
+            num_splits=settings.num_splits,
+            deterministic=settings.deterministic,
+            return_attn_probs=spec.return_lse,
+            **options,
+        )
+        return result if spec.return_lse else (result, None)
+
+
+class FlashAttention2(_FlashAttentionPackage):
+    name = "flash_attn_2"
+    package = "flash_attn"
+    least_capability = (8, 0)
+    settings = "fa2"
+
+    def call(self, function, q, k, v, settings, spec, **options):
+        result = function(q, k, v, deterministic=settings.deterministic, return_attn_probs=spec.return_lse, **options)
+        return (result[0], result[1]) if spec.return_lse else (result, None)

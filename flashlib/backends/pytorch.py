@@ -1,0 +1,33 @@
+"""The two backends that are this package's own PyTorch code and run every problem: the formula, and the algorithm."""
+
+from __future__ import annotations
+
+from flashlib.backends.base import Backend
+from flashlib.reference import naive_forward
+from flashlib.tiled import run_tiled
+
+__all__ = ["ReferenceBackend", "TiledBackend"]
+
+
+class ReferenceBackend(Backend):
+    """``softmax(Q K^T) V`` as it reads, in the inputs' dtype. Makes the N x N matrix."""
+
+    name = "reference"
+
+    def unsupported(self, spec, config):
+        return None
+
+    def run(self, q, k, v, spec, config):
+        return naive_forward(q, k, v, spec)
+
+
+class TiledBackend(Backend):
+    """FlashAttention in plain PyTorch (:mod:`flashlib.tiled`)."""
+
+    name = "tiled"
+
+    def unsupported(self, spec, config):
+        return None
+
+    def run(self, q, k, v, spec, config):
+        return run_tiled(q, k, v, spec, config.tiled)

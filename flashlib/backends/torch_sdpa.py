@@ -1,0 +1,162 @@
+"""PyTorch's ``scaled_dot_product_attention``, one backend for each kernel behind it.
+
+PyTorch chooses among its kernels by itself; here each is asked for by name. Three of its habits are corrected so that all
+backends mean the same: its ``is_causal`` aligns top-left, a row with every key masked may come out as NaN, and masked NaN or
+inf leaks into the result (``0 * NaN``).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flashlib.backends.base import Backend
+from flashlib.reference import hide_unseen
+from flashlib.spec import AttentionSpec
+
+__all__ = ["SDPACudnn", "SDPAEfficient", "SDPAFlash", "SDPAMath"]
+
+
+class _SDPA(Backend):
+    kernel: SDPBackend
+    shares_kv_heads = True  # whether the kernel takes fewer KV heads than query heads as they are
+
+    def unsupported(self, spec: AttentionSpec, config) -> str | None:
+        if spec.return_lse:
+            return "PyTorch's SDPA does not return the LSE"
+        if spec.softcap:
+            return "PyTorch's SDPA has no softcap"
+        return self._kernel_limits(spec)
+
+    def _kernel_limits(self, spec: AttentionSpec) -> str | None:
+        return None
+
+    def run(self, q, k, v, spec, config):
+        q, k, v = hide_unseen(q, k, v, spec)
+        shared = spec.group_size > 1 and self.shares_kv_heads
+        if spec.group_size > 1 and not shared:
+            k, v = (x.repeat_interleave(spec.group_size, dim=1) for x in (k, v))
+        attn_mask, is_causal, empty_rows = _sdpa_mask(spec)
+        with sdpa_kernel(self.kernel):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=spec.scale, enable_gqa=shared
+            )
+        return (out if empty_rows is None else out.masked_fill(empty_rows, 0.0)), None
+
+
+def _is_plain(spec: AttentionSpec) -> bool:
+    """No mask at all, as far as SDPA need know: nothing is hidden."""
+    left, right = spec.mask.band() or (0, 0)
+    past_is_everything = right is None or (right == 0 and spec.q_len == 1)
+    return left is None and past_is_everything
+
+
+def _is_square_causal(spec: AttentionSpec) -> bool:
+    """Causal with as many queries as keys: there top-left and bottom-right alignment are the same."""
+    return spec.mask.band() == (None, 0) and spec.q_len == spec.kv_len
+
+
+def _needs_dense_mask(spec: AttentionSpec) -> bool:
+    return not (_is_plain(spec) or _is_square_causal(spec))
+
+
+def _sdpa_mask(spec: AttentionSpec) -> tuple[Tensor | None, bool, Tensor | None]:
+    """``(attn_mask, is_causal, empty_rows)`` for SDPA; masks that it does not know are made dense (Sq x Sk booleans)."""
+    if _is_plain(spec):
+        return None, False, None
+    if _is_square_causal(spec):
+        return None, True, None
+    visible, empty_rows = spec.intervals.dense(), spec.intervals.empty_rows()[..., None]
+    # An empty row looks at every key instead, and its output is thrown away: no kernel has to divide by a sum of 0.
+    visible = (visible | empty_rows)[:, None].expand(spec.batch, 1, spec.q_len, spec.kv_len)
+    return visible, False, empty_rows[:, None]
+
+
+class SDPAMath(_SDPA):
+    """The unfused formula, in PyTorch operations. Makes the N x N matrix."""
+
+    name = "torch_sdpa_math"
+    kernel = SDPBackend.MATH
+
+
+class SDPAFlash(_SDPA):
+    """FlashAttention-2 on CUDA; on a CPU, PyTorch's own fused kernel."""
+
+    name = "torch_sdpa_flash"
+    kernel = SDPBackend.FLASH_ATTENTION
+
+    def _kernel_limits(self, spec):
+        if spec.head_dim != spec.v_head_dim:
+            return f"the kernel needs v's head_dim to equal q's; got {spec.v_head_dim} and {spec.head_dim}"
+        if spec.device.type == "cpu":
+            return None
+        if _needs_dense_mask(spec):
+            return "the CUDA kernel takes no mask but causal with as many queries as keys"
+        return _cuda_limits(self.kernel, spec)
+
+
+class _CUDAOnly(_SDPA):
+    def missing(self):
+        return None if torch.cuda.is_available() else "needs a CUDA GPU"
+
+    def _kernel_limits(self, spec):
+        return _cuda_limits(self.kernel, spec)
+
+
+class SDPAEfficient(_CUDAOnly):
+    """The memory-efficient kernel of xFormers (Rabe and Staats 2021, arXiv 2112.05682). Repeats KV heads in memory for GQA."""
+
+    name = "torch_sdpa_efficient"
+    kernel = SDPBackend.EFFICIENT_ATTENTION
+    shares_kv_heads = False
+
+
+class SDPACudnn(_CUDAOnly):
+    """cuDNN's fused attention; PyTorch's fastest on Hopper."""
+
+    name = "torch_sdpa_cudnn"
+    kernel = SDPBackend.CUDNN_ATTENTION
+
+
+_CAN_USE = {
+    SDPBackend.FLASH_ATTENTION: "can_use_flash_attention",
+    SDPBackend.EFFICIENT_ATTENTION: "can_use_efficient_attention",
+    SDPBackend.CUDNN_ATTENTION: "can_use_cudnn_attention",
+}
+
+
+def _cuda_limits(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
+    """What PyTorch itself says against this kernel."""
+    if spec.device.type != "cuda":
+        return f"the kernel runs on CUDA; the tensors are on {spec.device}"
+    shares_kv_heads = kernel is not SDPBackend.EFFICIENT_ATTENTION
+    return _ask_pytorch(
+        kernel,
+        spec.device,
+        spec.dtype,
+        spec.q_heads,
+        spec.kv_heads if shares_kv_heads else spec.q_heads,
+        spec.head_dim,
+        spec.v_head_dim,
+        _needs_dense_mask(spec),
+        _is_square_causal(spec),
+        spec.needs_grad,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _ask_pytorch(kernel, device, dtype, q_heads, kv_heads, head_dim, v_head_dim, dense_mask, is_causal, needs_grad):
+    # Its answer depends on everything here but not on the lengths, so a small stand-in will do.
+    tokens = 64
+    q = torch.empty(1, q_heads, tokens, head_dim, dtype=dtype, device=device, requires_grad=needs_grad)
+    k = torch.empty(1, kv_heads, tokens, head_dim, dtype=dtype, device=device, requires_grad=needs_grad)
+    v = torch.empty(1, kv_heads, tokens, v_head_dim, dtype=dtype, device=device, requires_grad=needs_grad)
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device) if dense_mask else None
+    params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, is_causal, q_heads != kv_heads)
+    if getattr(torch.backends.cuda, _CAN_USE[kernel])(params, debug=False):
+        return None
+    return "PyTorch's kernel does not take this combination of dtype, head_dim, heads and mask"

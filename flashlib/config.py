@@ -1,0 +1,114 @@
+"""Which backend runs attention, and how: nested dataclasses, from a dict, from YAML, and back.
+
+    config = FlashAttentionConfig.from_yaml("attention.yaml")
+    with use_config(config):
+        out = attention(q, k, v)
+
+Every setting is read by some backend; an unknown one is refused, so that a misspelled setting is not silently ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import dacite
+import yaml
+
+from flashlib.tiled import Tiling
+
+__all__ = ["FA2Config", "FA3Config", "FlashAttentionConfig", "current_config", "use_config"]
+
+
+@dataclass(frozen=True)
+class FA3Config:
+    """FlashAttention-3 (Hopper). ``num_splits=0`` lets its heuristic choose how often to split the keys."""
+
+    enabled: bool = True
+    num_splits: int = 1
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class FA2Config:
+    """FlashAttention-2 (Ampere and newer). ``deterministic`` makes its backward pass repeatable, and slower."""
+
+    enabled: bool = True
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class FlashAttentionConfig:
+    """How :func:`flashlib.attention` runs.
+
+    Attributes:
+        backend: name of a backend, or ``"auto"`` for the first in the order of choice that can run the problem.
+        order: backends for ``"auto"`` to try, in this order; empty for :data:`flashlib.backends.PREFERENCES`.
+        fa3, fa2, tiled: settings of single backends.
+    """
+
+    backend: str = "auto"
+    order: list[str] = field(default_factory=list)
+    fa3: FA3Config = field(default_factory=FA3Config)
+    fa2: FA2Config = field(default_factory=FA2Config)
+    tiled: Tiling = field(default_factory=Tiling)
+
+    def __post_init__(self):
+        from flashlib.backends import check_name
+
+        if self.backend != "auto":
+            check_name("backend", self.backend)
+        for name in self.order:
+            check_name("order", name)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping) -> FlashAttentionConfig:
+        """Build from nested dicts, e.g. ``{"backend": "auto", "tiled": {"block_q": 64}}``; what is left out keeps its default.
+
+        Raises:
+            ValueError: a setting does not exist or its value is not allowed.
+            TypeError: a value has the wrong type; the message gives the setting's path.
+        """
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"settings must be a mapping of names to values; got {type(settings).__name__}")
+        try:
+            return dacite.from_dict(cls, dict(settings), dacite.Config(strict=True))
+        except dacite.UnexpectedDataError as error:
+            known = ", ".join(f.name for f in dataclasses.fields(cls))
+            unknown = ", ".join(sorted(map(str, error.keys)))
+            raise ValueError(f"unknown setting: {unknown}; top-level settings are {known}") from None
+        except dacite.WrongTypeError as error:
+            raise TypeError(f"{error.field_path} must be {error.field_type}; got {error.value!r}") from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> FlashAttentionConfig:
+        """Read a YAML file laid out like :meth:`from_dict`'s argument. An empty file gives the defaults."""
+        return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+
+    def to_dict(self) -> dict:
+        """Plain nested dicts; ``from_dict(config.to_dict()) == config``."""
+        return dataclasses.asdict(self)
+
+
+_current: ContextVar[FlashAttentionConfig | None] = ContextVar("flashlib_config", default=None)
+
+
+def current_config() -> FlashAttentionConfig:
+    """The configuration in force: that of the innermost :func:`use_config`, or the defaults."""
+    return _current.get() or FlashAttentionConfig()
+
+
+@contextlib.contextmanager
+def use_config(config: FlashAttentionConfig) -> Iterator[FlashAttentionConfig]:
+    """Let every :func:`flashlib.attention` call inside the block run under ``config``."""
+    if not isinstance(config, FlashAttentionConfig):
+        raise TypeError(f"config must be a FlashAttentionConfig; got {type(config).__name__}")
+    token = _current.set(config)
+    try:
+        yield config
+    finally:
+        _current.reset(token)

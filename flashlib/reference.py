@@ -1,0 +1,285 @@
+"""What every other implementation is held against: naive attention, the float64 oracle, and the error budget.
+
+* :func:`naive_attention` is ``softmax(Q K^T) V`` as the formula reads, every intermediate rounded to the inputs' dtype.
+* :func:`oracle` is the same formula in float64. At float32 precision and below its own rounding does not show.
+* :func:`error_budget` says how far from the oracle a result may be: at most twice as far as naive attention in the same
+  dtype. The factor 2 is the criterion of FlashAttention's own test suite; what "as far as naive" means is made robust here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashlib.masks import Mask
+from flashlib.spec import AttentionSpec
+
+__all__ = [
+    "Comparison",
+    "ErrorBudget",
+    "assert_gradients_within_budget",
+    "assert_within_budget",
+    "check",
+    "check_gradients",
+    "error_budget",
+    "naive_attention",
+    "oracle",
+    "oracle_gradients",
+]
+
+# Rounding errors of naive attention on a small input are a small sample: one lucky draw would make the budget unfairly
+# tight. Reordering the keys or the channels changes no exact result but redraws every rounding error.
+REORDERINGS = 8
+LARGE_ENOUGH = 2**20  # scores; beyond this one draw already holds a representative worst case
+
+
+def naive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention as the formula reads (Vaswani et al. 2017, arXiv 1706.03762, equation 1). Makes the Sq x Sk matrix.
+
+    Args:
+        q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]``, ``[B, Hkv, Sk, Dv]``, one floating dtype.
+        mask, causal, scale, softcap: as in :func:`flashlib.attention`.
+        return_lse: also return the log-sum-exp ``[B, Hq, Sq]`` of each row.
+
+    Returns:
+        out ``[B, Hq, Sq, Dv]`` in the inputs' dtype; with ``return_lse`` also lse (fp32, or fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors`.
+    """
+    spec = AttentionSpec.from_tensors(
+        q, k, v, mask=mask, causal=causal, scale=scale, softcap=softcap, return_lse=return_lse
+    )
+    out, lse = naive_forward(q, k, v, spec)
+    return (out, lse) if return_lse else out
+
+
+def naive_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """:func:`naive_attention` for a problem already checked: ``(out, lse)``."""
+    return _naive(*hide_unseen(q, k, v, spec), spec.intervals.dense()[:, None], spec)
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    k, v = (x.repeat_interleave(spec.group_size, dim=1) for x in (k, v))
+    scores = (q @ k.mT) * spec.scale  # [B, Hq, Sq, Sk]
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    sees_nothing = ~visible.any(-1, keepdim=True)
+    # A row of -inf has no softmax. Give it finite scores, and throw what comes out away.
+    weights = torch.softmax(scores.masked_fill(sees_nothing, 0.0), dim=-1).masked_fill(sees_nothing, 0.0)
+    lse = torch.logsumexp(scores.masked_fill(sees_nothing, 0.0).to(spec.accumulate_dtype), dim=-1)
+    return weights @ v, lse.masked_fill(sees_nothing[..., 0], float("-inf"))
+
+
+def hide_unseen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with zeros where the mask says that nobody looks.
+
+    Multiplying by a softmax weight of 0 does not hide a NaN: ``0 * NaN`` is NaN. So keys that no row sees, and rows that see
+    no key, are blanked before any arithmetic. Padding may then hold anything.
+    """
+    left, right = spec.mask.band() or (0, 0)
+    if left is None and (right is None or spec.q_len <= spec.kv_len):
+        return q, k, v  # the last row sees every key and every row sees the first: nothing to hide
+    unseen_keys = ~spec.intervals.seen_keys()[:, None, :, None]
+    empty_rows = spec.intervals.empty_rows()[:, None, :, None]
+    return q.masked_fill(empty_rows, 0.0), k.masked_fill(unseen_keys, 0.0), v.masked_fill(unseen_keys, 0.0)
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """Naive attention computed in float64: ``(out, lse)``, both float64.
+
+    Args:
+        q, k, v: as in :func:`naive_attention`, any floating dtype.
+        **options: ``mask``, ``causal``, ``scale``, ``softcap``.
+    """
+    return naive_attention(q.double(), k.double(), v.double(), **options, return_lse=True)
+
+
+@dataclass(frozen=True)
+class ErrorBudget:
+    """The largest absolute error allowed, for the output and for the LSE."""
+
+    out: float
+    lse: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A result held against the oracle.
+
+    Attributes:
+        passed: whether every error is within its budget.
+        error, budget: largest absolute error found and allowed, by name ("out", "lse", or "dq", "dk", "dv").
+        message: one line that says so.
+    """
+
+    passed: bool
+    error: dict[str, float]
+    budget: dict[str, float]
+
+    @property
+    def message(self) -> str:
+        parts = [f"{name}: error {self.error[name]:.3g}, budget {self.budget[name]:.3g}" for name in self.error]
+        return ("within" if self.passed else "OUTSIDE") + " the error budget; " + "; ".join(parts)
+
+
+def error_budget(q: Tensor, k: Tensor, v: Tensor, **options) -> ErrorBudget:
+    """How far from the oracle a result on these inputs may be.
+
+    ``2 * max |naive - oracle| + one rounding``: naive attention's worst error in the inputs' dtype, over several orders of
+    the keys and channels (see ``REORDERINGS``), doubled, plus the spacing of floating-point numbers at the largest result,
+    which is lost merely by writing the exact result down.
+
+    Args:
+        q, k, v, **options: as in :func:`oracle`.
+    """
+    exact_out, exact_lse = oracle(q, k, v, **options)
+    return _budget(q, k, v, exact_out, exact_lse, **options)
+
+
+def _budget(q: Tensor, k: Tensor, v: Tensor, exact_out: Tensor, exact_lse: Tensor, **options) -> ErrorBudget:
+    spec = AttentionSpec.from_tensors(q, k, v, **options)
+    worst_out = worst_lse = 0.0
+    for keys, channels in _reorderings(spec):
+        out, lse = _naive(*_reordered(q, k, v, keys, channels, spec), spec)
+        worst_out = max(worst_out, largest_error(out, exact_out))
+        worst_lse = max(worst_lse, largest_error(lse, exact_lse))
+    return ErrorBudget(
+        out=2 * worst_out + one_rounding(exact_out, spec.dtype),
+        lse=2 * worst_lse + one_rounding(exact_lse, spec.accumulate_dtype),
+    )
+
+
+def _reorderings(spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor]]:
+    """Orders of the keys and of the channels in which to repeat the naive computation; first the order given."""
+    yield torch.arange(spec.kv_len, device=spec.device), torch.arange(spec.head_dim, device=spec.device)
+    small = spec.batch * spec.q_heads * spec.q_len * spec.kv_len < LARGE_ENOUGH
+    generator = torch.Generator().manual_seed(0)  # the budget of given inputs is a number, not a draw
+    for _ in range(REORDERINGS if small else 0):
+        orders = (torch.randperm(size, generator=generator) for size in (spec.kv_len, spec.head_dim))
+        yield tuple(order.to(spec.device) for order in orders)
+
+
+def _reordered(q, k, v, keys, channels, spec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same problem in another order: q, k, v and the dense mask ``[B or 1, 1, Sq, Sk]``."""
+    q, k, v = hide_unseen(q.detach(), k.detach(), v.detach(), spec)
+    visible = spec.intervals.dense()[:, None]
+    return q[..., channels], k[:, :, keys][..., channels], v[:, :, keys], visible[..., keys]
+
+
+def largest_error(result: Tensor, exact: Tensor) -> float:
+    """``max |result - exact|`` in float64. Equal infinities agree; NaN, or an infinity where none belongs, is an infinite error."""
+    if result.numel() == 0:
+        return 0.0
+    result, exact = result.detach().double(), exact.detach().double()
+    error = torch.where(result == exact, 0.0, (result - exact).abs())
+    return float(error.nan_to_num(nan=float("inf")).max())
+
+
+def one_rounding(exact: Tensor, dtype: torch.dtype) -> float:
+    """Spacing of ``dtype`` at the largest finite value of ``exact``: what writing that value down can cost."""
+    finite = exact[exact.isfinite()]
+    return torch.finfo(dtype).eps * float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def check(out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, **options) -> Comparison:
+    """Hold a result against the oracle and the error budget.
+
+    Args:
+        out: ``[B, Hq, Sq, Dv]``.
+        lse: ``[B, Hq, Sq]``, or None if there is none to check.
+        q, k, v, **options: the inputs it was computed from, as in :func:`oracle`.
+
+    Raises:
+        ValueError: a result does not have the shape the inputs call for.
+    """
+    exact_out, exact_lse = oracle(q, k, v, **options)
+    allowed = _budget(q, k, v, exact_out, exact_lse, **options)
+    _expect_shape("out", out, exact_out)
+    error, budget = {"out": largest_error(out, exact_out)}, {"out": allowed.out}
+    if lse is not None:
+        _expect_shape("lse", lse, exact_lse)
+        error["lse"], budget["lse"] = largest_error(lse, exact_lse), allowed.lse
+    return Comparison(all(error[name] <= budget[name] for name in error), error, budget)
+
+
+def assert_within_budget(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, lse: Tensor | None = None, **options) -> None:
+    """:func:`check`, raising AssertionError with the numbers if a result is outside its budget."""
+    comparison = check(out, lse, q, k, v, **options)
+    assert comparison.passed, comparison.message
+
+
+def oracle_gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``sum(out * grad_out) + sum(lse * grad_lse)`` in float64: ``(dq, dk, dv)``, shaped like q, k, v."""
+    spec = AttentionSpec.from_tensors(q.double(), k.double(), v.double(), **options)
+    hidden = hide_unseen(q.detach().double(), k.detach().double(), v.detach().double(), spec)
+    return _naive_gradients(*hidden, spec.intervals.dense()[:, None], grad_out, grad_lse, spec)
+
+
+def _naive_gradients(q, k, v, visible, grad_out, grad_lse, spec):
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        out, lse = _naive(*inputs, visible, spec)
+        objective = (out * grad_out.to(out.dtype)).sum()
+        if grad_lse is not None:
+            objective = objective + (lse.masked_fill(lse.isinf(), 0.0) * grad_lse.to(lse.dtype)).sum()
+    return torch.autograd.grad(objective, inputs)
+
+
+def assert_gradients_within_budget(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None = None,
+    **options,
+) -> None:
+    """Hold ``(dq, dk, dv)`` against float64, with autograd through naive attention in the same dtype as the measure.
+
+    Raises:
+        AssertionError: a gradient is further from the oracle than its budget; with the numbers.
+    """
+    comparison = check_gradients(gradients, q, k, v, grad_out, grad_lse, **options)
+    assert comparison.passed, comparison.message
+
+
+def check_gradients(gradients, q, k, v, grad_out, grad_lse=None, **options) -> Comparison:
+    """As :func:`assert_gradients_within_budget`, but returning the :class:`Comparison`."""
+    spec = AttentionSpec.from_tensors(q, k, v, **options)
+    exact = oracle_gradients(q, k, v, grad_out, grad_lse, **options)
+    names = ("dq", "dk", "dv")
+    worst = dict.fromkeys(names, 0.0)
+    for keys, channels in _reorderings(spec):
+        naive = _naive_gradients(*_reordered(q, k, v, keys, channels, spec), grad_out, grad_lse, spec)
+        dq, dk, dv = exact
+        same_order = (dq[..., channels], dk[:, :, keys][..., channels], dv[:, :, keys])
+        for name, result, reference in zip(names, naive, same_order, strict=True):
+            worst[name] = max(worst[name], largest_error(result, reference))
+    error, budget = {}, {}
+    for name, result, reference in zip(names, gradients, exact, strict=True):
+        _expect_shape(name, result, reference)
+        error[name] = largest_error(result, reference)
+        budget[name] = 2 * worst[name] + one_rounding(reference, spec.dtype)
+    return Comparison(all(error[name] <= budget[name] for name in names), error, budget)
+
+
+def _expect_shape(name: str, result: Tensor, exact: Tensor) -> None:
+    if result.shape != exact.shape:
+        raise ValueError(f"{name} has shape {tuple(result.shape)}; expected {tuple(exact.shape)}")

@@ -1,0 +1,173 @@
+"""One attention problem, checked once. Everything behind the front door may rely on it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from flashlib.masks import Causal, Mask, RowIntervals, Unmasked
+
+__all__ = ["AttentionSpec"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSpec:
+    """Shapes, types and options of one call ``softmax(softcap(scale * Q K^T) + mask) V``.
+
+    Attributes:
+        batch, q_heads, kv_heads, q_len, kv_len, head_dim, v_head_dim: the sizes B, Hq, Hkv, Sq, Sk, D, Dv of
+            q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``. Query head ``h`` uses KV head
+            ``h // group_size`` (GQA; Ainslie et al. 2023, arXiv 2305.13245).
+        dtype, device: of q, k, v and of the output.
+        scale: factor on the scores, ``1 / sqrt(D)`` unless given (Vaswani et al. 2017, equation 1).
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none (Gemma 2, arXiv 2408.00118, section 2).
+        mask: a :class:`flashlib.masks.Mask`; never None.
+        return_lse: whether the log-sum-exp of each row is wanted.
+        needs_grad: whether a gradient may be asked for.
+    """
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    scale: float
+    softcap: float
+    mask: Mask
+    return_lse: bool = False
+    needs_grad: bool = False
+
+    @classmethod
+    def from_tensors(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Mask | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        return_lse: bool = False,
+    ) -> AttentionSpec:
+        """Check one call's arguments and describe it.
+
+        Raises:
+            TypeError: an argument is of the wrong type, or the dtypes or devices differ.
+            ValueError: the shapes do not fit together, or an option is out of range. The message names the argument,
+                what came and what was expected.
+        """
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            _check_tensor(name, tensor)
+        for name, tensor in (("k", k), ("v", v)):
+            if tensor.dtype != q.dtype:
+                raise TypeError(f"{name} is {tensor.dtype} but q is {q.dtype}; q, k and v must share one dtype")
+            if tensor.device != q.device:
+                raise TypeError(f"{name} is on {tensor.device} but q is on {q.device}; all must be on one device")
+        batch, q_heads, q_len, head_dim = q.shape
+        _, kv_heads, kv_len, _ = k.shape
+        _check_shapes(q, k, v)
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal must be True or False; got {causal!r}")
+        mask = _check_mask(mask)
+        spec = cls(
+            batch=batch,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            q_len=q_len,
+            kv_len=kv_len,
+            head_dim=head_dim,
+            v_head_dim=v.shape[3],
+            dtype=q.dtype,
+            device=q.device,
+            scale=1.0 / math.sqrt(head_dim) if scale is None else _finite("scale", scale),
+            softcap=_finite("softcap", softcap),
+            mask=mask & Causal() if causal else mask,
+            return_lse=bool(return_lse),
+            needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+        )
+        if spec.softcap < 0:
+            raise ValueError(f"softcap must be at least 0 (0 for none); got {spec.softcap}")
+        spec.intervals  # noqa: B018  a mask made for other lengths is refused here, not inside a kernel
+        return spec
+
+    @property
+    def group_size(self) -> int:
+        """How many query heads share a KV head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no score to compute: no batch entry, no head, no query or no key."""
+        return 0 in (self.batch, self.q_heads, self.q_len, self.kv_len)
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        """The type in which softmax statistics and the output are accumulated, and the type of the LSE."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @cached_property
+    def intervals(self) -> RowIntervals:
+        """The mask as one interval of visible keys per row."""
+        return self.mask.intervals(self.batch, self.q_len, self.kv_len, self.device)
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.q_heads, self.q_len, self.v_head_dim)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} is {tensor.dtype}; expected one of {expected}")
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} must be 4-dimensional [batch, heads, seq, head_dim]; got shape {tuple(tensor.shape)}")
+    if tensor.shape[3] < 1:
+        raise ValueError(f"{name} has head_dim 0 (shape {tuple(tensor.shape)}); expected at least 1")
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch {tensor.shape[0]} but q has batch {q.shape[0]}: {shapes}")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ValueError(f"k and v must have the same heads and length: {shapes}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k has head_dim {k.shape[3]} but q has head_dim {q.shape[3]}: {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} heads and k has {k.shape[1]}; expected a multiple of the KV heads: {shapes}"
+        )
+
+
+def _check_mask(mask: Mask | None) -> Mask:
+    if mask is None:
+        return Unmasked()
+    if isinstance(mask, Mask):
+        return mask
+    hint = ""
+    if isinstance(mask, Tensor):
+        hint = "; say the rule instead of the matrix, for instance flashlib.masks.KeyLengths(lengths) for padding"
+    raise TypeError(f"mask must be a flashlib.masks.Mask or None; got {type(mask).__name__}{hint}")
+
+
+def _finite(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
+    return float(value)

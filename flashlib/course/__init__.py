@@ -12,8 +12,8 @@ _HOME = {
     "capture_qkv": "models",
     "check": "grader",
     "load_smollm2": "models",
-    "predict": "predict",
-    "scoreboard": "predict",
+    "predict": "predictions",
+    "scoreboard": "predictions",
     "show_source": "source",
     "table": "display",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -128,4 +129,46 @@ def _format_cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    return format_number(value, digits=4) if isinstance(value, float) else str(value)
+
+
+def format_number(value: float, *, digits: int = 3) -> str:
+    """`value` rounded to `digits` significant digits and without an exponent where that stays readable.
+
+    >>> [format_number(x) for x in (604.0, 1234567.0, 0.05, 2.5e13)]
+    ['604', '1,230,000', '0.05', '2.5e+13']
+    """
+    if value and not 1e-4 <= abs(value) < 1e9:
+        return f"{value:.{digits}g}"
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if rounded == int(rounded) else f"{rounded:,.10f}".rstrip("0")
+
+
+def widgets_run() -> bool:
+    """Whether somebody can press a button: a Jupyter kernel with ipywidgets, and not told otherwise.
+
+    A kernel cannot see who is in front of it. Whatever executes notebooks without a reader (tests, a build of the
+    pages) sets `FLASHLIB_NONINTERACTIVE=1`.
+    """
+    if os.environ.get("FLASHLIB_NONINTERACTIVE", "0") not in ("", "0"):
+        return False
+    try:
+        import ipywidgets  # noqa: F401
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    return getattr(get_ipython(), "kernel", None) is not None
+
+
+def show(value: Any) -> None:
+    """Display `value` in a notebook, or print it elsewhere."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        get_ipython = lambda: None  # noqa: E731
+    if get_ipython() is None:
+        print(value)
+    else:
+        from IPython.display import display
+
+        display(value)

@@ -1,0 +1,289 @@
+"""The KV cache: keep the keys and values of the tokens read so far, so that each new token costs one row of attention.
+
+Without it a model that has written n tokens computes the keys and values of all of them again for token n + 1. With it, it
+computes one row, and pays in memory: :attr:`KVCache.bytes_per_token` for each token of each request, in every layer.
+
+This cache is contiguous: one block of memory per layer, with room for ``capacity`` tokens for every request, used or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashlib.masks import Causal, KeyLengths, Mask
+
+_CACHE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class CacheFullError(RuntimeError):
+    """There is no room for the tokens to be appended. Nothing was written."""
+
+
+class KVCache:
+    """The keys and values of one attention layer, for a batch of requests that may have different lengths.
+
+    Memory is reserved once, ``[B, Hkv, capacity, D]`` for keys and ``[B, Hkv, capacity, Dv]`` for values. What lies beyond a
+    request's length is whatever the memory held before; :meth:`mask` keeps attention away from it.
+
+    A decoding step, whether the requests are equally long or not::
+
+        cache.append(k, v)                                                   # k, v: [B, Hkv, 1, D]
+        out = attention(q, cache.keys, cache.values, mask=cache.mask(q_len=1))
+
+    The cache is for inference: it holds no gradient.
+
+    Args:
+        batch: number of requests, B.
+        kv_heads: number of key and value heads, Hkv.
+        capacity: how many tokens each request may hold.
+        head_dim: channels of a key, D.
+        v_head_dim: channels of a value, Dv; ``head_dim`` unless given.
+        dtype: float64, float32, float16 or bfloat16.
+        device: where the memory is; the CPU unless given.
+
+    Raises:
+        TypeError: a size is not an int, or ``dtype`` is not one of those above.
+        ValueError: a size is below its minimum (0 for ``batch`` and ``capacity``, 1 for the others).
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        v_head_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        minimum = {"batch": 0, "kv_heads": 1, "capacity": 0, "head_dim": 1, "v_head_dim": 1}
+        sizes = (batch, kv_heads, capacity, head_dim, v_head_dim)
+        for (name, least), size in zip(minimum.items(), sizes, strict=True):
+            _check_size(name, size, least)
+        if dtype not in _CACHE_DTYPES:
+            raise TypeError(f"dtype must be torch.float64, float32, float16 or bfloat16; got {dtype}")
+        self.key_buffer = torch.empty(batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.value_buffer = torch.empty(batch, kv_heads, capacity, v_head_dim, dtype=dtype, device=device)
+        # On the CPU whatever the device: a slice needs its length there, and asking a GPU for it would stall the GPU.
+        self._lengths = torch.zeros(batch, dtype=torch.int64)
+
+    def __repr__(self) -> str:
+        batch, kv_heads, capacity, head_dim = self.key_buffer.shape
+        filled = f"{self.max_length}" if self.is_uniform else f"{self._lengths.tolist()}"
+        return (
+            f"KVCache(batch={batch}, kv_heads={kv_heads}, head_dim={head_dim}, {str(self.dtype).removeprefix('torch.')}, "
+            f"{filled} of {capacity} tokens, {self.nbytes:,} bytes)"
+        )
+
+    # What it holds
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each request holds: int64 ``[B]``, on the CPU; a copy. ``cache_seqlens`` in flash_attn."""
+        return self._lengths.clone()
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens the longest request holds."""
+        return int(self._lengths.max()) if self.batch else 0
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all requests hold equally many tokens."""
+        return bool((self._lengths == self.max_length).all())
+
+    @property
+    def keys(self) -> Tensor:
+        """``[B, Hkv, max_length, D]``: a view of the cache's memory, not a copy."""
+        return self.key_buffer[:, :, : self.max_length]
+
+    @property
+    def values(self) -> Tensor:
+        """``[B, Hkv, max_length, Dv]``: a view of the cache's memory, not a copy."""
+        return self.value_buffer[:, :, : self.max_length]
+
+    def mask(self, q_len: int, counts: Tensor | Sequence[int] | None = None) -> Mask:
+        """Causal attention of the newest tokens over ``keys``: call it after their :meth:`append`.
+
+        Args:
+            q_len: number of query rows, Sq. In each request the last row is the newest token.
+            counts: the ``counts`` given to :meth:`append`, if any: then row 0 of request ``b`` is the first of its
+                ``counts[b]`` newest tokens, and the output of the rows behind them has no meaning.
+
+        Returns:
+            A mask for ``[B, Hq, q_len, D]`` queries and ``keys`` of ``max_length``.
+        """
+        _check_size("q_len", q_len, 0)
+        new = _counts(counts, self.batch, q_len, "q_len")
+        if self.is_uniform and counts is None:
+            return Causal()
+        return KeyLengths(self.lengths) & Causal(offset=self._lengths - new)
+
+    def next_positions(self, count: int) -> Tensor:
+        """The positions that the next ``count`` tokens will have: int64 ``[B, count]``, as ``apply_rotary`` wants them."""
+        _check_size("count", count, 0)
+        return (self._lengths[:, None] + torch.arange(count)).to(self.device)
+
+    # How it changes
+
+    def append(self, k: Tensor, v: Tensor, counts: Tensor | Sequence[int] | None = None) -> None:
+        """Write new tokens behind those that are there, in place.
+
+        Args:
+            k: ``[B, Hkv, S, D]``, with the cache's dtype and device.
+            v: ``[B, Hkv, S, Dv]``, likewise.
+            counts: integers ``[B]``: of request ``b`` only the first ``counts[b]`` tokens are real, and the others are not
+                stored. None if all S are.
+
+        Raises:
+            CacheFullError: a request would hold more than ``capacity`` tokens.
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: a shape, device or count does not fit, or a gradient would be lost.
+            In each case nothing was written.
+        """
+        self._check_new("k", k, self.key_buffer)
+        self._check_new("v", v, self.value_buffer)
+        if k.shape[2] != v.shape[2]:
+            raise ValueError(f"k and v must hold equally many tokens; got k {list(k.shape)} and v {list(v.shape)}")
+        new = _counts(counts, self.batch, k.shape[2], "S")
+        ends = self._lengths + new
+        if (ends > self.capacity).any():
+            request = int((ends > self.capacity).nonzero()[0])
+            raise CacheFullError(
+                f"the cache is full: request {request} holds {int(self._lengths[request])} tokens and {int(new[request])} "
+                f"more do not fit into its capacity of {self.capacity}"
+            )
+        if self.is_uniform and counts is None:
+            filled = slice(self.max_length, self.max_length + k.shape[2])
+            self.key_buffer[:, :, filled] = k
+            self.value_buffer[:, :, filled] = v
+        else:
+            for request, (start, end) in enumerate(zip(self._lengths.tolist(), ends.tolist(), strict=True)):
+                self.key_buffer[request, :, start:end] = k[request, :, : end - start]
+                self.value_buffer[request, :, start:end] = v[request, :, : end - start]
+        self._lengths = ends
+
+    def truncate(self, lengths: int | Tensor | Sequence[int]) -> None:
+        """Forget every token from position ``lengths`` on (one int for all requests, or integers ``[B]``).
+
+        Used when drafted tokens are rejected, or to go back to a shared prompt. Nothing is erased: the memory is written
+        over by the next :meth:`append`.
+
+        Raises:
+            ValueError: a request holds fewer tokens than that.
+        """
+        wanted = [lengths] * self.batch if isinstance(lengths, int) and not isinstance(lengths, bool) else lengths
+        wanted = _integers("lengths", wanted, self.batch)
+        if (wanted < 0).any() or (wanted > self._lengths).any():
+            raise ValueError(
+                f"lengths must lie between 0 and what each request holds, {self._lengths.tolist()}; got {wanted.tolist()}"
+            )
+        self._lengths = wanted
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory."""
+        self._lengths = torch.zeros_like(self._lengths)
+
+    def select(self, requests: Tensor | Sequence[int]) -> KVCache:
+        """A new cache whose request ``i`` is a copy of this one's request ``requests[i]``.
+
+        Beam search continues a request several times; a server drops those that are finished.
+
+        Raises:
+            ValueError: there is no such request.
+        """
+        chosen = _integers("requests", requests)
+        if chosen.numel() and not (0 <= int(chosen.min()) and int(chosen.max()) < self.batch):
+            raise ValueError(f"requests must lie between 0 and {self.batch - 1}; got {chosen.tolist()}")
+        _, kv_heads, capacity, head_dim = self.key_buffer.shape
+        v_head_dim = self.value_buffer.shape[3]
+        other = KVCache(
+            len(chosen), kv_heads, capacity, head_dim, v_head_dim=v_head_dim, dtype=self.dtype, device=self.device
+        )
+        other.key_buffer[:, :, : self.max_length] = self.keys[chosen.to(self.device)]
+        other.value_buffer[:, :, : self.max_length] = self.values[chosen.to(self.device)]
+        other._lengths = self._lengths[chosen]
+        return other
+
+    # What it costs
+
+    @property
+    def batch(self) -> int:
+        return self.key_buffer.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens each request may hold."""
+        return self.key_buffer.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.key_buffer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.key_buffer.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one request takes in this layer: ``Hkv * (D + Dv) * bytes per number``."""
+        _, kv_heads, _, head_dim = self.key_buffer.shape
+        return kv_heads * (head_dim + self.value_buffer.shape[3]) * self.key_buffer.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved: ``B * capacity * bytes_per_token``."""
+        return self.batch * self.capacity * self.bytes_per_token
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes that hold tokens: ``sum(lengths) * bytes_per_token``. The rest is the price of one block per request."""
+        return int(self._lengths.sum()) * self.bytes_per_token
+
+    def _check_new(self, name: str, tensor: Tensor, buffer: Tensor) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+        if tensor.dtype != buffer.dtype:
+            raise TypeError(f"{name} must be {buffer.dtype}, as the cache is; got {tensor.dtype}")
+        batch, kv_heads, _, head_dim = buffer.shape
+        if tensor.dim() != 4 or tensor.shape[:2] != (batch, kv_heads) or tensor.shape[3] != head_dim:
+            raise ValueError(f"{name} must be [{batch}, {kv_heads}, S, {head_dim}]; got {list(tensor.shape)}")
+        if tensor.device != buffer.device:
+            raise ValueError(f"{name} must be on {buffer.device}, where the cache is; got {tensor.device}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, which a cache cannot carry: append under torch.no_grad()")
+
+
+def _check_size(name: str, size: int, least: int) -> None:
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{name} must be an int; got {type(size).__name__}")
+    if size < least:
+        raise ValueError(f"{name} must be at least {least}; got {size}")
+
+
+def _integers(name: str, values: Tensor | Sequence[int], length: int | None = None) -> Tensor:
+    """``values`` as int64 ``[B]`` on the CPU."""
+    try:
+        values = torch.as_tensor(values).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be integers, one per request; got {type(values).__name__}") from error
+    if values.numel() and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
+        raise TypeError(f"{name} must be integers; got {values.dtype}")
+    if values.dim() != 1 or (length is not None and len(values) != length):
+        raise ValueError(f"{name} must be [{'B' if length is None else length}]; got {list(values.shape)}")
+    return values.to(torch.int64)
+
+
+def _counts(counts: Tensor | Sequence[int] | None, batch: int, most: int, limit: str) -> Tensor:
+    """How many tokens are new in each request: int64 ``[B]``."""
+    if counts is None:
+        return torch.full((batch,), most, dtype=torch.int64)
+    counts = _integers("counts", counts, batch)
+    if (counts < 0).any() or (counts > most).any():
+        raise ValueError(f"counts must lie between 0 and {limit} = {most}; got {counts.tolist()}")
+    return counts

@@ -36,7 +36,7 @@ def attention(
             it holds. A row that sees no key gives 0, LSE -inf and gradient 0. A key that some row sees must be finite.
         causal: also hide the future. Aligned bottom-right: row i sees keys ``j <= i + Sk - Sq`` (PyTorch's SDPA aligns
             top-left when the lengths differ).
-        scale: factor on the scores; ``1 / sqrt(D)`` by default.
+        scale: positive factor on the scores; ``1 / sqrt(D)`` by default.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
         return_lse: also return the log-sum-exp of each row's scores.
         backend: ``"auto"``, or the name of one backend: it runs there or raises (:func:`flashlib.backends.explain`).
@@ -55,6 +55,8 @@ def attention(
     spec = AttentionSpec.from_tensors(
         q, k, v, mask=mask, causal=causal, scale=scale, softcap=softcap, return_lse=return_lse
     )
+    if config is not None and not isinstance(config, FlashAttentionConfig):
+        raise TypeError(f"config must be a FlashAttentionConfig; got {type(config).__name__}")
     config = config or current_config()
     chosen = choose(spec, backend, config)
     if spec.is_empty:

@@ -26,7 +26,7 @@ class AttentionSpec:
             q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``. Query head ``h`` uses KV head
             ``h // group_size`` (GQA; Ainslie et al. 2023, arXiv 2305.13245).
         dtype, device: of q, k, v and of the output.
-        scale: factor on the scores, ``1 / sqrt(D)`` unless given (Vaswani et al. 2017, equation 1).
+        scale: positive factor on the scores, ``1 / sqrt(D)`` unless given (Vaswani et al. 2017, equation 1).
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none (Gemma 2, arXiv 2408.00118, section 2).
         mask: a :class:`flashlib.masks.Mask`; never None.
         return_lse: whether the log-sum-exp of each row is wanted.
@@ -97,6 +97,8 @@ class AttentionSpec:
             return_lse=bool(return_lse),
             needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
         )
+        if spec.scale <= 0:
+            raise ValueError(f"scale must be greater than 0; got {spec.scale}")
         if spec.softcap < 0:
             raise ValueError(f"softcap must be at least 0 (0 for none); got {spec.softcap}")
         spec.intervals  # noqa: B018  a mask made for other lengths is refused here, not inside a kernel

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashlib.masks import Mask, Tile
 from flashlib.spec import AttentionSpec
@@ -107,8 +106,13 @@ class _TiledAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, grad_lse):
+        if (
+            torch.is_grad_enabled()
+        ):  # only under create_graph=True; dropping the second derivative would be silent and wrong
+            raise NotImplementedError(
+                "tiled attention has no second derivative; use backend='reference' for create_graph"
+            )
         q, k, v, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         return *tiled_backward(q, k, v, out, lse, grad_out, grad_lse, ctx.spec, ctx.tiling), None, None

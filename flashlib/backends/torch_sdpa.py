@@ -36,7 +36,7 @@ class _SDPA(Backend):
         return None
 
     def run(self, q, k, v, spec, config):
-        q, k, v = hide_unseen(q, k, v, spec)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in hide_unseen(q, k, v, spec))
         shared = spec.group_size > 1 and self.shares_kv_heads
         if spec.group_size > 1 and not shared:
             k, v = (x.repeat_interleave(spec.group_size, dim=1) for x in (k, v))

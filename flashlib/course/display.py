@@ -144,6 +144,19 @@ def format_number(value: float, *, digits: int = 3) -> str:
     return f"{rounded:,.0f}" if rounded == int(rounded) else f"{rounded:,.10f}".rstrip("0")
 
 
+def format_bytes(count: float) -> str:
+    """`count` bytes in the binary unit that fits, to three significant digits.
+
+    >>> [format_bytes(x) for x in (512, 1536, 604 * 2**20)]
+    ['512 B', '1.5 KiB', '604 MiB']
+    """
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(count) >= 1000 and len(units) > 1:
+        count /= 1024
+        units.pop(0)
+    return f"{format_number(float(count))} {units[0]}"
+
+
 def widgets_run() -> bool:
     """Whether somebody can press a button: a Jupyter kernel with ipywidgets, and not told otherwise.
 

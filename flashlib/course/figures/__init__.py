@@ -1,0 +1,33 @@
+"""Figures for the notebooks. Each function returns a `flashlib.course.Figure`: a PNG with a description in words.
+
+One visual language throughout, kept in `style`: Q blue, K orange, V green, S and P purple, O vermilion, LSE gray.
+"""
+
+from flashlib.course.figures.attention import attention_matrix, online_softmax_trace, running_softmax
+from flashlib.course.figures.charts import MEASURED_HERE, bars, line_chart, memory_scaling, recorded
+from flashlib.course.figures.heads import cache_figure, layout_heads, rotary_figure
+from flashlib.course.figures.tiles import Step, mask_figure, tile_counts, tile_steps, tile_sweep
+from flashlib.course.figures.traffic import moved_bytes, naive_moved_bytes, tile_budget, tile_bytes
+
+__all__ = [
+    "MEASURED_HERE",
+    "Step",
+    "attention_matrix",
+    "bars",
+    "cache_figure",
+    "layout_heads",
+    "line_chart",
+    "mask_figure",
+    "memory_scaling",
+    "moved_bytes",
+    "naive_moved_bytes",
+    "online_softmax_trace",
+    "recorded",
+    "rotary_figure",
+    "running_softmax",
+    "tile_budget",
+    "tile_bytes",
+    "tile_counts",
+    "tile_steps",
+    "tile_sweep",
+]

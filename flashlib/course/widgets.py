@@ -1,0 +1,306 @@
+"""Interactive figures: move a control, and see what the mechanism does.
+
+All of them are made by `explore`: a function that draws a `Figure`, and controls for its arguments. Where widgets run it
+shows the controls above the figure; elsewhere (`FLASHLIB_NONINTERACTIVE=1`, or no notebook) it is the figure for the
+controls' first values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashlib import masks
+from flashlib.course import figures
+from flashlib.course.display import Figure, format_bytes, widgets_run
+from flashlib.masks import Mask
+
+_PLAY_MILLISECONDS = 900
+
+
+@dataclass(frozen=True)
+class Slider:
+    """A whole number from `low` to `high`. `play` adds a button that runs through them."""
+
+    low: int
+    high: int
+    value: int
+    step: int = 1
+    play: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"value must be from {self.low} to {self.high}; got {self.value}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of `options`: values, or a mapping from what is shown to the value."""
+
+    options: Sequence[Any] | dict[str, Any]
+    value: Any
+
+    def __post_init__(self) -> None:
+        values = list(self.options.values()) if isinstance(self.options, dict) else list(self.options)
+        if self.value not in values:
+            raise ValueError(f"value must be one of {values}; got {self.value!r}")
+
+
+class Explorer:
+    """Controls above a figure that follows them.
+
+    Attributes:
+        controls: argument name to its ipywidget. Setting `controls["step"].value` redraws.
+        figure: the `Figure` shown.
+        box: the whole as one ipywidget.
+    """
+
+    def __init__(self, draw: Callable[..., Figure], controls: dict[str, Slider | Choice]) -> None:
+        import ipywidgets as widgets
+
+        self._draw = draw
+        self._image, self._caption = widgets.Image(format="png"), widgets.HTML()
+        self.controls, shown = {}, []
+        for name, control in controls.items():
+            self.controls[name], row = _control_widget(name.replace("_", " "), control)
+            self.controls[name].observe(lambda _: self._redraw(), names="value")
+            shown.append(row)
+        self._redraw()
+        row = widgets.HBox(shown, layout={"flex_flow": "row wrap"})
+        self.box = widgets.VBox([row, self._image, self._caption])
+
+    def _redraw(self) -> None:
+        import html
+
+        try:
+            self.figure = self._draw(**{name: widget.value for name, widget in self.controls.items()})
+        except ValueError as problem:  # two controls that do not go together; the old figure stays
+            self._caption.value = f"<b>{html.escape(str(problem))}</b>"
+            return
+        self._image.value = self.figure.png
+        self._image.width = self.figure.size[0]
+        self._caption.value = f"<small>{html.escape(self.figure.alt)}</small>"
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return self.box._repr_mimebundle_(include=include, exclude=exclude)
+
+
+def explore(draw: Callable[..., Figure], **controls: Slider | Choice) -> Figure | Explorer:
+    """`draw`'s figure with a control for each of its arguments; without widgets, the figure for their first values.
+
+    Args:
+        draw: takes the controls' values by name and returns a `Figure`. A `ValueError` it raises is shown to the reader.
+        **controls: a `Slider` or `Choice` for each argument of `draw`.
+
+    Example:
+        >>> explore(lambda kv_heads: figures.layout_heads(8, kv_heads), kv_heads=Choice([1, 2, 4, 8], 2))
+    """
+    if widgets_run():
+        return Explorer(draw, controls)
+    return draw(**{name: control.value for name, control in controls.items()})
+
+
+def tile_stepper(
+    q_len: int = 32,
+    kv_len: int = 32,
+    block_q: int = 8,
+    block_k: int = 8,
+    mask: Mask | None = None,
+    *,
+    step: int | None = None,
+) -> Figure | Explorer:
+    """Step through the tiles of the forward pass, in either loop order. See `figures.tile_sweep`.
+
+    `step` is where it starts (and what the static figure shows); the middle if left out.
+    """
+    last = len(figures.tile_steps(q_len, kv_len, block_q, block_k, mask)) - 1
+
+    def draw(step: int, loop_order: str) -> Figure:
+        return figures.tile_sweep(q_len, kv_len, block_q, block_k, step, mask, loop_order)
+
+    orders = {"FlashAttention-2: rows outside": "q_outer", "FlashAttention-1: keys outside": "kv_outer"}
+    start = last // 2 if step is None else step
+    return explore(draw, step=Slider(0, last, start, play=True), loop_order=Choice(orders, "q_outer"))
+
+
+def mask_explorer(q_len: int = 32, kv_len: int = 32) -> Figure | Explorer:
+    """Choose a mask, its size, the lengths and the tile, and see which tiles are full, partial and skipped."""
+
+    def draw(kind: str, size: int, queries: int, block_q: int, block_k: int) -> Figure:
+        mask, title = _MASKS[kind](size, queries, kv_len)
+        return figures.mask_figure(mask, queries, kv_len, block_q, block_k, title=title)
+
+    blocks = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= max(q_len, kv_len)]
+    block = blocks[len(blocks) // 2]
+    return explore(
+        draw,
+        kind=Choice(list(_MASKS), "causal window"),
+        size=Slider(0, kv_len, kv_len // 3),
+        queries=Slider(1, q_len, q_len),
+        block_q=Choice(blocks, block),
+        block_k=Choice(blocks, block),
+    )
+
+
+_MASKS: dict[str, Callable[[int, int, int], tuple[Mask, str]]] = {
+    "everything": lambda size, q_len, kv_len: (masks.Unmasked(), "Every row sees every key"),
+    "causal": lambda size, q_len, kv_len: (masks.Causal(), "Causal, aligned bottom-right"),
+    "causal window": lambda size, q_len, kv_len: (
+        masks.Window(size, 0),
+        f"Causal window: itself and {size} keys before",
+    ),
+    "window on both sides": lambda size, q_len, kv_len: (masks.Window(size, size), f"Window: {size} keys on each side"),
+    "key length": lambda size, q_len, kv_len: (masks.KeyLengths([size]), f"Padded: {size} of {kv_len} keys are real"),
+    "causal and key length": lambda size, q_len, kv_len: (
+        masks.Causal() & masks.KeyLengths([size]),
+        f"Causal, and {size} of {kv_len} keys are real",
+    ),
+    "prefix": lambda size, q_len, kv_len: (masks.Prefix(size), f"Prefix: everybody sees the first {size} keys"),
+    "documents": lambda size, q_len, kv_len: (
+        masks.Causal() & _documents(max(1, size), q_len, kv_len),
+        f"Causal, in documents of {max(1, size)} tokens",
+    ),
+}
+
+
+def _documents(length: int, q_len: int, kv_len: int) -> Mask:
+    ids = torch.arange(kv_len) // length
+    return masks.Documents(q_ids=ids[kv_len - q_len :] if q_len <= kv_len else ids.new_zeros(q_len), k_ids=ids)
+
+
+def tile_size_explorer(
+    n: int = 4096, head_dim: int = 64, sram_bytes: int = 100 * 1024, *, itemsize: int = 4
+) -> Figure | Explorer:
+    """Choose a tile: does it fit into fast memory, and how many bytes does the loop then move?
+
+    Args:
+        n: sequence length of queries and keys.
+        head_dim: D.
+        sram_bytes: the fast memory, M.
+        itemsize: bytes per element.
+    """
+
+    def draw(block_q: int, block_k: int) -> Figure:
+        return figures.tile_budget(n, head_dim, block_q, block_k, sram_bytes, itemsize=itemsize)
+
+    sizes = [size for size in (16, 32, 64, 128, 256, 512) if size <= n]
+    return explore(draw, block_q=Choice(sizes, min(64, sizes[-1])), block_k=Choice(sizes, min(64, sizes[-1])))
+
+
+def online_softmax_stepper(x: Tensor | Sequence[float], block: int = 4) -> Figure | Explorer:
+    """Let the blocks of a row of scores arrive one by one. See `figures.online_softmax_trace`."""
+    count = -(-len(x) // block)
+
+    def draw(blocks_seen: int) -> Figure:
+        return figures.online_softmax_trace(x, block, upto=blocks_seen)
+
+    return explore(draw, blocks_seen=Slider(1, count, count, play=True))
+
+
+def heads_explorer(q_heads: int = 9, kv_heads: int = 3) -> Figure | Explorer:
+    """Choose how many KV heads the query heads share. See `figures.layout_heads`."""
+    divisors = [count for count in range(1, q_heads + 1) if q_heads % count == 0]
+    return explore(lambda kv_heads: figures.layout_heads(q_heads, kv_heads), kv_heads=Choice(divisors, kv_heads))
+
+
+def cache_explorer(
+    layers: int = 30, q_heads: int = 9, kv_heads: int = 3, head_dim: int = 64, *, weight_bytes: int | None = None
+) -> Figure | Explorer:
+    """How large the KV cache of a model grows with context, batch and dtype, and what sharing heads saves.
+
+    Args:
+        layers, q_heads, kv_heads, head_dim: the model's shape; SmolLM2-135M's by default.
+        weight_bytes: size of the model's weights, drawn for comparison.
+    """
+    lengths = [2**power for power in range(9, 18)]
+    kinds = {f"MHA, {q_heads} KV heads": q_heads, f"GQA, {kv_heads} KV heads": kv_heads, "MQA, 1 KV head": 1}
+
+    def draw(context: int, batch: int, itemsize: int) -> Figure:
+        per_token = {name: 2 * layers * heads * head_dim * itemsize for name, heads in kinds.items()}
+        here = ", ".join(
+            f"{name.split(',')[0]} {format_bytes(size * batch * context)}" for name, size in per_token.items()
+        )
+        return figures.line_chart(
+            lengths,
+            {name: [size * batch * length for length in lengths] for name, size in per_token.items()},
+            xlabel="context length (tokens)",
+            ylabel="KV cache",
+            title=f"KV cache at {context:,} tokens x {batch}: {here}",
+            log_x=True,
+            log_y=True,
+            bytes_y=True,
+            mark=context,
+            reference=("weights of the model", weight_bytes) if weight_bytes else None,
+        )
+
+    return explore(
+        draw,
+        context=Choice(lengths, 8192),
+        batch=Choice([1, 4, 16, 64, 256], 1),
+        itemsize=Choice({"fp32": 4, "bf16": 2, "fp8": 1}, 2),
+    )
+
+
+def memory_wall_explorer(heads: int = 9, head_dim: int = 64) -> Figure | Explorer:
+    """At which sequence length does the N x N matrix of naive attention no longer fit into the machine?
+
+    Args:
+        heads, head_dim: of the model; SmolLM2-135M's by default.
+    """
+    lengths = [2**power for power in range(9, 19)]
+
+    def draw(n: int, memory: int, itemsize: int) -> Figure:
+        naive, tiled = (
+            [bytes_of(length, heads, head_dim, itemsize) for length in lengths]
+            for bytes_of in (_naive_bytes, _tiled_bytes)
+        )
+        needed = _naive_bytes(n, heads, head_dim, itemsize)
+        verdict = "fits into" if needed <= memory else "does not fit into"
+        return figures.memory_scaling(
+            lengths,
+            {"naive": naive, "tiled": tiled},
+            wall_bytes=memory,
+            wall_name="memory",
+            title=f"N = {n:,}: naive needs {format_bytes(needed)}, which {verdict} {format_bytes(memory)}",
+            mark=n,
+        )
+
+    gib = 2**30
+    return explore(
+        draw,
+        n=Choice(lengths, 16384),
+        memory=Choice({f"{size} GiB": size * gib for size in (8, 16, 32, 80, 141)}, 16 * gib),
+        itemsize=Choice({"fp32": 4, "bf16": 2}, 4),
+    )
+
+
+def _naive_bytes(n: int, heads: int, head_dim: int, itemsize: int) -> int:
+    """Q, K, V, O, and the two matrices alive at once: the scores S and the weights P."""
+    return heads * (2 * n * n + 4 * n * head_dim) * itemsize
+
+
+def _tiled_bytes(n: int, heads: int, head_dim: int, itemsize: int) -> int:
+    """Q, K, V, O and the log-sum-exp, which is fp32 always."""
+    return heads * n * (4 * head_dim * itemsize + 4)
+
+
+def _control_widget(label: str, control: Slider | Choice):
+    """The ipywidget that holds the value, and the one to show (they differ where there is a play button)."""
+    import ipywidgets as widgets
+
+    style = {"description_width": "initial"}
+    if isinstance(control, Choice):
+        options = list(control.options.items()) if isinstance(control.options, dict) else list(control.options)
+        dropdown = widgets.Dropdown(options=options, value=control.value, description=label, style=style)
+        return dropdown, dropdown
+    bounds = {"min": control.low, "max": control.high, "step": control.step, "value": control.value}
+    slider = widgets.IntSlider(**bounds, description=label, continuous_update=False, style=style)
+    if not control.play:
+        return slider, slider
+    play = widgets.Play(**bounds, interval=_PLAY_MILLISECONDS)
+    widgets.jslink((play, "value"), (slider, "value"))
+    return slider, widgets.HBox([play, slider])

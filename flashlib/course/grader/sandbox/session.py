@@ -1,0 +1,635 @@
+"""The grader's side of the sandbox: start children, send arrays, receive arrays, and end what does not end itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import secrets
+import select
+import shutil
+import signal
+import site
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from flashlib.course.grader.sandbox import wire
+from flashlib.course.grader.sandbox.confine import MIB, Fence, Protections
+
+ZYGOTE_START_SECONDS = 120.0
+ZYGOTE_ANSWER_SECONDS = 15.0
+FORK_SECONDS = 15.0
+POLL_SECONDS = 0.05
+OUTPUT_KEPT = 8_000  # bytes of what a submission printed that are kept for its report
+REPOSITORY = Path(__file__).resolve().parents[4]
+PACKAGE = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one submission may use.
+
+    Attributes:
+        seconds: wall-clock time for one call; importing the file counts as one.
+        total_seconds: wall-clock time for the whole submission.
+        memory: bytes on top of what PyTorch itself takes.
+        output: bytes printed in one property's check; more ends the process.
+        disk: bytes in its temporary directory.
+        processes: whether it may start processes.
+    """
+
+    seconds: float = 20.0
+    total_seconds: float = 180.0
+    memory: int = 2048 * MIB
+    output: int = MIB
+    disk: int = 64 * MIB
+    processes: bool = False
+
+
+class StudentError(Exception):
+    """The submission gave no usable answer.
+
+    Attributes:
+        kind: `"timeout"`, `"memory-limit"`, `"process-ended"`, `"output-flood"`, `"disk-flood"`, `"tampered"`, or what
+            the child itself reported: `"exception"`, `"syntax"`, `"missing"`, `"not-implemented"`, `"forbidden"`,
+            `"exit"`, `"memory"`, `"unsendable"`.
+        message: what happened, one sentence.
+        traceback: the frames in the student's own file, or "".
+        group: for `"forbidden"`, which group of operations.
+    """
+
+    def __init__(self, kind: str, message: str, traceback: str = "", group: str = "") -> None:
+        super().__init__(message)
+        self.kind, self.message, self.traceback, self.group = kind, message, traceback, group
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself could not work; no fault of the submission."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one call gave: the value, its traffic if metered, the arguments it changed, and seconds."""
+
+    value: Any
+    meter: dict[str, Any] | None
+    changed: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a child went: most resident memory over the zygote's (bytes), processes it left behind, and its exit status."""
+
+    memory_growth: int
+    strays: int
+    status: int
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def readable_paths(hidden: Sequence[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths a child may read, and directories it may only list, so that nothing under `hidden` can be read.
+
+    A child needs Python, its packages and a few system files; not this repository, nor anyone's home.
+    """
+    places = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), *site.getsitepackages(), *_import_path()}
+    places |= {"/usr", "/lib", "/lib64", "/etc", "/opt", "/sys/devices/system", "/proc", "/dev/urandom", "/dev/zero"}
+    hidden = [path.resolve() for path in (*hidden, PACKAGE)]
+    allowed: set[str] = set()
+    listable: set[str] = set()
+    for place in places:
+        path = Path(place).resolve()
+        if path != REPOSITORY and path.exists():
+            _allow_around(path, hidden, allowed, listable)
+    return tuple(sorted(allowed)), tuple(sorted(listable))
+
+
+def _allow_around(path: Path, hidden: list[Path], allowed: set[str], listable: set[str]) -> None:
+    if any(path == secret or secret in path.parents for secret in hidden):
+        return
+    if not any(path in secret.parents for secret in hidden):
+        allowed.add(str(path))
+        return
+    listable.add(str(path))
+    for entry in path.iterdir():
+        if not entry.is_symlink():
+            _allow_around(entry, hidden, allowed, listable)
+
+
+def _import_path() -> list[str]:
+    here = Path.cwd()
+    return [
+        entry
+        for entry in sys.path
+        if entry and os.path.isdir(entry) and Path(entry).resolve() not in (here, REPOSITORY)
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------- zygote
+
+
+class Sandbox:
+    """A zygote and the children forked from it, one at a time. One sandbox per job: its descendants are that job's.
+
+    Args:
+        preload: modules to import before forking (`("triton",)`), so that each child has them at once.
+        environment: variables for the zygote and its children, set before anything is imported.
+        hidden: files and directories that no child may read.
+        kernel_fences: use Landlock and seccomp where there are; False stands for a system without, in tests.
+
+    Raises:
+        SandboxError: this system cannot fork, or the zygote did not start.
+    """
+
+    def __init__(
+        self,
+        *,
+        preload: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+        hidden: Sequence[Path] = (),
+        kernel_fences: bool = True,
+    ) -> None:
+        if not hasattr(os, "fork"):
+            raise SandboxError("the grader needs Linux or macOS (on Windows, run it under WSL): it forks processes")
+        self.preload = tuple(preload)
+        self.kernel_fences = kernel_fences
+        self.environment = {
+            "PATH": os.defpath,
+            "LANG": "C.UTF-8",
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **(environment or {}),
+        }
+        self.readable, self.listable = readable_paths(hidden)
+        self._process: subprocess.Popen | None = None
+        self._control: socket.socket | None = None
+        self.base_memory = 0
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the zygote and everything under it."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)
+            self._kill_tree()
+            self._process = None
+
+    def open_child(self, source: bytes, filename: str, limits: Limits, forbidden: dict[str, Sequence[str]]) -> Child:
+        """A fresh process in a fresh directory that holds `source` as `filename`; `Child.end` removes both."""
+        directory = Path(tempfile.mkdtemp(prefix="flashlib-grader-")).resolve()
+        try:
+            file = directory / filename
+            file.write_bytes(source)
+            return self._fork(directory, file, limits, forbidden)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+    def _fork(self, directory: Path, file: Path, limits: Limits, forbidden: dict[str, Sequence[str]]) -> Child:
+        self._start()
+        ours, theirs = socket.socketpair()
+        output, their_output = os.pipe()
+        fence = Fence(
+            readable=self.readable,
+            listable=self.listable,
+            writable=str(directory),
+            memory=limits.memory,
+            cpu_seconds=math.ceil(limits.total_seconds),
+            processes=limits.processes,
+            kernel=self.kernel_fences,
+        )
+        order = {
+            "do": "fork",
+            "directory": str(directory),
+            "file": str(file),
+            "environment": {**self.environment, "HOME": str(directory), "TMPDIR": str(directory)},
+            "forbidden": forbidden,
+            "fence": asdict(fence),
+        }
+        with theirs:
+            try:
+                answer = self._ask(order, FORK_SECONDS, fds=[theirs.fileno(), their_output])
+            except SandboxError:
+                ours.close()
+                os.close(output)
+                raise
+            finally:
+                os.close(their_output)
+        return Child(self, answer["pid"], ours, output, directory, limits)
+
+    def _start(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-E", "-B", str(Path(__file__).with_name("zygote.py")), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                cwd=tempfile.gettempdir(),
+                env=self.environment,
+                start_new_session=True,
+            )
+        setup = {"sys_path": _import_path(), "package": str(PACKAGE), "preload": self.preload}
+        ready = self._ask({**setup, "environment": self.environment}, ZYGOTE_START_SECONDS)
+        self.base_memory = ready["memory"]
+
+    def _ask(self, order: dict[str, Any], seconds: float, fds: Sequence[int] = ()) -> dict[str, Any]:
+        text = json.dumps(order).encode()
+        try:
+            self._control.settimeout(seconds)
+            socket.send_fds(self._control, [len(text).to_bytes(8, "big")], list(fds))
+            self._control.sendall(text)
+            size = int.from_bytes(self._receive(8), "big")
+            return json.loads(self._receive(size))
+        except (OSError, EOFError) as error:
+            self._kill_tree()
+            raise SandboxError(
+                f"the process that forks children does not answer ({error or type(error).__name__})"
+            ) from error
+
+    def _receive(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            if not (more := self._control.recv(size - len(data))):
+                raise EOFError("it has ended")
+            data += more
+        return data
+
+    def _kill_tree(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            zygote = psutil.Process(self._process.pid)
+            for process in [*zygote.children(recursive=True), zygote]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self._process.wait()
+
+
+# --------------------------------------------------------------------------------------------------------------- child
+
+
+@dataclass
+class Child:
+    """One process with one student's file in it. Every method that waits has a deadline."""
+
+    sandbox: Sandbox
+    pid: int
+    channel: socket.socket
+    output_pipe: int
+    directory: Path
+    limits: Limits
+    printed: bytes = b""
+    printed_bytes: int = 0
+    ending: Ending | None = None
+    _incoming: bytearray = field(default_factory=bytearray)
+    _handles: int = 0
+
+    def __post_init__(self) -> None:
+        self.channel.setblocking(False)
+        os.set_blocking(self.output_pipe, False)
+
+    def load(self) -> Protections:
+        """Fence in, then import the student's file.
+
+        Raises:
+            StudentError: importing failed.
+            SandboxError: the child did not get as far as the student's file.
+        """
+        try:
+            ready, _ = self._reply(time.monotonic() + FORK_SECONDS)
+            protections = Protections(ready["active"], ready["missing"])
+        except (StudentError, KeyError) as error:
+            said = self.printed.decode(errors="replace").strip().splitlines()[-1:]
+            raise SandboxError(f"the sandbox could not be set up: {' '.join(said) or error}") from error
+        self._exchange({"do": "load"}, None, self.limits.seconds)
+        return protections
+
+    def call(
+        self,
+        function: str,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        on: wire.Handle | None = None,
+        keep: bool = False,
+        meter: dict[str, torch.Tensor] | None = None,
+        seconds: float | None = None,
+    ) -> Reply:
+        """Run `function(*args, **kwargs)` of the student's file, or of the object `on`, in the child.
+
+        Args:
+            keep: leave the result in the child and answer with a `Handle` to it.
+            meter: count tensors made and bytes moved; names and tensors (among the arguments) to follow.
+
+        Raises:
+            StudentError: there was no usable answer.
+        """
+        kwargs = kwargs or {}
+        tensors: list[torch.Tensor] = []
+        header = {
+            "do": "call",
+            "function": function,
+            "on": on.number if on else None,
+            "args": wire.to_json(list(args), tensors),
+            "kwargs": {"dict": {name: wire.to_json(value, tensors) for name, value in kwargs.items()}},
+            "meter": None if meter is None else {name: _position(tensor, tensors) for name, tensor in meter.items()},
+        }
+        if keep:
+            self._handles += 1
+        header["keep"] = self._handles if keep else None
+        began = time.monotonic()
+        with _Arena(tensors) as arena:
+            header["tensors"] = arena.descriptions
+            answer, results = self._exchange(header, arena.fd, seconds or self.limits.seconds)
+            changed = _names(arena.changed(), function, args, kwargs, tensors)
+        elapsed = time.monotonic() - began
+        if keep:
+            return Reply(wire.Handle(self._handles), answer.get("meter"), changed, elapsed)
+        try:
+            value = wire.from_json(answer.get("value"), results, {})
+        except wire.WireError as error:
+            raise _tampered(error) from error
+        return Reply(value, answer.get("meter"), changed, elapsed)
+
+    def end(self) -> Ending:
+        """Kill it and all its descendants, and remove its directory. Safe to call again."""
+        if self.ending is None:
+            self.channel.close()
+            try:
+                answer = self.sandbox._ask({"do": "end", "pid": self.pid}, ZYGOTE_ANSWER_SECONDS)
+            except SandboxError:
+                answer = {"peak_memory": 0, "strays": 0, "status": 0}
+            with contextlib.suppress(OSError, StudentError):
+                self._drain()
+            os.close(self.output_pipe)
+            shutil.rmtree(self.directory, ignore_errors=True)
+            growth = max(0, answer["peak_memory"] - self.sandbox.base_memory)
+            self.ending = Ending(growth, answer["strays"], answer["status"])
+        return self.ending
+
+    # ------------------------------------------------------------------------------------------------------- waiting
+
+    def _exchange(
+        self, header: dict[str, Any], fd: int | None, seconds: float
+    ) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        nonce = secrets.token_hex(8)
+        deadline = time.monotonic() + seconds
+        frame = wire.encode_header({**header, "id": nonce})
+        self._send(frame, fd, deadline)
+        answer, results = self._reply(deadline)
+        if answer.get("id") != nonce:
+            raise StudentError("tampered", "An answer arrived on the grader's channel that belongs to no question.")
+        if "error" in answer:
+            raise _reported(answer["error"])
+        return answer, results
+
+    def _send(self, frame: bytes, fd: int | None, deadline: float) -> None:
+        try:
+            socket.send_fds(self.channel, [frame[:8]], [fd] if fd is not None else [])
+            sent = 8
+            while sent < len(frame):
+                self._wait(deadline, writing=True)
+                with contextlib.suppress(BlockingIOError):
+                    sent += self.channel.send(frame[sent:])
+        except OSError as error:
+            raise self._died() from error
+
+    def _reply(self, deadline: float) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        try:
+            header = wire.decode_header(self._take(wire.header_size(self._take(8, deadline)), deadline))
+            size = header.get("bytes", 0)
+            if type(size) is not int or not 0 <= size <= self.limits.memory:
+                raise wire.WireError(f"{str(size)[:40]} bytes of arrays")
+            data = memoryview(bytearray(self._take(size, deadline)))
+            descriptions = header.get("tensors", [])
+            if not isinstance(descriptions, list):
+                raise wire.WireError("arrays that are not a list")
+            return header, [wire.tensor_from(data, description) for description in descriptions]
+        except wire.WireError as error:
+            raise _tampered(error) from error
+
+    def _take(self, size: int, deadline: float) -> bytes:
+        while len(self._incoming) < size:
+            self._wait(deadline, writing=False)
+            try:
+                more = self.channel.recv(1 << 20)
+            except BlockingIOError:
+                continue
+            except ConnectionError:
+                more = b""
+            if not more:
+                raise self._died()
+            self._incoming += more
+        data = bytes(self._incoming[:size])
+        del self._incoming[:size]
+        return data
+
+    def _wait(self, deadline: float, *, writing: bool) -> None:
+        """Until the channel may be ready; meanwhile drain what is printed and watch the limits."""
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise StudentError("timeout", "No answer within the time limit; the process was stopped.")
+            reading = [self.output_pipe] if writing else [self.channel, self.output_pipe]
+            ready, writable, _ = select.select(
+                reading, [self.channel] if writing else [], [], min(POLL_SECONDS, remaining)
+            )
+            if self.output_pipe in ready:
+                self._drain()
+            if self.channel in ready or writable:
+                return
+            self._watch()
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                chunk = os.read(self.output_pipe, 1 << 16)
+            except BlockingIOError:
+                return
+            if not chunk:
+                time.sleep(0.001)  # all writers are gone; the channel will say so
+                return
+            self.printed += chunk[: OUTPUT_KEPT - len(self.printed)]
+            self.printed_bytes += len(chunk)
+            if self.printed_bytes > self.limits.output:
+                raise StudentError(
+                    "output-flood",
+                    f"It printed more than {self.limits.output // 1024:,} KiB; the process was stopped.",
+                )
+
+    def _watch(self) -> None:
+        """Limits that no kernel enforces everywhere: memory, disk, and a child that is dead while another holds its channel."""
+        try:
+            process = psutil.Process(self.pid)
+            if process.status() == psutil.STATUS_ZOMBIE:
+                raise self._died()
+            memory = process.memory_info().rss
+        except psutil.NoSuchProcess as error:
+            raise self._died() from error
+        except psutil.AccessDenied:
+            return
+        if memory > self.sandbox.base_memory + self.limits.memory:
+            raise _out_of_memory(self.limits)
+        if _disk_usage(self.directory) > self.limits.disk:
+            raise StudentError(
+                "disk-flood", f"It wrote more than {self.limits.disk // MIB} MiB of files; the process was stopped."
+            )
+
+    def _died(self) -> StudentError:
+        with contextlib.suppress(OSError, StudentError):
+            self._drain()
+        status = self.end().status
+        if os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            if number == signal.SIGXCPU:
+                return StudentError("timeout", "It used up its processor time; the process was stopped.")
+            how = f"killed by {_signal_name(number)}"
+        else:
+            how = f"exit status {os.WEXITSTATUS(status)}"
+        return StudentError("process-ended", f"The process ended before it answered ({how}).")
+
+
+def _position(tensor: torch.Tensor, tensors: list[torch.Tensor]) -> int:
+    for index, known in enumerate(tensors):
+        if known is tensor:
+            return index
+    raise ValueError("a metered tensor must be among the call's arguments")
+
+
+def _names(changed: list[int], function: str, args, kwargs, tensors) -> tuple[str, ...]:
+    named = {id(value): name for name, value in kwargs.items()}
+    named |= {id(value): f"argument {position + 1}" for position, value in enumerate(args)}
+    return tuple(named.get(id(tensors[index]), f"a tensor passed to {function}") for index in changed)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _tampered(error: Exception) -> StudentError:
+    return StudentError("tampered", f"Something other than an answer was written on the grader's channel: {error}.")
+
+
+def _out_of_memory(limits: Limits) -> StudentError:
+    return StudentError("memory-limit", f"It needed more than {limits.memory // MIB:,} MiB; the process was stopped.")
+
+
+def _reported(error: Any) -> StudentError:
+    """What the child says went wrong. It is the student's word: text, cut to size, and no more."""
+    if not isinstance(error, dict):
+        return StudentError("tampered", "A malformed error was written on the grader's channel.")
+    said = {key: str(error.get(key, ""))[:4000] for key in ("kind", "type", "message", "traceback", "group")}
+    messages = {
+        "missing": f"There is no {said['message']} in the file.",
+        "syntax": "The file is not valid Python.",
+        "not-implemented": "Not written yet.",
+        "forbidden": f"{said['message']}.",
+        "exit": "It called exit instead of returning.",
+        "memory": "It ran out of the memory it may use.",
+        "unsendable": f"It returned {said['message']}, which is no tensor, number or tuple of them.",
+        "exception": f"It raised {said['type']}: {said['message']}",
+    }
+    if said["kind"] not in messages:
+        return StudentError("tampered", "A malformed error was written on the grader's channel.")
+    return StudentError(said["kind"], messages[said["kind"]], said["traceback"], said["group"])
+
+
+def _disk_usage(directory: Path) -> int:
+    total = 0
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total
+
+
+# --------------------------------------------------------------------------------------------------------------- arena
+
+
+class _Arena:
+    """The arguments of one call in memory that grader and child share.
+
+    The child computes on these very bytes. So whether it changed its inputs is not its word: the grader reads the bytes
+    back and compares them with its own.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.descriptions: list[dict[str, Any]] = []
+        self._pristine: dict[int, bytes] = {}  # position -> bytes of one storage
+        self._positions: list[int] = []
+        placed: dict[int, int] = {}
+        end = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in placed:
+                placed[storage._cdata] = end
+                self._pristine[end] = bytes(wire.storage_bytes(tensor.detach()))
+                end += wire.padded(len(self._pristine[end]))
+            self._positions.append(placed[storage._cdata])
+            self.descriptions.append(wire.describe(tensor, placed[storage._cdata]))
+        self.fd = _shared_memory(max(end, mmap.PAGESIZE))
+        for position, data in self._pristine.items():
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self.fd, data[written : written + (1 << 26)], position + written)
+
+    def __enter__(self) -> _Arena:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        os.close(self.fd)
+
+    def changed(self) -> list[int]:
+        """Indices of the tensors whose storage no longer holds what was sent."""
+        different = {
+            position
+            for position, data in self._pristine.items()
+            if any(
+                os.pread(self.fd, len(part), position + start) != part
+                for start in range(0, len(data), 1 << 26)
+                if (part := data[start : start + (1 << 26)])
+            )
+        }
+        return [index for index, position in enumerate(self._positions) if position in different]
+
+
+def _shared_memory(size: int) -> int:
+    """A file descriptor of anonymous shared memory. Sealed where it can be, so that nobody changes its size."""
+    if hasattr(os, "memfd_create"):
+        import fcntl
+
+        fd = os.memfd_create("flashlib-arguments", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return fd
+    with tempfile.TemporaryFile() as file:
+        os.ftruncate(file.fileno(), size)
+        return os.dup(file.fileno())

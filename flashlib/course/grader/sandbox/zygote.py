@@ -1,0 +1,160 @@
+"""The process that children are forked from: PyTorch loaded, no flashlib, no secrets. Run as a script by `session.py`.
+
+It obeys two orders, read from the socket whose number is its only argument: fork a child, and end a child with all that
+descends from it. On Linux it is the reaper of orphaned descendants, so a process that a submission detached (double fork,
+new session) is still found under it. When the grader goes away it ends what runs and exits.
+"""
+
+import contextlib
+import gc
+import importlib
+import importlib.abc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import types
+import warnings
+
+SWEEP_SECONDS = 5.0
+
+
+def main() -> None:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    setup, _ = receive(control)
+    sys.path[:] = setup["sys_path"]
+    os.environ.update(setup["environment"])
+    own_modules(setup["package"])
+    for name in setup["preload"]:
+        importlib.import_module(name)
+    child = importlib.import_module("flashlib.course.grader.sandbox.child")
+    confine = importlib.import_module("flashlib.course.grader.sandbox.confine")
+    confine.become_subreaper()
+    calm_torch()
+    child.rehearse()
+    shut_flashlib()
+    gc.freeze()
+    send(control, {"ready": True, "memory": resident_bytes()})
+    while True:
+        order, fds = receive(control)
+        if order["do"] == "fork":
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                child.run(channel=fds[0], output=fds[1], setup=order)
+            for fd in fds:
+                os.close(fd)
+            send(control, {"pid": pid})
+        else:
+            send(control, end(order["pid"]))
+
+
+def own_modules(package: str) -> None:
+    """Make modules of flashlib importable one by one, without running its `__init__`, which would bring all of it."""
+    for name, directory in [
+        ("flashlib", ""),
+        ("flashlib.course", "course"),
+        ("flashlib.course.grader", "course/grader"),
+        ("flashlib.course.grader.sandbox", "course/grader/sandbox"),
+    ]:
+        module = types.ModuleType(name)
+        module.__path__ = [os.path.join(package, directory)]
+        sys.modules[name] = module
+
+
+class FlashlibIsTheAnswer(importlib.abc.MetaPathFinder):
+    """Refuses `import flashlib` with a message that says why."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.partition(".")[0] == "flashlib":
+            raise ImportError("an exercise cannot import flashlib: it holds the answer. Use torch alone.")
+        return None
+
+
+def shut_flashlib() -> None:
+    """From here on flashlib cannot be imported; what the harness itself needs stays in memory under no name."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flashlib"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, FlashlibIsTheAnswer())
+
+
+def calm_torch() -> None:
+    """One thread (a pool of threads does not survive a fork), and the one-time warning about replaced operators spent."""
+    import torch
+
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library = torch.library.Library("aten", "IMPL")
+        library.impl("_softmax", lambda *args: NotImplemented, "CPU")
+        library._destroy()
+    torch.softmax(torch.ones(4, 4) @ torch.ones(4, 4), dim=-1)
+
+
+def end(pid: int) -> dict:
+    """Kill a child and every descendant; answer how it ended and the most memory it held."""
+    kill(pid)
+    _, status, usage = os.wait4(pid, 0)
+    strays, deadline = set(), time.monotonic() + SWEEP_SECONDS
+    while (found := descendants()) and time.monotonic() < deadline:
+        strays |= found
+        for stray in found:
+            kill(stray)
+        reap()
+        time.sleep(0.005)
+    unit = 1024 if sys.platform == "linux" else 1
+    return {"status": status, "peak_memory": usage.ru_maxrss * unit, "strays": len(strays), "left": sorted(found)}
+
+
+def descendants() -> set:
+    import psutil
+
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process.pid)
+    reap()
+    return found
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def resident_bytes() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def receive(control: socket.socket) -> tuple:
+    prefix, fds, _, _ = socket.recv_fds(control, 8, 4)
+    text = b""
+    while prefix and len(text) < (size := int.from_bytes(prefix, "big")):
+        if not (more := control.recv(size - len(text))):
+            prefix = b""
+        text += more
+    if not prefix:
+        for pid in descendants():
+            kill(pid)
+        os._exit(0)
+    return json.loads(text), fds
+
+
+def send(control: socket.socket, message: dict) -> None:
+    text = json.dumps(message).encode()
+    control.sendall(len(text).to_bytes(8, "big") + text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,397 @@
+"""What the check of a property works with: fresh inputs, calls into the student's process, and judgements."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashlib.course.grader.exercise import FORBIDDEN_SAYS, Misconception, Target, as_tuple
+from flashlib.course.grader.report import Failure, Finding
+from flashlib.course.grader.sandbox.confine import MIB
+from flashlib.course.grader.sandbox.session import Child, Reply, StudentError
+from flashlib.course.grader.sandbox.wire import Handle
+from flashlib.reference import largest_error
+
+# A wrong answer is recognized as a misconception's when it is this much nearer to it than that is to the truth.
+RECOGNIZED_WITHIN = 0.05
+STRUCTURAL_HINTS = {
+    "exception": "The last line names the error, the line above it where your code was. Print the shapes there.",
+    "timeout": "Look for a loop whose end is never reached, or work that grows much faster than the input.",
+    "missing": "Keep the names and arguments of the functions as they are in the exercise file.",
+    "unsendable": "Return what the docstring says: tensors, or a tuple of them.",
+}
+
+
+class Trial:
+    """One run of one property against one submission.
+
+    Attributes:
+        generator: the source of this trial's inputs; its seed comes from the run's seed and the property's name.
+    """
+
+    def __init__(self, name: str, seed: int, start_child: Callable[[], Child]) -> None:
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        self.tried = ""
+        self.printed = ""
+        self._start_child = start_child
+        self._child: Child | None = None
+
+    # --------------------------------------------------------------------------------------------------------- inputs
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal."""
+        return torch.randn(shape, generator=self.generator).to(dtype)
+
+    def uniform(self, low: float, high: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uniform in [low, high)."""
+        return (low + (high - low) * torch.rand(shape, generator=self.generator)).to(dtype)
+
+    def integer(self, low: int, high: int) -> int:
+        """One integer, both ends included."""
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+    def permutation(self, count: int) -> Tensor:
+        """The integers 0 .. count-1 in random order."""
+        return torch.randperm(count, generator=self.generator)
+
+    # ---------------------------------------------------------------------------------------------------------- calls
+
+    def call(self, function: str, *args: Any, **kwargs: Any) -> Any:
+        """The student's `function(*args, **kwargs)`, run in his process: tensors, numbers, tuples of them.
+
+        Raises:
+            Failure: there was no usable answer; the finding says why.
+        """
+        return self.ask(function, args, kwargs).value
+
+    def make(self, factory: str, *args: Any, **kwargs: Any) -> Remote:
+        """An object that stays in the student's process, such as a cache: `t.make("Cache", 2).call("append", k, v)`."""
+        return Remote(self, factory, self.ask(factory, args, kwargs, keep=True).value)
+
+    def ask(
+        self,
+        function: str,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        on: Handle | None = None,
+        keep: bool = False,
+        meter: dict[str, Tensor] | None = None,
+    ) -> Reply:
+        """As `call`, with everything else that is known about it: `.value`, `.meter`, `.changed`, `.seconds`."""
+        self.tried = describe_call(function, args, kwargs or {})
+        try:
+            if self._child is None:
+                self._child = self._start_child()
+            return self._child.call(function, args, kwargs, on=on, keep=keep, meter=meter)
+        except StudentError as error:
+            raise Failure(self._structural(error)) from error
+
+    def finish(self) -> int:
+        """End the process; answers how many bytes it had grown at its largest."""
+        if self._child is None:
+            return 0
+        ending = self._child.end()
+        self.printed += self._child.printed.decode("utf-8", errors="replace")
+        if self._child.printed_bytes > len(self._child.printed):
+            self.printed += f"\n... ({self._child.printed_bytes:,} bytes in all)"
+        self._child = None
+        return ending.memory_growth
+
+    # ----------------------------------------------------------------------------------------------------- judgements
+
+    def check(self, target: Target, *args: Any, if_it_raises: Misconception | None = None, **kwargs: Any) -> Any:
+        """Call the target's function and hold the answer against the oracle; answers what came.
+
+        Args:
+            if_it_raises: what an exception here looks like.
+
+        Raises:
+            Failure: no answer, wrong structure, wrong values or wrong dtype.
+        """
+        return self._checked(target, args, kwargs, if_it_raises=if_it_raises).value
+
+    def check_inputs_untouched(self, target: Target, *args: Any, **kwargs: Any) -> None:
+        """Call the target's function; its arguments must still hold what they held, to the last byte.
+
+        Raises:
+            Failure: no answer, or a changed argument.
+        """
+        reply = self.ask(target.function, args, kwargs)
+        if reply.changed:
+            self.fail(
+                "mutated-input",
+                f"Your function changed what it was given ({', '.join(reply.changed)}). The caller still needs it.",
+                got="an argument whose memory holds other bytes after the call",
+                expected="arguments left as they were",
+                hint="Look for in-place operations: names that end in _, and x[...] = or x += on an argument or a view of one.",
+            )
+
+    def check_tiled(
+        self, target: Target, *args: Any, largest: int, memory: int = 96 * MIB, says: str = "", **kwargs: Any
+    ) -> Reply:
+        """Check the values, that no tensor has more than `largest` elements, and that the process grew by at most `memory`.
+
+        The first bound is counted by the meter in the student's process. The second is the kernel's record of that
+        process's peak, read from outside, and holds whatever the code does to the meter. Give inputs so large that the
+        untiled matrix exceeds both.
+
+        Raises:
+            Failure: as `check`; or `"untiled"`.
+        """
+        self.finish()
+        reply = self._checked(target, args, kwargs, metered=True)
+        says = says or "You made the whole score matrix. The point of tiling is never to hold it."
+        hint = "Which tensor in your loop has a size that grows with both sequence lengths?"
+        meter = reply.meter if isinstance(reply.meter, dict) else {}
+        made = meter.get("largest_elements", 0)
+        if not isinstance(made, int) or made > largest:
+            shape = str(meter.get("largest_shape"))[:80]
+            operation = str(meter.get("largest_op"))[:80]
+            self.fail(
+                "untiled",
+                says,
+                got=f"a tensor of shape {shape} ({made} elements) made by {operation}",
+                expected=f"no tensor of more than {largest:,} elements",
+                hint=hint,
+            )
+        grown = self.finish()
+        if grown > memory:
+            self.fail(
+                "untiled",
+                says + " (The operations that were seen do not show it; the memory of your process does.)",
+                got=f"a process that grew by {grown // MIB} MiB",
+                expected=f"at most {memory // MIB} MiB",
+                hint=hint,
+            )
+        return reply
+
+    def expect_same(
+        self, first: Tensor, second: Tensor, budget: float, *, diagnosis: str, says: str, hint: str = ""
+    ) -> None:
+        """Two answers of the student must agree within `budget`, as when only a tile size differs.
+
+        Raises:
+            Failure: they do not.
+        """
+        error = largest_error(first, second) if first.shape == second.shape else float("inf")
+        if error > budget:
+            self.fail(
+                diagnosis,
+                says,
+                got=f"answers that differ by {error:.3g}",
+                expected=f"a difference of at most {budget:.3g}",
+                hint=hint,
+            )
+
+    def expect_equal(
+        self, got: Any, expected: Any, what: str, misconceptions: Sequence[Misconception] = (), *args, **kwargs
+    ) -> None:
+        """An answer that is no floating-point result (a classification, a count) must be exactly `expected`.
+
+        Args:
+            misconceptions: their models are called with `*args, **kwargs`, and recognized if they give exactly `got`.
+
+        Raises:
+            Failure: it is not.
+        """
+        if _equal(got, expected):
+            return
+        for mistake in misconceptions:
+            if mistake.model is not None and _equal(got, mistake.model(*args, **kwargs)):
+                self.fail(mistake.slug, mistake.says, got=show(got), expected=show(expected), hint=mistake.hint)
+        self.fail("wrong-values", f"{what} is not right.", got=show(got), expected=show(expected))
+
+    def fail(self, diagnosis: str, says: str, *, got: str = "", expected: str = "", hint: str = "") -> None:
+        """This property is not fulfilled.
+
+        Raises:
+            Failure: always.
+        """
+        raise Failure(Finding(diagnosis, says, self.tried, got, expected, (hint,) if hint else ()))
+
+    def fail_as(self, mistake: Misconception, *, got: str = "", expected: str = "") -> None:
+        """This property is not fulfilled, because of a mistake recognized in some other way than by its model."""
+        self.fail(mistake.slug, mistake.says, got=got, expected=expected, hint=mistake.hint)
+
+    # ------------------------------------------------------------------------------------------------------ internals
+
+    def _checked(self, target: Target, args, kwargs, *, if_it_raises=None, metered=False) -> Reply:
+        exact = as_tuple(target.oracle(*args, **kwargs))
+        budgets = as_tuple(target.budget(*args, **kwargs))
+        if not all(math.isfinite(budget) for budget in budgets):
+            raise ValueError(
+                f"the error budget of {describe_call(target.function, args, kwargs)} is {budgets}: all would pass"
+            )
+        try:
+            reply = self.ask(target.function, args, kwargs, meter={} if metered else None)
+        except Failure as failure:
+            if if_it_raises is None or failure.finding.diagnosis != "exception":
+                raise
+            self.fail_as(if_it_raises, got=failure.finding.says, expected="an answer")
+        self._judge(target, reply.value, exact, budgets, args, kwargs)
+        return reply
+
+    def _judge(self, target: Target, value: Any, exact, budgets, args, kwargs) -> None:
+        names = list(target.outputs)
+        answers = as_tuple(value)
+        if len(answers) != len(names) or not all(isinstance(answer, Tensor) for answer in answers):
+            wanted = "a tensor" if len(names) == 1 else f"a tuple of tensors ({', '.join(names)})"
+            self.fail("wrong-type", f"{target.function} should return {wanted}.", got=show(value), expected=wanted)
+        wrong = [i for i in range(len(names)) if _error(answers[i], exact[i]) > budgets[i]]
+        if wrong:
+            self._diagnose(target, answers, exact, budgets, wrong[0], args, kwargs)
+        first = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        for name, answer in zip(names, answers, strict=True):
+            dtype = target.outputs[name] or first.dtype
+            if answer.dtype != dtype:
+                self.fail(
+                    "wrong-dtype",
+                    f"{name} has the right values but not the right dtype.",
+                    got=_dtype(answer.dtype),
+                    expected=_dtype(dtype),
+                    hint="Which dtype does the docstring promise? Convert once, at the end.",
+                )
+
+    def _diagnose(self, target: Target, answers, exact, budgets, wrong: int, args, kwargs) -> None:
+        name, answer, truth, budget = list(target.outputs)[wrong], answers[wrong], exact[wrong], budgets[wrong]
+        got, expected = contrast(name, answer, truth, budget)
+        mistake = recognize(target.misconceptions, answers, exact, budgets, args, kwargs)
+        if mistake is not None:
+            self.fail(mistake.slug, mistake.says, got=got, expected=expected, hint=mistake.hint)
+        if answer.shape != truth.shape:
+            self.fail("wrong-shape", f"{name} does not have the right shape.", got=got, expected=expected)
+        if answer.isnan().any() and not truth.isnan().any():
+            self.fail(
+                "nan-produced",
+                f"{name} contains NaN: somewhere inf - inf, 0 * inf or 0 / 0 was computed.",
+                got=got,
+                expected=expected,
+                hint="Which row has the first NaN, and what are its maximum and its sum?",
+            )
+        self.fail("wrong-values", f"{name} is off by more than rounding explains.", got=got, expected=expected)
+
+    def _structural(self, error: StudentError) -> Finding:
+        diagnosis = error.group if error.kind == "forbidden" and error.group in FORBIDDEN_SAYS else error.kind
+        says = FORBIDDEN_SAYS.get(diagnosis, error.message)
+        hint = STRUCTURAL_HINTS.get(error.kind)
+        return Finding(diagnosis, says, self.tried, traceback=error.traceback, hints=(hint,) if hint else ())
+
+
+class Remote:
+    """An object in the student's process."""
+
+    def __init__(self, trial: Trial, name: str, handle: Handle) -> None:
+        self._trial, self._name, self._handle = trial, name, handle
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Its `method(*args, **kwargs)`."""
+        return self._trial.ask(method, args, kwargs, on=self._handle).value
+
+    def get(self, attribute: str) -> Any:
+        """Its attribute (a method without arguments is called)."""
+        return self._trial.ask(attribute, on=self._handle).value
+
+
+# ------------------------------------------------------------------------------------------------------- recognizing
+
+
+def recognize(
+    misconceptions: Sequence[Misconception], answers, exact, budgets, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Misconception | None:
+    """The misconception whose answer on the same inputs is this one; the nearest if several are."""
+    best, best_distance = None, RECOGNIZED_WITHIN
+    for mistake in misconceptions:
+        if mistake.model is None:
+            continue
+        model = as_tuple(mistake.model(*args, **kwargs))
+        distance = max(
+            (_distance(*four) for four in zip(answers, model, exact, budgets, strict=True) if four[1] is not None),
+            default=float("inf"),
+        )
+        shows = any(m is not None and _error(m, e) > b for m, e, b in zip(model, exact, budgets, strict=True))
+        if shows and distance < best_distance:
+            best, best_distance = mistake, distance
+    return best
+
+
+def _distance(answer: Tensor, model: Tensor, exact: Tensor, budget: float) -> float:
+    """How far the answer is from the model's, as a fraction of how far the model's is from the truth (and the budget)."""
+    if answer.shape != model.shape:
+        return float("inf")
+    answer, model = answer.double(), model.double()
+    if not torch.equal(answer.isnan(), model.isnan()):
+        return float("inf")
+    error = largest_error(answer.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf), _no_nan(model))
+    if error <= budget:
+        return 0.0
+    finite = model.isfinite() & exact.isfinite() if model.shape == exact.shape else model.isfinite()
+    other = exact if model.shape == exact.shape else torch.zeros_like(model)
+    scale = float((model - other).abs()[finite].max()) if finite.any() else 0.0
+    return error / scale if scale else float("inf")
+
+
+def _no_nan(tensor: Tensor) -> Tensor:
+    return tensor.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _error(answer: Tensor, exact: Tensor) -> float:
+    return largest_error(answer, exact) if answer.shape == exact.shape else float("inf")
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return False
+    return type(first) is type(second) and first == second
+
+
+# ----------------------------------------------------------------------------------------------------------- showing
+
+
+def describe_call(function: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """`softmax(float32 [3, 5], scale=0.5)`."""
+    shown = [_short(value) for value in args] + [f"{name}={_short(value)}" for name, value in kwargs.items()]
+    return f"{function}({', '.join(shown)})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{_dtype(value.dtype)} {list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(_short(item) for item in value[:4])}{', ...' if len(value) > 4 else ''})"
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)[:60]
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def show(value: Any) -> str:
+    """A value in a line: small tensors whole, others by dtype and shape."""
+    if isinstance(value, Tensor) and value.numel() <= 12:
+        return f"{_dtype(value.dtype)} {list(value.shape)}: {value.tolist()}"
+    return _short(value)
+
+
+def contrast(name: str, answer: Tensor, exact: Tensor, budget: float) -> tuple[str, str]:
+    """What came and what was expected, at the place where they differ most."""
+    if answer.shape != exact.shape:
+        return f"{name} of shape {list(answer.shape)}", f"shape {list(exact.shape)}"
+    error = torch.where(answer.double() == exact, 0.0, (answer.double() - exact).abs()).nan_to_num(nan=torch.inf)
+    flat = int(error.flatten().argmax())
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape))
+    where = f"{name}[{', '.join(map(str, place))}]"
+    wrong = int((error > budget).sum())
+    share = f" ({wrong:,} of {error.numel():,} elements are off)"
+    return (
+        f"{where} = {float(answer[place]):.6g}{share}",
+        f"{where} = {float(exact[place]):.6g}, with an error of at most {budget:.2g}",
+    )

@@ -1,0 +1,18 @@
+# diagnosis: sdpa-called
+import torch
+from torch import Tensor
+
+
+def softmax(x: Tensor) -> Tensor:
+    scores = x.to(torch.promote_types(x.dtype, torch.float32))
+    row_max = scores.amax(-1, keepdim=True)
+    row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
+    weights = torch.exp(scores - row_max)
+    row_sum = weights.sum(-1, keepdim=True)
+    return (weights / row_sum.masked_fill(row_sum == 0, 1.0)).to(x.dtype)
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, causal: bool = False) -> Tensor:
+    sq, sk = q.shape[-2], k.shape[-2]
+    mask = torch.ones(sq, sk, dtype=torch.bool).tril(sk - sq) if causal else None
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

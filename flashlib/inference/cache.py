@@ -198,7 +198,7 @@ class KVCache:
             ValueError: there is no such request.
         """
         chosen = _integers("requests", requests)
-        if chosen.numel() and not (0 <= int(chosen.min()) and int(chosen.max()) < self.batch):
+        if ((chosen < 0) | (chosen >= self.batch)).any():
             raise ValueError(f"requests must lie between 0 and {self.batch - 1}; got {chosen.tolist()}")
         _, kv_heads, capacity, head_dim = self.key_buffer.shape
         v_head_dim = self.value_buffer.shape[3]

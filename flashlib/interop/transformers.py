@@ -92,7 +92,9 @@ def register(backend: str = "auto", *, name: str | None = None) -> str:
     if name is None:
         name = "fl_" + backend.replace("flash", "fa").replace("sdpa", "sdp")
     if not isinstance(name, str) or not name or any(part in name for part in _MEANINGFUL):
-        raise ValueError(f"name must not contain {', '.join(_MEANINGFUL)}, which transformers reads its own way; got {name!r}")
+        raise ValueError(
+            f"name must not contain {', '.join(_MEANINGFUL)}, which transformers reads its own way; got {name!r}"
+        )
     AttentionInterface.register(name, partial(attention_forward, backend=backend))
     AttentionMaskInterface.register(name, make_mask)
     return name
@@ -132,11 +134,16 @@ def attention_forward(
     if dropout:
         raise ValueError(f"dropout must be 0: flashlib.attention has none; got {dropout} (config.attention_dropout)")
     for argument, meaning in _UNSUPPORTED.items():
-        if kwargs.get(argument) not in (None, False):
-            raise ValueError(f"{argument} ({meaning}) is not supported by flashlib.attention; use attn_implementation='eager'")
+        given = kwargs.get(argument)
+        if given is not None and given is not False:
+            raise ValueError(
+                f"{argument} ({meaning}) is not supported by flashlib.attention; use attn_implementation='eager'"
+            )
     if attention_mask is None:
         if sliding_window is not None:
-            raise ValueError(f"sliding_window={sliding_window} came without a mask; expected one from transformers.masking_utils")
+            raise ValueError(
+                f"sliding_window={sliding_window} came without a mask; expected one from transformers.masking_utils"
+            )
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         mask = Causal() if causal else Unmasked()
     elif isinstance(attention_mask, Mask):

@@ -1,0 +1,432 @@
+"""Tiny randomly initialised transformers models on flashlib.attention, against their own eager code."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StaticCache,
+    logging,
+)
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
+
+import flashlib.interop.transformers as interop
+from flashlib import BackendUnavailableError
+from flashlib.inference.cache import CacheFullError
+from flashlib.interop.transformers import FlashlibCache, make_mask, register, set_attention
+
+logging.set_verbosity_error()
+VOCABULARY = 97
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GQA = {"num_key_value_heads": 2, "head_dim": 8}
+SPECIAL = {"cls_token_id": 1, "sep_token_id": 2}
+
+DECODERS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **GQA)),
+    "mistral_window": lambda: MistralForCausalLM(MistralConfig(**SIZES, **GQA, sliding_window=5)),
+    "qwen2_some_layers_window": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, **GQA, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    ),
+    "gemma2_softcap_scale_window": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, **GQA, sliding_window=5, attn_logit_softcapping=0.5, query_pre_attn_scalar=3)
+    ),
+}
+ENCODERS = {
+    "bert": lambda: BertModel(BertConfig(**SIZES)),
+    "modernbert_window": lambda: ModernBertModel(ModernBertConfig(**SIZES, **SPECIAL, local_attention=6)),
+}
+BACKENDS = ("auto", "tiled", "reference")
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(secret := torch.seed() % 2**32)
+    print(f"weights from seed {secret}")
+    made = {name: make().eval().requires_grad_(False) for name, make in {**DECODERS, **ENCODERS}.items()}
+    for model in made.values():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # the usual initialization is so small that attention is nearly uniform
+    return made
+
+
+def tokens(generator, batch=3, length=21):
+    return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+
+
+def padding(side, shape, generator):
+    """A 2-D attention mask: request 0 has no padding, the last request one token."""
+    batch, length = shape
+    real = torch.randint(1, length + 1, (batch,), generator=generator)
+    real[0], real[-1] = length, 1
+    column = torch.arange(length)
+    return (column < real[:, None] if side == "right" else column >= length - real[:, None]).long()
+
+
+def positions(attention_mask):
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def oracle_attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+    """The formula, for a model in float64. transformers' own eager code takes its softmax in float32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.mT * scaling
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
+    weights = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return (weights @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("oracle", oracle_attention)
+AttentionMaskInterface.register("oracle", lambda **rule: sdpa_mask(**{**rule, **NEVER_SKIP}))
+NEVER_SKIP = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+
+def oracle(model, inputs, wanted=None):
+    return run(copy.deepcopy(model).double(), "oracle", inputs, wanted)
+
+
+def run(model, implementation, inputs, wanted=None):
+    """The model's first output (logits, or hidden states) where ``wanted`` says that it has a meaning."""
+    if implementation in ("eager", "oracle"):
+        model.set_attn_implementation(implementation)
+    else:
+        set_attention(model, implementation)
+    with torch.no_grad():
+        output = model(**inputs)[0]
+    return output if wanted is None else output[wanted.bool()]
+
+
+def assert_as_accurate_as_eager(model, backend, inputs, wanted=None):
+    """Error against the model in float64 at most twice that of eager attention in float32, and one rounding."""
+    exact = oracle(model, inputs, wanted)
+    eager_error = (run(model, "eager", inputs, wanted) - exact).abs().max()
+    error = (run(model, backend, inputs, wanted) - exact).abs().max()
+    one_rounding = torch.finfo(torch.float32).eps * exact.abs().max()
+    assert eager_error <= 1e-5 * exact.abs().max(), "the oracle is not the model"
+    assert error <= 2 * eager_error + one_rounding, f"error {error:.2e}, eager {eager_error:.2e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders(models, name, side, backend, generator):
+    ids = tokens(generator)
+    inputs, wanted = {"input_ids": ids}, None
+    if side != "none":
+        wanted = padding(side, ids.shape, generator)
+        inputs.update(attention_mask=wanted, position_ids=positions(wanted))
+    assert_as_accurate_as_eager(models[name], backend, inputs, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_see_both_ways(models, name, side, backend, generator):
+    ids = tokens(generator)
+    inputs, wanted = {"input_ids": ids}, None
+    if side != "none":
+        inputs["attention_mask"] = wanted = padding(side, ids.shape, generator)
+    assert_as_accurate_as_eager(models[name], backend, inputs, wanted)
+    # The first token's output depends on the last token: nothing was made causal.
+    other = ids.clone()
+    other[:1, -1] = (other[:1, -1] - 2) % (VOCABULARY - 3) + 3
+    if name == "bert":
+        first, second = (run(models[name], backend, {"input_ids": x})[0, 0] for x in (ids, other))
+        assert (first - second).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("make_cache", [DynamicCache, lambda config: FlashlibCache(64), lambda config: StaticCache(config, 64)],
+                         ids=["dynamic", "flashlib", "static"])  # fmt: skip
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_prefill_in_chunks_and_decode(models, name, side, make_cache, generator):
+    """Piece by piece through a cache gives what the whole sequence gives at once."""
+    model, ids = models[name], tokens(generator)
+    mask = padding(side, ids.shape, generator) if side != "none" else torch.ones_like(ids)
+    whole = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+    exact = oracle(model, whole)
+    eager_error = (run(model, "eager", whole) - exact)[mask.bool()].abs().max()
+    set_attention(model, "tiled")
+    cache, done, pieces = make_cache(config=model.config), 0, []
+    for count in (7, 4, 1, 1, 1, 6, 1):
+        new = slice(done, done + count)
+        done += count
+        with torch.no_grad():
+            piece = model(
+                input_ids=ids[:, new],
+                attention_mask=mask[:, :done],
+                position_ids=positions(mask)[:, new],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        pieces.append(piece.logits)
+    error = (torch.cat(pieces, dim=1) - exact)[mask.bool()].abs().max()
+    # Matrix products of other sizes round differently, in the projections too: hence twice, and a rounding for each layer.
+    assert error <= 2 * eager_error + 3 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+def test_packed_documents(models, generator):
+    """Positions that start again mark a new document, which must not see the one before."""
+    model, ids = models["llama"], tokens(generator, batch=1, length=20)
+    restarting = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    packed = {
+        "input_ids": ids,
+        "position_ids": restarting,
+        "use_cache": False,
+    }  # with a cache, transformers does not look
+    assert_as_accurate_as_eager(model, "tiled", packed)
+    together = run(model, "tiled", packed)[:, 12:]
+    alone = run(model, "tiled", {"input_ids": ids[:, 12:]})
+    assert (together - alone).abs().max() <= 8 * torch.finfo(torch.float32).eps * alone.abs().max()
+
+
+def test_a_matrix_that_the_caller_made(models, generator):
+    model, ids = models["llama"], tokens(generator, batch=1, length=12)
+    visible = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril().triu(-3)
+    additive = torch.zeros(1, 1, 12, 12).masked_fill(~visible, torch.finfo(torch.float32).min)
+    eager = run(model, "eager", {"input_ids": ids, "attention_mask": additive})
+    for matrix in (visible, additive):
+        ours = run(model, "tiled", {"input_ids": ids, "attention_mask": matrix})
+        assert (ours - eager).abs().max() <= 16 * torch.finfo(torch.float32).eps * eager.abs().max()
+    with pytest.raises(ValueError, match="attention_mask must hold only 0 and the dtype's minimum"):
+        run(model, "tiled", {"input_ids": ids, "attention_mask": additive - 1})
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be \[B, 1, Sq, Sk\], one for all heads; got \[1, 6, 12, 12\]"
+    ):
+        run(model, "tiled", {"input_ids": ids, "attention_mask": additive.expand(1, 6, 12, 12)})
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_on_our_cache(models, name, beams, generator):
+    model, ids = models[name], tokens(generator, batch=2, length=9)
+    mask = padding("left", ids.shape, generator)
+    options = {
+        "attention_mask": mask, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "num_beams": beams,
+    }  # fmt: skip
+    model.set_attn_implementation("eager")
+    expected = model.generate(ids, **options)
+    set_attention(model, "tiled")
+    cache = FlashlibCache(capacity=9 + 12)
+    assert torch.equal(model.generate(ids, **options, past_key_values=cache), expected)
+    assert len(cache.stores) == 3 and all(store.batch == 2 * beams for store in cache.stores)
+    assert all(store.max_length == 9 + 11 for store in cache.stores)  # the last token is written, never read
+
+
+def test_the_cache_runs_out_loudly(models, generator):
+    model, ids = models["llama"], tokens(generator, batch=1, length=9)
+    with pytest.raises(CacheFullError, match="request 0 holds 10 tokens and 1 more do not fit into its capacity of 10"):
+        model.generate(ids, max_new_tokens=5, min_new_tokens=5, past_key_values=FlashlibCache(capacity=10))
+
+
+def test_the_cache_as_transformers_sees_it(models, generator):
+    model, ids = models["llama"], tokens(generator, batch=2, length=9)
+    set_attention(model, "tiled")
+    cache = FlashlibCache(capacity=32)
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0 and cache.get_mask_sizes(5, 0) == (5, 0)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        assert cache.get_seq_length() == 9 and cache.get_mask_sizes(5, 0) == (14, 0) and cache.get_max_length() == 32
+        assert cache.nbytes == 3 * 2 * 32 * (2 * (8 + 8) * 4) and cache.bytes_per_token == 3 * 2 * (8 + 8) * 4
+        # Forgetting three tokens and reading them again gives the same keys.
+        keys = cache.layers[2].keys.clone()
+        cache.crop(-3)
+        assert cache.get_seq_length() == 6 and torch.equal(cache.layers[2].keys, keys[:, :, :6])
+        model(input_ids=ids[:, 6:], past_key_values=cache)
+        assert (cache.layers[2].keys - keys).abs().max() <= 16 * torch.finfo(torch.float32).eps * keys.abs().max()
+        cache.batch_repeat_interleave(2)
+        assert cache.layers[0].keys.shape[0] == 4 and torch.equal(cache.layers[0].keys[0], cache.layers[0].keys[1])
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        assert cache.layers[0].store.batch == 2
+        cache.reset()
+        assert cache.get_seq_length() == 0 and cache.layers[0].keys.shape[2] == 0
+    with pytest.raises(ValueError, match="tokens_to_remove must be negative or 0; got 2"):
+        cache.crop(2)
+    with pytest.raises(NotImplementedError, match="offloading"):
+        cache.layers[0].offload()
+
+
+def test_gradients_flow_when_there_is_no_cache(generator):
+    model = DECODERS["llama"]().train()
+    ids = tokens(generator, batch=2, length=10)
+    gradients = []
+    for implementation in ("eager", "tiled"):
+        run_with = (
+            model.set_attn_implementation if implementation == "eager" else lambda name: set_attention(model, name)
+        )
+        run_with(implementation)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    eager, tiled = gradients
+    assert (tiled - eager).norm() <= 1e-5 * eager.norm()
+
+
+def test_every_layer_calls_flashlib_and_kv_heads_are_not_repeated(models, generator, monkeypatch):
+    calls = []
+
+    def spy(q, k, v, **options):
+        calls.append((q.shape[1], k.shape[1], v.shape[1], options["backend"]))
+        return attention(q, k, v, **options)
+
+    attention = interop.attention
+    monkeypatch.setattr(interop, "attention", spy)
+    run(models["llama"], "tiled", {"input_ids": tokens(generator)})
+    assert calls == [(6, 2, 2, "tiled")] * 3
+
+
+def test_the_named_backend_runs_or_raises(models, generator):
+    with pytest.raises(BackendUnavailableError, match="flash_attn_3"):
+        run(models["llama"], "flash_attn_3", {"input_ids": tokens(generator)})
+    with pytest.raises(BackendUnavailableError, match="SDPA has no softcap"):
+        run(models["gemma2_softcap_scale_window"], "torch_sdpa_math", {"input_ids": tokens(generator)})
+
+
+def test_names():
+    assert register("tiled") == "fl_tiled" and register("torch_sdpa_flash") == "fl_torch_sdp_fa"
+    assert (
+        register("auto", name="mine") == "mine"
+        and "mine" in AttentionInterface()
+        and "mine" in AttentionMaskInterface()
+    )
+    for name in ("flashlib", "my_sdpa", "flex_attention", "eager", "a|b", "org/kernel", ""):
+        with pytest.raises(ValueError, match="name must"):
+            register("auto", name=name)
+
+
+def test_dropout_in_training_is_refused(generator):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, **GQA, attention_dropout=0.1)).train()
+    set_attention(model, "auto")
+    with pytest.raises(ValueError, match=r"dropout must be 0: flashlib.attention has none; got 0.1"):
+        model(input_ids=tokens(generator))
+    model.eval()(input_ids=tokens(generator))
+
+
+@pytest.mark.parametrize("argument", ["s_aux", "position_bias", "head_mask", "cache"])
+def test_what_would_change_the_result_is_refused_by_name(argument):
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match=f"{argument} .* is not supported by flashlib.attention"):
+        interop.attention_forward(torch.nn.Module(), q, q, q, None, **{argument: q})
+
+
+def test_a_window_without_a_mask_is_refused():
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="sliding_window=4 came without a mask"):
+        interop.attention_forward(torch.nn.Module(), q, q, q, None, sliding_window=4)
+
+
+def test_without_a_mask_the_layer_says_whether_it_is_causal(generator):
+    q, k, v = torch.randn(3, 1, 2, 5, 8, generator=generator).unbind()
+    for module_says, argument, causal in ((True, None, True), (False, None, False), (True, False, False)):
+        module = torch.nn.Module()
+        module.is_causal = module_says
+        out, weights = interop.attention_forward(module, q, k, v, None, is_causal=argument)
+        assert weights is None
+        assert torch.equal(out, interop.attention(q, k, v, causal=causal).transpose(1, 2))
+
+
+def test_generating_after_padding_on_the_right_is_refused(models, generator):
+    ids = tokens(generator, batch=2, length=6)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1]])
+    with pytest.raises(
+        ValueError,
+        match=r"batch entry 1 sees several separate runs of keys, which begin at \[0, 5\].*padding_side = 'left'",
+    ):
+        run(models["llama"], "tiled", {"input_ids": ids, "attention_mask": mask})
+
+
+# The mask function by itself
+
+RULES = {
+    "causal": lambda width: causal_mask_function,
+    "bidirectional": lambda width: bidirectional_mask_function,
+    "window": sliding_window_causal_mask_function,
+    "both_ways_window": sliding_window_bidirectional_mask_function,
+}
+
+
+@pytest.mark.parametrize("strip_elements", [1, 50, 1 << 22], ids=["one_row", "some_rows", "all_rows"])
+@pytest.mark.parametrize("use_vmap", [False, True], ids=["broadcast", "vmap"])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("rule", RULES)
+def test_mask_is_the_rule(rule, side, use_vmap, strip_elements, generator, monkeypatch):
+    monkeypatch.setattr(interop, "_STRIP_ELEMENTS", strip_elements)
+    batch, q_len, past, width = (int(torch.randint(1, 12, (), generator=generator)) for _ in range(4))
+    arguments = {
+        "batch_size": batch,
+        "q_length": q_len,
+        "kv_length": past + q_len,
+        "q_offset": past,
+        "mask_function": RULES[rule](width),
+        "use_vmap": use_vmap,
+    }
+    if side != "none":
+        arguments["attention_mask"] = padding(side, (batch, past + q_len), generator).bool()
+    expected = sdpa_mask(**arguments, allow_is_causal_skip=False)[:, 0]
+    dense = make_mask(**arguments).intervals(batch, q_len, past + q_len).dense().expand(batch, -1, -1)
+    assert torch.equal(dense, expected)
+
+
+def test_mask_never_asks_for_the_whole_matrix(monkeypatch):
+    largest = 0
+
+    def spy(batch_size, q_length, kv_length, **kwargs):
+        nonlocal largest
+        largest = max(largest, batch_size * q_length * kv_length)
+        return sdpa_mask(batch_size, q_length, kv_length, **kwargs)
+
+    monkeypatch.setattr(interop, "sdpa_mask", spy)
+    make_mask(2, 8192, 8192, mask_function=causal_mask_function)
+    assert largest <= interop._STRIP_ELEMENTS < 2 * 8192 * 8192
+
+
+def test_plain_rules_become_bands_that_every_backend_knows():
+    rule = {"batch_size": 2, "q_length": 6, "kv_length": 10, "q_offset": 4}
+    assert make_mask(**rule, mask_function=causal_mask_function).band() == (None, 0)
+    assert make_mask(**rule, mask_function=bidirectional_mask_function).band() == (None, None)
+    assert make_mask(**rule, mask_function=sliding_window_causal_mask_function(3)).band() == (2, 0)
+    ones = torch.ones(2, 10, dtype=torch.bool)
+    assert make_mask(**rule, mask_function=causal_mask_function, attention_mask=ones).band() == (None, 0)
+    ones[1, 0] = False
+    assert make_mask(**rule, mask_function=causal_mask_function, attention_mask=ones).band() is None
+
+
+def test_a_mask_made_for_other_lengths_is_refused():
+    holes = torch.ones(2, 10, dtype=torch.bool)
+    holes[1, 0] = False
+    mask = make_mask(2, 6, 10, q_offset=4, mask_function=causal_mask_function, attention_mask=holes)
+    with pytest.raises(
+        ValueError, match="made for 2 sequences of 6 queries and 10 keys; got 2 sequences of 6 queries and 9 keys"
+    ):
+        mask.intervals(2, 6, 9)

@@ -15,6 +15,9 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # One kernel per core with one thread each, no widgets: a notebook prints the same on every run.
 REPRODUCIBLE := FLASHLIB_NONINTERACTIVE=1 OMP_NUM_THREADS=1 PYTHONHASHSEED=0
 
+# In a container one is root, where Jupyter wants to be told that this is meant.
+LAB_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install weights lab test lint unit nbcheck format exercises notebooks pins clean
@@ -38,7 +41,8 @@ weights: install ## Bring the weights of SmolLM2-135M (98 MB, once per user)
 
 lab: install ## Open the course in JupyterLab, at chapter 00
 	@$(BIN)/flashlib weights || echo "== The lab opens all the same; cells that run the model will show this message again."
-	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(LAB_FLAGS)
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+	  $(LAB_ROOT) $(LAB_FLAGS)
 
 test: weights ## Run every check: lint, tests, notebooks. All three run; any failure fails the whole
 	@$(MAKE) --no-print-directory --keep-going lint unit nbcheck

@@ -1,0 +1,48 @@
+"""`import flashlib` costs next to nothing on top of `import torch`, and brings nothing that only some of its users need."""
+
+import json
+import subprocess
+import sys
+
+LIMIT_SECONDS = 0.2
+TRIES = 5  # the machine may be busy with other tests: the best of several tries says what the import itself costs
+HEAVY = {
+    *("triton", "transformers", "huggingface_hub", "matplotlib", "pandas", "scipy"),
+    *(
+        "IPython",
+        "ipykernel",
+        "ipywidgets",
+        "jupyter_client",
+        "jupyter_core",
+        "jupyterlab",
+        "nbformat",
+        "typer",
+        "rich",
+    ),
+}
+SCRIPT = """
+import json, sys, time
+import torch
+before, start = set(sys.modules), time.perf_counter()
+import flashlib
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}))
+"""
+
+
+def _import_flashlib() -> dict:
+    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+def test_import_adds_little_to_torch() -> None:
+    tries: list[float] = []
+    while len(tries) < TRIES and min(tries, default=LIMIT_SECONDS) >= LIMIT_SECONDS:
+        tries.append(_import_flashlib()["seconds"])
+    assert min(tries) < LIMIT_SECONDS, f"import flashlib took {tries} s on top of import torch"
+
+
+def test_import_brings_nothing_heavy() -> None:
+    modules = _import_flashlib()["modules"]
+    assert "flashlib.attention" in modules
+    assert not {module for module in modules if module.partition(".")[0] in HEAVY}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from flashlib.course.weights import GGUF_SHA256, cache_dir, fetch_weights
+from flashlib.reference import naive_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ _TOKENIZERS: WeakKeyDictionary[PreTrainedModel, PreTrainedTokenizerBase] = WeakK
 
 
 def load_smollm2(
-    dtype: torch.dtype = torch.float32, attention: str = "auto"
+    dtype: torch.dtype = torch.float32, attention: str | Callable[..., Tensor] = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct on the CPU, ready for inference, and its tokenizer.
 
@@ -44,11 +45,11 @@ def load_smollm2(
 
     Args:
         dtype: of the parameters and of q, k and v: float32, float16, bfloat16 or float64.
-        attention: a backend of :func:`flashlib.attention`, ``"auto"`` or a name; or ``"eager"`` or ``"sdpa"`` for
-            transformers' own.
+        attention: as ``backend`` in :func:`flashlib.interop.transformers.set_attention`: ``"auto"``, the name of a backend, or
+            a function of yours; or ``"eager"`` or ``"sdpa"`` for transformers' own.
 
     Raises:
-        TypeError: ``dtype`` is not a floating-point dtype.
+        TypeError: ``dtype`` is not a floating-point dtype, or ``attention`` is neither a name nor a function.
         ValueError: there is no such backend.
         flashlib.course.weights.WeightsError: the weights are not here and cannot be fetched.
         ImportError: the extra ``models`` is not installed.
@@ -100,6 +101,7 @@ def sample_text(tokens: int | None = None) -> str:
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """A question the way the model was taught to see one: with its system message and the marks of a conversation."""
+    _check_tokenizer(tokenizer)
     if not isinstance(question, str):
         raise TypeError(f"question must be a str; got {type(question).__name__}")
     messages = [{"role": "user", "content": question}]
@@ -164,13 +166,12 @@ def capture_qkv(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    from transformers import AttentionInterface, PreTrainedModel
+    from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     from flashlib.interop.transformers import attention_forward
 
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
+    _check_model(model)
     tokenizer = tokenizer or _TOKENIZERS.get(model)
     if tokenizer is None:
         raise ValueError("tokenizer must be given for a model that is not from load_smollm2; got None")
@@ -178,8 +179,8 @@ def capture_qkv(
     ids = _token_ids(text, tokenizer, "text").to(model.device)
 
     usual = model.config._attn_implementation
-    # "eager" is code inside each model and has no entry here; the reference backend is the same formula.
-    compute = AttentionInterface().get(usual, partial(attention_forward, backend="reference"))
+    # "eager" is code inside each model and has no entry here; naive attention is the same formula.
+    compute = AttentionInterface().get(usual, partial(attention_forward, compute=naive_attention))
     seen = {}
 
     def intercept(module, query, key, value, attention_mask, **kwargs):
@@ -261,6 +262,7 @@ def generate_greedy(
     """
     from flashlib.interop.transformers import FlashlibCache
 
+    _check_model(model)
     ids = _token_ids(prompt, tokenizer, "prompt").to(model.device)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
         raise TypeError(f"max_new_tokens must be an int; got {type(max_new_tokens).__name__}")
@@ -280,14 +282,17 @@ def _write(model, tokenizer, ids: Tensor, max_new_tokens: int, cache: FlashlibCa
     stop = model.generation_config.eos_token_id
     stop = set(stop) if isinstance(stop, list) else {stop}
     written: list[int] = []
+    shown = ""
     context = ids  # prefill: the whole prompt at once
     for _ in range(max_new_tokens):
         output = model(input_ids=context, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
         logits = output.logits[0, -1]
         token = int(logits.argmax())
-        before = tokenizer.decode(written)
         written.append(token)
-        text = tokenizer.decode(written)[len(before) :] if token not in stop else ""
+        so_far = tokenizer.decode(written, skip_special_tokens=True)
+        # A character of several tokens decodes to U+FFFD until its last token is there: it is shown when it is whole.
+        text = "" if so_far.endswith("\ufffd") else so_far[len(shown) :]
+        shown += text
         yield Step(token, text, logits, cache.get_seq_length() if cache is not None else 0)
         if token in stop:
             return
@@ -296,8 +301,23 @@ def _write(model, tokenizer, ids: Tensor, max_new_tokens: int, cache: FlashlibCa
         context = chosen if cache is not None else torch.cat([context, chosen], dim=1)
 
 
+def _check_model(model: PreTrainedModel) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer must be a transformers tokenizer; got {type(tokenizer).__name__}")
+
+
 def _token_ids(text: str | Sequence[int] | Tensor, tokenizer: PreTrainedTokenizerBase, argument: str) -> Tensor:
     """int64 ``[1, S]``, S at least 1."""
+    _check_tokenizer(tokenizer)
     if isinstance(text, str):
         ids = torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
     elif isinstance(text, Tensor) or (

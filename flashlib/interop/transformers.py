@@ -10,7 +10,9 @@ function that makes the mask: it gets a rule (causal, sliding window, packed doc
 per forward pass, and whatever it returns reaches every layer. Ours returns a :class:`flashlib.masks.Mask`, so that the layers
 get two integers per row where others get an Sq x Sk matrix.
 
-Needs the extra ``models``: ``pip install 'flashlib[models]'``, transformers 5 or newer.
+An attention function of your own goes in the same way: ``set_attention(model, my_attention)``.
+
+Needs the extra ``models``: ``pip install 'flashlib[models]'``, transformers 5.20 or newer.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from torch import Tensor, nn
 try:
     from transformers import AttentionInterface, Cache, PreTrainedModel
     from transformers.cache_utils import CacheLayerMixin
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 except ImportError as error:
     raise ImportError(
-        f"flashlib.interop.transformers needs transformers 5 or newer: pip install 'flashlib[models]' ({error})"
+        f"flashlib.interop.transformers needs transformers 5.20 or newer: pip install 'flashlib[models]' ({error})"
     ) from error
 
 from flashlib.attention import attention
@@ -51,51 +53,65 @@ _UNSUPPORTED = {
 
 _STRIP_ELEMENTS = 1 << 22
 
+# ``(q, k, v, *, mask, scale, softcap) -> out``, with the shapes and meanings of flashlib.attention.
+AttentionFunction = Callable[..., Tensor]
 
-def set_attention(model: PreTrainedModel, backend: str = "auto") -> None:
-    """Make every attention layer of a model call :func:`flashlib.attention` with this backend.
+
+def set_attention(model: PreTrainedModel, backend: str | AttentionFunction = "auto") -> None:
+    """Make every attention layer of a model call :func:`flashlib.attention` with this backend, or a function of your own.
 
     ``model.set_attn_implementation("eager")`` or ``("sdpa")`` goes back to transformers' own.
 
     Args:
         model: a transformers model that finds its attention through ``AttentionInterface``, as nearly all do.
-        backend: ``"auto"`` or a name from :data:`flashlib.backends.BACKENDS`.
+        backend: ``"auto"``, a name from :data:`flashlib.backends.BACKENDS`, or a function that is called as
+            ``function(q, k, v, mask=mask, scale=scale, softcap=softcap)`` and returns ``[B, Hq, Sq, Dv]``; all as in
+            :func:`flashlib.attention`.
 
     Raises:
-        TypeError: ``model`` is not a transformers model.
-        ValueError: there is no such backend, or the model has attention code of its own that cannot be replaced.
+        TypeError: ``model`` is not a transformers model, or ``backend`` is neither a name nor a function.
+        ValueError: there is no such backend, or some of the model's attention cannot be replaced.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
     name = register(backend)
     model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:  # transformers only logs a warning
-        raise ValueError(f"model: the attention of {type(model).__name__} cannot be replaced, transformers says")
+    for part in model.modules():
+        # transformers only logs a warning where a part of a model keeps its own attention.
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != name:
+            raise ValueError(f"model: the attention of {type(part).__name__} cannot be replaced, transformers says")
 
 
-def register(backend: str = "auto", *, name: str | None = None) -> str:
+def register(backend: str | AttentionFunction = "auto", *, name: str | None = None) -> str:
     """Make a backend known to transformers, and say under which name.
 
     The name serves ``from_pretrained(..., attn_implementation=name)`` and ``model.set_attn_implementation(name)``. Registering
     twice is harmless.
 
     Args:
-        backend: ``"auto"`` or a name from :data:`flashlib.backends.BACKENDS`.
+        backend: as in :func:`set_attention`.
         name: the name to use; ``fl_`` and the backend's unless given, with what transformers would misread shortened:
             ``fl_auto``, ``fl_tiled``, ``fl_torch_sdp_fa`` for torch_sdpa_flash.
 
     Raises:
+        TypeError: ``backend`` is neither a name nor a function.
         ValueError: there is no such backend, or transformers would misread the name.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}; got {backend!r}")
+    if callable(backend):
+        compute, own_name = partial(_checked, backend), f"function_{id(backend):x}"
+    elif not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or a function; got {type(backend).__name__}")
+    elif backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto', one of {', '.join(BACKENDS)}, or a function; got {backend!r}")
+    else:
+        compute, own_name = partial(attention, backend=backend), backend.replace("flash", "fa").replace("sdpa", "sdp")
     if name is None:
-        name = "fl_" + backend.replace("flash", "fa").replace("sdpa", "sdp")
+        name = f"fl_{own_name}"
     if not isinstance(name, str) or not name or any(part in name for part in _MEANINGFUL):
         raise ValueError(
             f"name must not contain {', '.join(_MEANINGFUL)}, which transformers reads its own way; got {name!r}"
         )
-    AttentionInterface.register(name, partial(attention_forward, backend=backend))
+    AttentionInterface.register(name, partial(attention_forward, compute=compute))
     AttentionMaskInterface.register(name, make_mask)
     return name
 
@@ -107,7 +123,7 @@ def attention_forward(
     value: Tensor,
     attention_mask: Mask | Tensor | None,
     *,
-    backend: str = "auto",
+    compute: AttentionFunction = attention,
     scaling: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
@@ -121,6 +137,7 @@ def attention_forward(
         module: the layer; its ``is_causal`` counts where neither a mask nor ``is_causal`` says more.
         query: ``[B, Hq, Sq, D]``. key, value: ``[B, Hkv, Sk, D]`` and ``[B, Hkv, Sk, Dv]``, never repeated for GQA.
         attention_mask: from :func:`make_mask`; or a 4-D matrix that the caller made; or None.
+        compute: what computes attention, with the arguments of :func:`flashlib.attention`.
         scaling, softcap: as ``scale`` and ``softcap`` of :func:`flashlib.attention`.
         dropout: must be 0.
         sliding_window: is already in the mask.
@@ -150,7 +167,7 @@ def attention_forward(
         mask = attention_mask
     else:
         mask = _mask_from_matrix(attention_mask)
-    out = attention(query, key, value, mask=mask, scale=scaling, softcap=softcap or 0.0, backend=backend)
+    out = compute(query, key, value, mask=mask, scale=scaling, softcap=softcap or 0.0)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -160,7 +177,7 @@ def make_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable | None = None,
+    mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
@@ -216,6 +233,18 @@ class IntervalMask(Mask):
                 f"got {batch} sequences of {q_len} queries and {kv_len} keys"
             )
         return self.given.start.to(device), self.given.stop.to(device)
+
+
+def _checked(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """Call a function that is not ours, and see that its result can be what it should be."""
+    out = function(q, k, v, **options)
+    expected = [*q.shape[:3], v.shape[3]]
+    name = getattr(function, "__name__", type(function).__name__)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name} must return a torch.Tensor; got {type(out).__name__}")
+    if list(out.shape) != expected or out.dtype != q.dtype:
+        raise ValueError(f"{name} must return {expected} {q.dtype}; got {list(out.shape)} {out.dtype}")
+    return out
 
 
 def _mask_from_matrix(matrix: Tensor) -> Mask:

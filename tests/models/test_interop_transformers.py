@@ -6,11 +6,15 @@ import pytest
 import torch
 from transformers import (
     AttentionInterface,
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -20,6 +24,12 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     StaticCache,
+    T5Config,
+    T5EncoderModel,
+    ViTConfig,
+    ViTModel,
+    XLNetConfig,
+    XLNetModel,
     logging,
 )
 from transformers.masking_utils import (
@@ -32,9 +42,12 @@ from transformers.masking_utils import (
 )
 
 import flashlib.interop.transformers as interop
-from flashlib import BackendUnavailableError
+from flashlib import BackendUnavailableError, attention
+from flashlib.backends import BACKENDS as BACKENDS_BY_NAME
 from flashlib.inference.cache import CacheFullError
 from flashlib.interop.transformers import FlashlibCache, make_mask, register, set_attention
+from flashlib.masks import Mask
+from flashlib.reference import naive_attention
 
 logging.set_verbosity_error()
 VOCABULARY = 97
@@ -196,6 +209,25 @@ def test_prefill_in_chunks_and_decode(models, name, side, make_cache, generator)
     assert error <= 2 * eager_error + 3 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
+def test_an_encoder_and_a_decoder_that_looks_at_it(generator):
+    """Cross-attention: queries and keys of different lengths, none of it causal, and padding on the encoder's side."""
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = BartModel(BartConfig(vocab_size=VOCABULARY, d_model=48, encoder_ffn_dim=64, decoder_ffn_dim=64, **layers))
+    ids = tokens(generator, length=11)
+    mask = padding("right", ids.shape, generator)
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": tokens(generator, length=5)}
+    assert_as_accurate_as_eager(model.eval().requires_grad_(False), "tiled", inputs)
+
+
+def test_images(generator):
+    """A vision model makes no mask at all."""
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
+    model = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8)).eval().requires_grad_(False)
+    images = {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
+    eager = run(model, "eager", images)
+    assert (run(model, "tiled", images) - eager).abs().max() <= 16 * torch.finfo(torch.float32).eps * eager.abs().max()
+
+
 def test_packed_documents(models, generator):
     """Positions that start again mark a new document, which must not see the one before."""
     model, ids = models["llama"], tokens(generator, batch=1, length=20)
@@ -293,17 +325,47 @@ def test_gradients_flow_when_there_is_no_cache(generator):
     assert (tiled - eager).norm() <= 1e-5 * eager.norm()
 
 
-def test_every_layer_calls_flashlib_and_kv_heads_are_not_repeated(models, generator, monkeypatch):
+def test_every_layer_calls_the_backend_and_kv_heads_are_not_repeated(models, generator, monkeypatch):
     calls = []
 
-    def spy(q, k, v, **options):
-        calls.append((q.shape[1], k.shape[1], v.shape[1], options["backend"]))
-        return attention(q, k, v, **options)
+    def spy(q, k, v, spec, config):
+        calls.append((q.shape[1], k.shape[1], v.shape[1]))
+        return usual(q, k, v, spec, config)
 
-    attention = interop.attention
-    monkeypatch.setattr(interop, "attention", spy)
+    usual = BACKENDS_BY_NAME["tiled"].run
+    monkeypatch.setattr(BACKENDS_BY_NAME["tiled"], "run", spy)
     run(models["llama"], "tiled", {"input_ids": tokens(generator)})
-    assert calls == [(6, 2, 2, "tiled")] * 3
+    assert calls == [(6, 2, 2)] * 3
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_function_of_your_own(models, name, generator):
+    model, inputs = models[name], {"input_ids": tokens(generator)}
+    seen = []
+
+    def mine(q, k, v, *, mask, scale, softcap):
+        seen.append((mask, scale, softcap))
+        return naive_attention(q, k, v, mask=mask, scale=scale, softcap=softcap)
+
+    assert torch.equal(run(model, mine, inputs), run(model, "reference", inputs))
+    assert len(seen) == 3 and all(isinstance(mask, Mask) for mask, _, _ in seen)
+    if name.startswith("gemma2"):
+        assert {(scale, softcap) for _, scale, softcap in seen} == {(3**-0.5, 0.5)}
+
+
+def test_a_function_that_returns_something_else_is_named(models, generator):
+    def transposed(q, k, v, **options):
+        return q.transpose(1, 2)
+
+    def forgetful(q, k, v, **options):
+        pass
+
+    inputs = {"input_ids": tokens(generator, length=21)}
+    message = r"transposed must return \[3, 6, 21, 8\] torch.float32; got \[3, 21, 6, 8\] torch.float32"
+    with pytest.raises(ValueError, match=message):
+        run(models["llama"], transposed, inputs)
+    with pytest.raises(TypeError, match=r"forgetful must return a torch.Tensor; got NoneType"):
+        run(models["llama"], forgetful, inputs)
 
 
 def test_the_named_backend_runs_or_raises(models, generator):
@@ -333,6 +395,23 @@ def test_dropout_in_training_is_refused(generator):
     model.eval()(input_ids=tokens(generator))
 
 
+def test_models_that_need_more_than_attention_are_refused(generator):
+    ids = tokens(generator)
+    sinks = GptOssForCausalLM(
+        GptOssConfig(**SIZES, **GQA, num_local_experts=2, num_experts_per_tok=1, sliding_window=4)
+    )
+    with pytest.raises(ValueError, match=r"s_aux \(attention sinks\) is not supported"):
+        run(sinks, "tiled", {"input_ids": ids})
+    biased = T5EncoderModel(
+        T5Config(vocab_size=VOCABULARY, d_model=48, d_kv=8, num_layers=1, num_heads=6, d_ff=64)
+    ).eval()
+    with pytest.raises(ValueError, match=r"position_bias \(a learned bias on the scores\) is not supported"):
+        run(biased, "tiled", {"input_ids": ids})
+    own_code = XLNetModel(XLNetConfig(vocab_size=VOCABULARY, d_model=48, n_layer=1, n_head=6, d_inner=64))
+    with pytest.raises(ValueError, match="the attention of XLNetModel cannot be replaced"):
+        set_attention(own_code)
+
+
 @pytest.mark.parametrize("argument", ["s_aux", "position_bias", "head_mask", "cache"])
 def test_what_would_change_the_result_is_refused_by_name(argument):
     q = torch.zeros(1, 1, 2, 4)
@@ -353,7 +432,7 @@ def test_without_a_mask_the_layer_says_whether_it_is_causal(generator):
         module.is_causal = module_says
         out, weights = interop.attention_forward(module, q, k, v, None, is_causal=argument)
         assert weights is None
-        assert torch.equal(out, interop.attention(q, k, v, causal=causal).transpose(1, 2))
+        assert torch.equal(out, attention(q, k, v, causal=causal).transpose(1, 2))
 
 
 def test_generating_after_padding_on_the_right_is_refused(models, generator):

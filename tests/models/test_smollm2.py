@@ -1,6 +1,7 @@
 """The course's language model: loaded without a network, generating on flashlib's attention and cache, and looked into."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,31 @@ def test_a_batch_padded_on_the_left(smollm2):
     together = model.generate(**batch, max_new_tokens=8, do_sample=False, past_key_values=FlashlibCache(length + 8))
     for row, text in zip(together[:, length:].tolist(), prompts, strict=True):
         assert row == [step.token for step in generate_greedy(model, tokenizer, text, 8)]
+
+
+def test_text_of_several_tokens_per_character(smollm2):
+    """No token shows half a character. The model is a script here: it writes what it is told."""
+    _, tokenizer = smollm2
+    script = [*tokenizer("Zoë 🦙 writes 漢字").input_ids, tokenizer.eos_token_id]
+
+    def scripted(input_ids, **kwargs):
+        done = input_ids.shape[1] - 1
+        return SimpleNamespace(
+            logits=torch.nn.functional.one_hot(torch.tensor(script[done]), len(tokenizer))[None, None]
+        )
+
+    scripted.generation_config = SimpleNamespace(eos_token_id=[tokenizer.eos_token_id, 0])
+    steps = list(models._write(scripted, tokenizer, torch.tensor([[5]]), 100, cache=None))
+    assert [step.token for step in steps] == script
+    assert "".join(step.text for step in steps) == "Zoë 🦙 writes 漢字"
+    assert not any("\ufffd" in step.text for step in steps) and any(step.text == "" for step in steps[:-1])
+
+
+def test_generating_with_attention_of_your_own(smollm2):
+    model, tokenizer = smollm2
+    set_attention(model, lambda q, k, v, *, mask, scale, softcap: attention(q, k, v, mask=mask, scale=scale))
+    steps = generate_greedy(model, tokenizer, chat_prompt(tokenizer, "What is the capital of France?"), 32)
+    assert "".join(step.text for step in steps) == "The capital of France is Paris."
 
 
 # Capturing
@@ -206,7 +232,7 @@ def test_the_weights_are_those_of_the_file(smollm2):
         "model.layers.29.self_attn.v_proj.weight": "blk.29.attn_v.weight",
         "model.norm.weight": "output_norm.weight",
     }.items():
-        exact = torch.from_numpy(dequantize(tensors[theirs].data, tensors[theirs].tensor_type))
+        exact = torch.from_numpy(dequantize(tensors[theirs].data, tensors[theirs].tensor_type).copy())
         assert torch.equal(state[ours], exact.view_as(state[ours])), ours
 
 

@@ -54,6 +54,8 @@ def correctness(problems: int, seed: int, seconds: float) -> list[dict]:
         problem = random_problem(rng, device="cuda")
         if rng.random() < 0.5:
             problem.options.pop("softcap", None)
+        for x in (problem.q, problem.k, problem.v):
+            x.requires_grad_()
         for name, row in rows.items():
             if BACKENDS[name].why_not(problem.spec, FlashAttentionConfig()):
                 row["refused"] += 1

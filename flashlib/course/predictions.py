@@ -324,11 +324,14 @@ def _entries() -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, dict):
+            raise ValueError(f"holds a {type(entries).__name__}, not an object")
     except ValueError as problem:
         raise ValueError(
             f"the record of predictions, {path}, cannot be read ({problem}); move it away to start anew"
         ) from None
+    return entries
 
 
 def _recorded_answer(question: Question) -> float | str | None:

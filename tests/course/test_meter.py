@@ -208,6 +208,13 @@ def test_unnamed_tensors_and_a_detour_through_numpy_are_seen():
     assert meter.largest.elements == 2500 and meter.bytes_read[MADE_INSIDE] == 10_000
 
 
+def test_writing_into_an_older_tensor_makes_nothing():
+    cache, row = torch.zeros(50, 8), torch.ones(8)
+    with TrafficMeter(row=row) as meter:
+        cache[3] = row
+    assert meter.bytes_written == {ELSEWHERE: 32} and meter.peak_bytes == 0 and meter.largest.elements == 0
+
+
 def test_a_copy_is_another_tensor():
     k = torch.randn(16, 8)
     with TrafficMeter(k=k) as meter:
@@ -227,7 +234,7 @@ def test_entering_again_adds_up():
 
 
 def test_report_reads_as_text_and_html():
-    q, k, v = qkv()
+    q, k, _ = qkv()
     with TrafficMeter(q=q, k=k) as meter:
         q @ k.mT
     text, page = str(meter.report()), meter.report()._repr_html_()
@@ -238,7 +245,7 @@ def test_report_reads_as_text_and_html():
 
 def test_bad_operands_are_named():
     x = torch.ones(4)
-    with pytest.raises(TypeError, match="operand 'q' must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"operand 'q' must be a torch\.Tensor, got list"):
         TrafficMeter(q=[1.0])
     with pytest.raises(ValueError, match="'q' and 'k' share memory"):
         TrafficMeter(q=x, k=x[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import date as Date
+from itertools import pairwise
 
 from flashlib.course.display import Figure, format_bytes, format_number
 from flashlib.course.figures import style
@@ -193,7 +194,8 @@ def byte_axis(axis, *, log: bool = False) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator
 
     if log:
-        axis.set_major_locator(LogLocator(base=16, numticks=12))
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(base=16 if high > 2**16 * low else 4, numticks=12))
     else:
         axis.set_major_locator(MultipleLocator(2.0 ** math.floor(math.log2(max(axis.get_view_interval()[1], 1) / 4))))
     axis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
@@ -228,7 +230,7 @@ def _name_line_ends(ax, x, series) -> None:
     ax.margins(x=0.04, y=0.1)
     ax.autoscale_view()
     heights = sorted(to_pixels(end[0])[1] for end in ends if end)
-    if any(upper - lower < 22 for lower, upper in zip(heights, heights[1:], strict=False)):
+    if any(upper - lower < 22 for lower, upper in pairwise(heights)):
         ax.legend(loc="best")
         return
     for (name, _), end, line in zip(series.items(), ends, ax.get_lines(), strict=False):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
 
-Q, K, V, S, O, LSE = "#0072B2", "#E69F00", "#009E73", "#AA4499", "#D55E00", "#5B6770"  # noqa: E741
+Q, K, V, S, O, LSE = "#0072B2", "#E69F00", "#009E73", "#AA4499", "#D55E00", "#5B6770"
 OPERANDS = {"Q": Q, "K": K, "V": V, "S": S, "P": S, "O": O, "LSE": LSE}
 INK, SOFT_INK, RULE, PAPER, FAINT = "#1F2328", "#57606A", "#D0D7DE", "#FFFFFF", "#EEF0F2"
 SERIES = (O, Q, V, K, S, LSE)  # in the order in which a chart's series come: the first is the one to beat
@@ -32,7 +32,6 @@ _RC = {
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": "cycler('color', %r)" % (list(SERIES),),
     "text.color": INK,
     "text.parse_math": False,  # tokens and labels may hold a dollar sign
     "xtick.color": SOFT_INK,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from flashlib.course.display import Figure
@@ -59,7 +60,10 @@ def mask_figure(
             _draw_mask(ax, intervals, entry, block_q, block_k)
             if panels > 1:
                 ax.set_title(f"sequence {entry}", fontweight="normal", fontsize=10)
-        fig.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+        if panels > 1:
+            fig.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+        else:
+            ax.set_title(title)
         _mask_legend(fig, intervals, block_q, block_k)
         return Figure(fig, alt=_describe_mask(title, intervals, block_q, block_k))
 
@@ -147,7 +151,7 @@ def tile_sweep(
 
 
 class _SweepDrawing:
-    """Q to the left of the score matrix, K and V above it, O to the right: the tile's row and column say what it needs."""
+    """Q to the left of the score matrix, K and V above it, O to the right: a tile's row and column say what it needs."""
 
     strip, gap = 0.75, 0.35  # thickness of an operand and distance to the matrix, in tiles
 
@@ -170,12 +174,14 @@ class _SweepDrawing:
             return Figure(fig, alt=self._describe(order))
 
     def _draw_operands(self, ax) -> None:
-        finished = {s.i for s in self.steps} - {s.i for s in self.steps[self.at :]}
+        visits = Counter(s.i for s in self.steps)
+        visited = Counter(s.i for s in self.steps[: self.at])
         left, right = -self.gap - self.strip, self.n_k + self.gap
         top = -self.gap - self.strip
         for i in range(self.n_q):
+            progress = visited[i] / max(visits[i], 1)  # O fills up as the keys pass by
             self._box(ax, left, i, self.strip, 1, style.Q, i == self.now.i, f"Q{i}")
-            self._box(ax, right, i, self.strip, 1, style.O, i == self.now.i, f"O{i}", done=i in finished)
+            self._box(ax, right, i, self.strip, 1, style.O, i == self.now.i, f"O{i}", progress)
         for j in range(self.n_k):
             self._box(ax, j, top, 1, self.strip, style.V, j == self.now.j, f"V{j}")
             self._box(ax, j, top - self.strip - 0.12, 1, self.strip, style.K, j == self.now.j, f"K{j}")
@@ -205,10 +211,10 @@ class _SweepDrawing:
                     ax.plot([j + 0.35, j + 0.65], [i + 0.65, i + 0.35], color="#B6BDC5", linewidth=1)
         ax.add_patch(Rectangle((0, 0), self.n_k, self.n_q, fill=False, edgecolor=style.SOFT_INK, linewidth=1))
 
-    def _box(self, ax, x, y, width, height, color, in_fast_memory, label, done=False) -> None:
+    def _box(self, ax, x, y, width, height, color, in_fast_memory, label, progress=0.0) -> None:
         from matplotlib.patches import Rectangle
 
-        face = color if in_fast_memory else style.tint(color, 0.5 if done else 0.14)
+        face = color if in_fast_memory else style.tint(color, 0.14 + 0.4 * progress)
         ax.add_patch(Rectangle((x, y), width, height, facecolor=face, edgecolor=style.PAPER, linewidth=1.5))
         ink = style.readable_on(style.tint(color, 1.0 if in_fast_memory else 0.14))
         weight = "bold" if in_fast_memory else "normal"

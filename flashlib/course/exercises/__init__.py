@@ -52,7 +52,7 @@ An exercise `ex42` is three things that you write:
    - `t.check(target, *args, **kwargs)`: call, compare with the oracle within the budget, name the misconception whose
      model gives the same wrong answer, else wrong-shape, nan-produced, wrong-values, wrong-dtype. Returns the answer.
      `if_it_raises=misconception` says what an exception means here.
-   - `t.check_inputs_untouched(target, *args)`: mutated-input, by the bytes that the student's process computed on.
+   - `t.check_inputs_untouched(target, *args)`: check, and mutated-input, by the bytes that the student's process computed on.
    - `t.check_tiled(target, *args, largest=elements, memory=bytes)`: check, and untiled: by a meter in the process and by
      the process's peak memory seen from outside. Its result has `.meter` (`bytes_read`, `calls`, ...) if you bound more.
    - `t.expect_same(a, b, budget, diagnosis=..., says=...)`, `t.expect_equal(got, expected, what, misconceptions, *args)`

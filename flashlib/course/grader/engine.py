@@ -15,7 +15,7 @@ from flashlib.course.grader.trial import Trial
 
 SOURCE_LIMIT = 256 * 1024  # bytes
 # These cost a process, and perhaps the whole time limit. After so many the rest is not tried.
-COSTLY = {"timeout", "process-ended", "memory-limit", "output-flood", "disk-flood", "tampered"}
+COSTLY = {"timeout", "process-ended", "memory", "memory-limit", "output-flood", "disk-flood", "tampered"}
 STRIKES = 3
 
 
@@ -165,7 +165,7 @@ class _Run:
                 f"Your file could not be loaded. {error.message}",
                 tried=f"import of {self.exercise.file}",
                 traceback=error.traceback,
-                printed=child.printed.decode("utf-8", errors="replace"),
+                printed=child.said,
             )
             raise Failure(self.hopeless) from error
         except BaseException:

@@ -13,7 +13,7 @@ from torch import Tensor
 from flashlib.course.grader.exercise import FORBIDDEN_SAYS, Misconception, Target, as_tuple
 from flashlib.course.grader.report import Failure, Finding
 from flashlib.course.grader.sandbox.confine import MIB
-from flashlib.course.grader.sandbox.session import Child, Reply, StudentError
+from flashlib.course.grader.sandbox.session import Child, Reply, StudentError, clean
 from flashlib.course.grader.sandbox.wire import Handle
 from flashlib.reference import largest_error
 
@@ -98,9 +98,7 @@ class Trial:
         if self._child is None:
             return 0
         ending = self._child.end()
-        self.printed += self._child.printed.decode("utf-8", errors="replace")
-        if self._child.printed_bytes > len(self._child.printed):
-            self.printed += f"\n... ({self._child.printed_bytes:,} bytes in all)"
+        self.printed += self._child.said
         self._child = None
         return ending.memory_growth
 
@@ -115,13 +113,20 @@ class Trial:
         Raises:
             Failure: no answer, wrong structure, wrong values or wrong dtype.
         """
-        return self._checked(target, args, kwargs, if_it_raises=if_it_raises).value
+        try:
+            answer = self.call(target.function, *args, **kwargs)
+        except Failure as failure:
+            if if_it_raises is None or failure.finding.diagnosis != "exception":
+                raise
+            self.fail_as(if_it_raises, got=failure.finding.says, expected="an answer")
+        self._judge(target, answer, args, kwargs)
+        return answer
 
     def check_inputs_untouched(self, target: Target, *args: Any, **kwargs: Any) -> None:
-        """Call the target's function; its arguments must still hold what they held, to the last byte.
+        """Call the target's function: its arguments must still hold what they held, to the last byte, and the answer be right.
 
         Raises:
-            Failure: no answer, or a changed argument.
+            Failure: as `check`; or `"mutated-input"`.
         """
         reply = self.ask(target.function, args, kwargs)
         if reply.changed:
@@ -130,11 +135,19 @@ class Trial:
                 f"Your function changed what it was given ({', '.join(reply.changed)}). The caller still needs it.",
                 got="an argument whose memory holds other bytes after the call",
                 expected="arguments left as they were",
-                hint="Look for in-place operations: names that end in _, and x[...] = or x += on an argument or a view of one.",
+                hint="Look for in-place operations: names that end in _, and x[...] = or x += on an argument or its view.",
             )
+        self._judge(target, reply.value, args, kwargs)
 
     def check_tiled(
-        self, target: Target, *args: Any, largest: int, memory: int = 96 * MIB, says: str = "", **kwargs: Any
+        self,
+        target: Target,
+        *args: Any,
+        largest: int,
+        memory: int = 64 * MIB,
+        sample: Callable[[Tensor], Tensor] = lambda x: x,
+        says: str = "",
+        **kwargs: Any,
     ) -> Reply:
         """Check the values, that no tensor has more than `largest` elements, and that the process grew by at most `memory`.
 
@@ -142,18 +155,24 @@ class Trial:
         process's peak, read from outside, and holds whatever the code does to the meter. Give inputs so large that the
         untiled matrix exceeds both.
 
+        Args:
+            sample: picks what is compared with the oracle, which is slow on large inputs: applied to the first argument
+                and to each output, as in `sample=lambda x: x[:, :, -64:]` for the last 64 queries.
+
         Raises:
             Failure: as `check`; or `"untiled"`.
         """
         self.finish()
-        reply = self._checked(target, args, kwargs, metered=True)
+        reply = self.ask(target.function, args, kwargs, meter={})
+        outputs = tuple(sample(x) if isinstance(x, Tensor) and x.ndim > 2 else x for x in as_tuple(reply.value))
+        self._judge(target, outputs, (sample(args[0]), *args[1:]), kwargs)
         says = says or "You made the whole score matrix. The point of tiling is never to hold it."
         hint = "Which tensor in your loop has a size that grows with both sequence lengths?"
         meter = reply.meter if isinstance(reply.meter, dict) else {}
         made = meter.get("largest_elements", 0)
         if not isinstance(made, int) or made > largest:
-            shape = str(meter.get("largest_shape"))[:80]
-            operation = str(meter.get("largest_op"))[:80]
+            shape = clean(str(meter.get("largest_shape"))[:80])
+            operation = clean(str(meter.get("largest_op"))[:80])
             self.fail(
                 "untiled",
                 says,
@@ -222,28 +241,17 @@ class Trial:
 
     # ------------------------------------------------------------------------------------------------------ internals
 
-    def _checked(self, target: Target, args, kwargs, *, if_it_raises=None, metered=False) -> Reply:
-        exact = as_tuple(target.oracle(*args, **kwargs))
-        budgets = as_tuple(target.budget(*args, **kwargs))
-        if not all(math.isfinite(budget) for budget in budgets):
-            raise ValueError(
-                f"the error budget of {describe_call(target.function, args, kwargs)} is {budgets}: all would pass"
-            )
-        try:
-            reply = self.ask(target.function, args, kwargs, meter={} if metered else None)
-        except Failure as failure:
-            if if_it_raises is None or failure.finding.diagnosis != "exception":
-                raise
-            self.fail_as(if_it_raises, got=failure.finding.says, expected="an answer")
-        self._judge(target, reply.value, exact, budgets, args, kwargs)
-        return reply
-
-    def _judge(self, target: Target, value: Any, exact, budgets, args, kwargs) -> None:
+    def _judge(self, target: Target, value: Any, args, kwargs) -> None:
         names = list(target.outputs)
         answers = as_tuple(value)
         if len(answers) != len(names) or not all(isinstance(answer, Tensor) for answer in answers):
             wanted = "a tensor" if len(names) == 1 else f"a tuple of tensors ({', '.join(names)})"
             self.fail("wrong-type", f"{target.function} should return {wanted}.", got=show(value), expected=wanted)
+        exact = as_tuple(target.oracle(*args, **kwargs))
+        budgets = as_tuple(target.budget(*args, **kwargs))
+        if not all(math.isfinite(budget) for budget in budgets):
+            call = describe_call(target.function, args, kwargs)
+            raise ValueError(f"the error budget of {call} is {budgets}: everything would pass")
         wrong = [i for i in range(len(names)) if _error(answers[i], exact[i]) > budgets[i]]
         if wrong:
             self._diagnose(target, answers, exact, budgets, wrong[0], args, kwargs)
@@ -288,15 +296,15 @@ class Remote:
     """An object in the student's process."""
 
     def __init__(self, trial: Trial, name: str, handle: Handle) -> None:
-        self._trial, self._name, self._handle = trial, name, handle
+        self._trial, self.name, self.handle = trial, name, handle
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Its `method(*args, **kwargs)`."""
-        return self._trial.ask(method, args, kwargs, on=self._handle).value
+        return self._trial.ask(method, args, kwargs, on=self.handle).value
 
     def get(self, attribute: str) -> Any:
         """Its attribute (a method without arguments is called)."""
-        return self._trial.ask(attribute, on=self._handle).value
+        return self._trial.ask(attribute, on=self.handle).value
 
 
 # ------------------------------------------------------------------------------------------------------- recognizing
@@ -367,7 +375,7 @@ def _short(value: Any) -> str:
         return f"{_dtype(value.dtype)} {list(value.shape)}"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(_short(item) for item in value[:4])}{', ...' if len(value) > 4 else ''})"
-    return f"{value:.6g}" if isinstance(value, float) else repr(value)[:60]
+    return f"{value:.6g}" if isinstance(value, float) else clean(repr(value)[:60])
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -38,6 +38,11 @@ REPOSITORY = Path(__file__).resolve().parents[4]
 PACKAGE = Path(__file__).resolve().parents[3]
 
 
+def clean(text: str) -> str:
+    """A stranger's text without control characters: no terminal escapes, nothing invisible."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one submission may use.
@@ -92,7 +97,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a child went: most resident memory over the zygote's (bytes), processes it left behind, and its exit status."""
+    """How a child went: the most resident memory it took on top of what it began with (bytes), processes it left behind, and its exit status."""
 
     memory_growth: int
     strays: int
@@ -179,7 +184,6 @@ class Sandbox:
         self.readable, self.listable = readable_paths(hidden)
         self._process: subprocess.Popen | None = None
         self._control: socket.socket | None = None
-        self.base_memory = 0
 
     def __enter__(self) -> Sandbox:
         return self
@@ -256,8 +260,7 @@ class Sandbox:
                 start_new_session=True,
             )
         setup = {"sys_path": _import_path(), "package": str(PACKAGE), "preload": self.preload}
-        ready = self._ask({**setup, "environment": self.environment}, ZYGOTE_START_SECONDS)
-        self.base_memory = ready["memory"]
+        self._ask({**setup, "environment": self.environment}, ZYGOTE_START_SECONDS)
 
     def _ask(self, order: dict[str, Any], seconds: float, fds: Sequence[int] = ()) -> dict[str, Any]:
         text = json.dumps(order).encode()
@@ -306,6 +309,7 @@ class Child:
     printed: bytes = b""
     printed_bytes: int = 0
     ending: Ending | None = None
+    base_memory: int = 0  # resident, before any of the student's code ran
     _incoming: bytearray = field(default_factory=bytearray)
     _handles: int = 0
 
@@ -323,8 +327,9 @@ class Child:
         try:
             ready, _ = self._reply(time.monotonic() + FORK_SECONDS)
             protections = Protections(ready["active"], ready["missing"])
+            self.base_memory = psutil.Process(self.pid).memory_info().rss
         except (StudentError, KeyError) as error:
-            said = self.printed.decode(errors="replace").strip().splitlines()[-1:]
+            said = self.said.strip().splitlines()[-1:]
             raise SandboxError(f"the sandbox could not be set up: {' '.join(said) or error}") from error
         self._exchange({"do": "load"}, None, self.limits.seconds)
         return protections
@@ -376,6 +381,13 @@ class Child:
             raise _tampered(error) from error
         return Reply(value, answer.get("meter"), changed, elapsed)
 
+    @property
+    def said(self) -> str:
+        """What it printed, cut to size and cleaned."""
+        text = clean(self.printed.decode("utf-8", errors="replace"))
+        more = self.printed_bytes - len(self.printed)
+        return f"{text}\n... ({more:,} bytes more)" if more > 0 else text
+
     def end(self) -> Ending:
         """Kill it and all its descendants, and remove its directory. Safe to call again."""
         if self.ending is None:
@@ -388,7 +400,7 @@ class Child:
                 self._drain()
             os.close(self.output_pipe)
             shutil.rmtree(self.directory, ignore_errors=True)
-            growth = max(0, answer["peak_memory"] - self.sandbox.base_memory)
+            growth = max(0, answer["peak_memory"] - self.base_memory)
             self.ending = Ending(growth, answer["strays"], answer["status"])
         return self.ending
 
@@ -493,7 +505,7 @@ class Child:
             raise self._died() from error
         except psutil.AccessDenied:
             return
-        if memory > self.sandbox.base_memory + self.limits.memory:
+        if memory > self.base_memory + self.limits.memory:
             raise _out_of_memory(self.limits)
         if _disk_usage(self.directory) > self.limits.disk:
             raise StudentError(
@@ -546,7 +558,7 @@ def _reported(error: Any) -> StudentError:
     """What the child says went wrong. It is the student's word: text, cut to size, and no more."""
     if not isinstance(error, dict):
         return StudentError("tampered", "A malformed error was written on the grader's channel.")
-    said = {key: str(error.get(key, ""))[:4000] for key in ("kind", "type", "message", "traceback", "group")}
+    said = {key: clean(str(error.get(key, ""))[:4000]) for key in ("kind", "type", "message", "traceback", "group")}
     messages = {
         "missing": f"There is no {said['message']} in the file.",
         "syntax": "The file is not valid Python.",

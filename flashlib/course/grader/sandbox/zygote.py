@@ -36,7 +36,7 @@ def main() -> None:
     child.rehearse()
     shut_flashlib()
     gc.freeze()
-    send(control, {"ready": True, "memory": resident_bytes()})
+    send(control, {"ready": True})
     while True:
         order, fds = receive(control)
         if order["do"] == "fork":
@@ -98,43 +98,34 @@ def end(pid: int) -> dict:
     kill(pid)
     _, status, usage = os.wait4(pid, 0)
     strays, deadline = set(), time.monotonic() + SWEEP_SECONDS
-    while (found := descendants()) and time.monotonic() < deadline:
-        strays |= found
-        for stray in found:
+    while (left := children_left()) and time.monotonic() < deadline:
+        for stray in descendants():
+            strays.add(stray)
             kill(stray)
-        reap()
-        time.sleep(0.005)
+        time.sleep(0.002)
     unit = 1024 if sys.platform == "linux" else 1
-    return {"status": status, "peak_memory": usage.ru_maxrss * unit, "strays": len(strays), "left": sorted(found)}
+    return {"status": status, "peak_memory": usage.ru_maxrss * unit, "strays": len(strays), "left": left}
+
+
+def children_left() -> bool:
+    """Whether any child is still there, once the dead ones are buried. Orphans count: this process is their reaper."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
 
 
 def descendants() -> set:
     import psutil
 
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                found.add(process.pid)
-    reap()
-    return found
+    return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def reap() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def resident_bytes() -> int:
-    import psutil
-
-    return psutil.Process().memory_info().rss
 
 
 def receive(control: socket.socket) -> tuple:

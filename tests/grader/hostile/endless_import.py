@@ -1,0 +1,3 @@
+# diagnosis: timeout
+while True:
+    pass

@@ -1,0 +1,4 @@
+# diagnosis: timeout
+def softmax(x):
+    while True:
+        pass

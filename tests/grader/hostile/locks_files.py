@@ -1,0 +1,6 @@
+# diagnosis: exception
+import os
+
+
+def softmax(x):
+    os.chmod("@SUBMISSIONS@", 0)

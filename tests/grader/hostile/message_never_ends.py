@@ -1,0 +1,8 @@
+# diagnosis: timeout
+class Endless(Exception):
+    def __str__(self):
+        while True:
+            pass
+
+
+raise Endless

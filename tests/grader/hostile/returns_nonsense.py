@@ -1,0 +1,6 @@
+# diagnosis: unsendable
+def softmax(x):
+    nest = ()
+    for _ in range(100_000):
+        nest = (nest,)
+    return nest

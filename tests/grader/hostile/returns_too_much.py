@@ -1,0 +1,6 @@
+# diagnosis: memory
+import torch
+
+
+def softmax(x):
+    return torch.zeros(1).expand(1 << 40)

@@ -1,0 +1,4 @@
+# diagnosis: exit
+import sys
+
+sys.exit("100 points")

@@ -61,7 +61,7 @@ def load_smollm2(
 
     if attention not in _TRANSFORMERS_OWN:
         register(attention)  # refuses an unknown name before the weights are read
-    model = transformers.AutoModelForCausalLM.from_pretrained(_model_folder(), dtype=dtype, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder(), dtype=dtype, local_files_only=True)
     model.eval().requires_grad_(False)
     if attention in _TRANSFORMERS_OWN:
         model.set_attn_implementation(attention)
@@ -74,7 +74,7 @@ def load_smollm2(
 @lru_cache(maxsize=1)
 def load_tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of SmolLM2: 49,152 pieces of words. Raises as :func:`load_smollm2` does."""
-    return _quiet_transformers().AutoTokenizer.from_pretrained(_model_folder(), local_files_only=True)
+    return _quiet_transformers().AutoTokenizer.from_pretrained(model_folder(), local_files_only=True)
 
 
 def sample_text(tokens: int | None = None) -> str:
@@ -369,8 +369,11 @@ def _projections(attention_module: torch.nn.Module) -> Iterator[dict[str, Tensor
             hook.remove()
 
 
-def _model_folder() -> Path:
-    """The model in the layout that transformers loads fast. Made from the GGUF file the first time."""
+def model_folder() -> Path:
+    """Where the model lies in the layout that transformers loads in a second.
+
+    The first call makes it from the GGUF file, which takes about 20 s. Raises as :func:`load_smollm2` does.
+    """
     unpacked = cache_dir() / f"SmolLM2-135M-Instruct.Q4_1-{GGUF_SHA256[:8]}"
     if unpacked.is_dir():
         return unpacked

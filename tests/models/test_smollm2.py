@@ -240,7 +240,7 @@ def test_a_folder_from_the_hub_is_used_as_it_is(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(models, "fetch_weights", lambda: tmp_path / "hub")
     (tmp_path / "hub").mkdir()
-    assert models._model_folder() == tmp_path / "hub"
+    assert models.model_folder() == tmp_path / "hub"
 
 
 def test_sample_text_has_exactly_so_many_tokens(generator):

@@ -123,7 +123,8 @@ class Verdict:
     def _judgement(self) -> str:
         if self.question.choices is not None:
             return "Right." if self.correct else "Not so."
-        limit = f"a factor of {format_number(self.question.within)}"
+        within = self.question.within
+        limit = f"a factor of {format_number(within)}" if within > 1 else "only the value itself"
         if self.correct:
             return "Right." if self.predicted == self.actual else f"Right, within {limit}."
         if self.predicted * self.actual <= 0:

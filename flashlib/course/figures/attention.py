@@ -47,7 +47,7 @@ def attention_matrix(
     ) as fig:
         ax = fig.add_subplot()
         image = ax.imshow(
-            weights, cmap=_white_to(style.S), vmin=0, vmax=max(float(weights.max()), 1e-12), aspect="auto"
+            weights.numpy(), cmap=_white_to(style.S), vmin=0, vmax=max(float(weights.max()), 1e-12), aspect="auto"
         )
         _token_axis(ax.xaxis, labels_k, columns, rotation=60 if max(map(len, labels_k)) > 3 else 0)
         _token_axis(ax.yaxis, labels_q, rows)
@@ -122,7 +122,7 @@ def _draw_scores(ax, x, block, steps, seen) -> None:
     floor = min(0.0, float(shown.min()))
     for at in range(len(x)):
         if x[at] > float("-inf"):
-            ax.bar(at, x[at], 0.8, color=style.tint(style.S, 0.75 if at < seen * block else 0.2))
+            ax.bar(at, float(x[at]), 0.8, color=style.tint(style.S, 0.75 if at < seen * block else 0.2))
     for b in range(1, len(steps)):
         ax.axvline(b * block - 0.5, color=style.RULE, linewidth=1, zorder=0)
     edges = [min(b * block, len(x)) - 0.5 for b in range(seen + 1)]

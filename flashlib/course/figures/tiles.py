@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flashlib.course.display import Figure
@@ -21,6 +22,7 @@ _KIND_NAMES = {
     Tile.SKIP: "skipped: never loaded",
 }
 _MOST_PANELS = 4
+_PANELS_PER_ROW = 3
 
 
 def mask_figure(
@@ -45,10 +47,7 @@ def mask_figure(
     Raises:
         ValueError: only one block size is given, a length is not positive, or the mask does not fit.
     """
-    if (block_q is None) != (block_k is None):
-        raise ValueError(f"block_q and block_k come together; got {block_q} and {block_k}")
-    if q_len < 1 or kv_len < 1:
-        raise ValueError(f"q_len and kv_len must be at least 1; got {q_len} and {kv_len}")
+    _check_sizes(q_len, kv_len, block_q, block_k)
     intervals = mask.intervals(batch, q_len, kv_len)
     title = title or type(mask).__name__
     panels = min(intervals.start.shape[0], _MOST_PANELS)
@@ -64,8 +63,52 @@ def mask_figure(
             fig.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
         else:
             ax.set_title(title)
-        _mask_legend(fig, intervals, block_q, block_k)
+        counts = tile_counts(intervals, block_q, block_k) if block_q is not None else {}
+        _mask_legend(fig, {kind: f"{count} {_KIND_NAMES[kind]}" for kind, count in counts.items()})
         return Figure(fig, alt=_describe_mask(title, intervals, block_q, block_k))
+
+
+def mask_gallery(
+    masks: Mapping[str, Mask],
+    q_len: int,
+    kv_len: int,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    *,
+    title: str,
+) -> Figure:
+    """Several masks side by side, for one sequence, drawn as `mask_figure` draws one.
+
+    Args:
+        masks: name to mask; the name stands above its panel.
+        q_len, kv_len, block_q, block_k: as in `mask_figure`.
+        title: above the figure.
+
+    Raises:
+        ValueError: there is no mask, or as `mask_figure`.
+    """
+    _check_sizes(q_len, kv_len, block_q, block_k)
+    if not masks:
+        raise ValueError("masks must hold at least one mask; it is empty")
+    made = {name: mask.intervals(1, q_len, kv_len) for name, mask in masks.items()}
+    columns = min(len(made), _PANELS_PER_ROW)
+    rows = -(-len(made) // columns)
+    panel_width = style.WIDTH / _PANELS_PER_ROW
+    panel_height = min((panel_width - 0.6) * q_len / kv_len, 3.2)
+
+    with style.canvas(panel_width * columns, (panel_height + 0.75) * rows + 0.6, layout="compressed") as fig:
+        panels = list(fig.subplots(rows, columns, squeeze=False).flat)
+        for ax, (name, intervals) in zip(panels, made.items(), strict=False):
+            _draw_mask(ax, intervals, 0, block_q, block_k)
+            ax.set_title(name, fontsize=10)
+            if block_q is not None:
+                ax.set_xlabel(_told_counts(intervals, block_q, block_k))
+        for ax in panels[len(made) :]:
+            ax.set_axis_off()
+        fig.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+        _mask_legend(fig, _KIND_NAMES if block_q is not None else {})
+        told = " ".join(_describe_mask(name, intervals, block_q, block_k) for name, intervals in made.items())
+        return Figure(fig, alt=f"{title}. {told}")
 
 
 def tile_counts(intervals: RowIntervals, block_q: int, block_k: int) -> dict[Tile, int]:
@@ -277,22 +320,26 @@ def _grid(ax, intervals: RowIntervals, block_q: int | None, block_k: int | None)
         ax.vlines(range(0, intervals.kv_len, block_k), 0, intervals.q_len, color=style.INK, linewidth=thin)
 
 
-def _mask_legend(fig, intervals: RowIntervals, block_q: int | None, block_k: int | None) -> None:
+def _check_sizes(q_len: int, kv_len: int, block_q: int | None, block_k: int | None) -> None:
+    if (block_q is None) != (block_k is None):
+        raise ValueError(f"block_q and block_k come together; got {block_q} and {block_k}")
+    if q_len < 1 or kv_len < 1:
+        raise ValueError(f"q_len and kv_len must be at least 1; got {q_len} and {kv_len}")
+
+
+def _mask_legend(fig, tile_labels: Mapping[Tile, str]) -> None:
+    """What the colors mean: kinds of tiles, or single cells where there are no tiles."""
     from matplotlib.patches import Patch
 
-    if block_q is None:
-        handles = [
-            Patch(color=_CELL[Tile.FULL, True], label="visible"),
-            Patch(facecolor=style.FAINT, edgecolor=style.RULE, label="hidden"),
-        ]
-    else:
-        counts = tile_counts(intervals, block_q, block_k)
-        colors = {Tile.FULL: _CELL[Tile.FULL, True], Tile.PARTIAL: _CELL[Tile.PARTIAL, True], Tile.SKIP: style.FAINT}
-        handles = [
-            Patch(facecolor=colors[kind], edgecolor=style.RULE, label=f"{count} {_KIND_NAMES[kind]}")
-            for kind, count in counts.items()
-        ]
+    labels = tile_labels or {Tile.FULL: "visible", Tile.SKIP: "hidden"}
+    colors = {Tile.FULL: _CELL[Tile.FULL, True], Tile.PARTIAL: _CELL[Tile.PARTIAL, True], Tile.SKIP: style.FAINT}
+    handles = [Patch(facecolor=colors[kind], edgecolor=style.RULE, label=label) for kind, label in labels.items()]
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2, columnspacing=1.4)
+
+
+def _told_counts(intervals: RowIntervals, block_q: int, block_k: int) -> str:
+    counts = tile_counts(intervals, block_q, block_k)
+    return f"{counts[Tile.FULL]} full, {counts[Tile.PARTIAL]} partial, {counts[Tile.SKIP]} skipped"
 
 
 def _describe_mask(title: str, intervals: RowIntervals, block_q: int | None, block_k: int | None) -> str:
@@ -307,11 +354,7 @@ def _describe_mask(title: str, intervals: RowIntervals, block_q: int | None, blo
     if blind:
         text += f" {blind} rows see nothing."
     if block_q is not None:
-        counts = tile_counts(intervals, block_q, block_k)
-        text += (
-            f" Tiles of {block_q} x {block_k}: {counts[Tile.FULL]} full, {counts[Tile.PARTIAL]} partial, "
-            f"{counts[Tile.SKIP]} skipped."
-        )
+        text += f" Tiles of {block_q} x {block_k}: {_told_counts(intervals, block_q, block_k)}."
     return text
 
 

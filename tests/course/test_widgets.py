@@ -1,0 +1,143 @@
+"""Widgets: the controls are driven as a reader would, and the figure's words must follow."""
+
+import pytest
+
+from flashlib.course import figures, widgets
+from flashlib.course.display import Figure
+from flashlib.course.widgets import Choice, Explorer, Slider, explore
+from flashlib.masks import Causal
+
+EXPLORERS = {
+    "tile_stepper": lambda: widgets.tile_stepper(32, 32, 8, 8, Causal()),
+    "mask_explorer": lambda: widgets.mask_explorer(16, 16),
+    "tile_size_explorer": lambda: widgets.tile_size_explorer(1024, 64),
+    "online_softmax_stepper": lambda: widgets.online_softmax_stepper([1.0, 3.0, 2.0, 5.0, 4.0, 0.0], 2),
+    "heads_explorer": lambda: widgets.heads_explorer(9, 3),
+    "cache_explorer": lambda: widgets.cache_explorer(weight_bytes=270 * 2**20),
+    "memory_wall_explorer": widgets.memory_wall_explorer,
+}
+
+
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_static_and_interactive_start_with_the_same_figure(name, reader, monkeypatch):
+    explorer = EXPLORERS[name]()
+    assert type(explorer) is Explorer
+    assert "application/vnd.jupyter.widget-view+json" in explorer._repr_mimebundle_()
+    monkeypatch.setenv("FLASHLIB_NONINTERACTIVE", "1")
+    figure = EXPLORERS[name]()
+    assert type(figure) is Figure
+    assert figure.alt == explorer.figure.alt
+
+
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_every_control_changes_the_figure(name, reader):
+    explorer = EXPLORERS[name]()
+    for control_name, control in explorer.controls.items():
+        before = explorer.figure.alt
+        control.value = other_value(control)
+        assert explorer.figure.alt != before, f"{control_name} does nothing"
+        assert explorer._image.value == explorer.figure.png
+        assert "<small>" in explorer._caption.value
+
+
+def other_value(control):
+    if hasattr(control, "options"):
+        values = [option[1] if isinstance(option, tuple) else option for option in control.options]
+        return values[(values.index(control.value) + 1) % len(values)]
+    return control.max if control.value != control.max else control.min
+
+
+def test_tile_stepper_walks_the_loop(reader):
+    explorer = widgets.tile_stepper(32, 32, 8, 8, Causal(), step=0)
+    assert explorer.controls["step"].max == 9
+    assert "Step 1 of 10" in explorer.figure.alt and "In fast memory: Q0, K0, V0, O0" in explorer.figure.alt
+    explorer.controls["step"].value = 9
+    assert "In fast memory: Q3, K3, V3, O3" in explorer.figure.alt and "stored: 4 of O" in explorer.figure.alt
+    explorer.controls["step"].value = 1
+    assert "In fast memory: Q1, K0" in explorer.figure.alt
+    explorer.controls["loop_order"].value = "kv_outer"
+    assert explorer.figure.alt.startswith("FlashAttention-1") and "Q1, K0" in explorer.figure.alt
+    explorer.controls["step"].value = 4
+    assert "Q1, K1" in explorer.figure.alt
+
+
+def test_mask_explorer_counts_tiles(reader):
+    explorer = widgets.mask_explorer(16, 16)
+    expected = {
+        "everything": "Tiles of 4 x 4: 16 full, 0 partial, 0 skipped",
+        "causal": "Tiles of 4 x 4: 6 full, 4 partial, 6 skipped",
+        "prefix": "Tiles of 4 x 4: 9 full, 2 partial, 5 skipped",
+        "documents": "Tiles of 4 x 4: 2 full, 4 partial, 10 skipped",
+        "key length": "Tiles of 4 x 4: 8 full, 0 partial, 8 skipped",
+    }
+    explorer.controls["block_q"].value = explorer.controls["block_k"].value = 4
+    explorer.controls["size"].value = 8
+    for kind, counts in expected.items():
+        explorer.controls["kind"].value = kind
+        assert counts in explorer.figure.alt, kind
+    explorer.controls["kind"].value = "causal"
+    explorer.controls["queries"].value = 4  # bottom-right: four queries at the end of sixteen keys
+    assert "Tiles of 4 x 4: 3 full, 1 partial, 0 skipped" in explorer.figure.alt
+    explorer.controls["kind"].value = "documents"
+    assert "16 keys" in explorer.figure.alt
+
+
+def test_tile_size_explorer_says_what_fits(reader):
+    explorer = widgets.tile_size_explorer(4096, 64, 100 * 1024)
+    assert "Tile 64 x 64: 80 KiB, fits into 100 KiB" in explorer.figure.alt
+    explorer.controls["block_q"].value = 128
+    assert "does not fit" in explorer.figure.alt and "K and V 32 times" in explorer.figure.alt
+    explorer.controls["block_k"].value = 16
+    assert "80 KiB, fits into" in explorer.figure.alt
+
+
+def test_online_softmax_stepper_lets_blocks_arrive(reader):
+    explorer = EXPLORERS["online_softmax_stepper"]()
+    assert "block 3" in explorer.figure.alt
+    explorer.controls["blocks_seen"].value = 1
+    assert "block 1" in explorer.figure.alt and "block 2" not in explorer.figure.alt
+
+
+def test_cache_explorer_multiplies_out(reader):
+    explorer = widgets.cache_explorer(layers=30, q_heads=9, kv_heads=3, head_dim=64)
+    explorer.controls["context"].value = 1024
+    # K and V, 30 layers, 3 heads of 64, bf16: 22.5 KiB a token.
+    assert "KV cache at 1,024 tokens x 1: MHA 67.5 MiB, GQA 22.5 MiB, MQA 7.5 MiB" in explorer.figure.alt
+    explorer.controls["batch"].value = 16
+    assert "GQA 360 MiB" in explorer.figure.alt
+    explorer.controls["itemsize"].value = 4
+    assert "GQA 720 MiB" in explorer.figure.alt
+
+
+def test_memory_wall_explorer_finds_the_wall(reader):
+    explorer = widgets.memory_wall_explorer(heads=9, head_dim=64)
+    assert "does not fit into 16 GiB" in explorer.figure.alt
+    explorer.controls["memory"].value = 32 * 2**30
+    assert "which fits into 32 GiB" in explorer.figure.alt
+
+
+def test_a_combination_that_cannot_be_is_explained_and_the_figure_stays(reader):
+    def draw(heads, kv_heads):
+        return figures.layout_heads(heads, kv_heads)
+
+    explorer = explore(draw, heads=Slider(1, 9, 8), kv_heads=Choice({"one": 1, "two": 2}, 2))
+    before = explorer.figure
+    explorer.controls["heads"].value = 9
+    assert explorer.figure is before
+    assert "kv_heads must divide q_heads" in explorer._caption.value
+    explorer.controls["kv_heads"].value = 1
+    assert "9 query heads and 1 KV head" in explorer.figure.alt
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: Slider(0, 5, 6), "value must be from 0 to 5; got 6"),
+        (lambda: Choice([1, 2], 3), r"value must be one of \[1, 2\]; got 3"),
+        (lambda: Choice({"a": 1}, "a"), r"value must be one of \[1\]; got 'a'"),
+        (lambda: widgets.tile_stepper(32, 32, 8, 8, step=99), "value must be from 0 to 15; got 99"),
+    ],
+)
+def test_bad_controls(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

@@ -7,17 +7,15 @@ from typing import Annotated
 
 import typer
 
+from flashlib.course.grader.cli import grade
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
     help="FlashAttention, from first principles to the speed of light: the tools of the course and of the library.",
 )
-
-
-@app.callback()
-def main() -> None:
-    """Make every command a sub-command, also while there is only one."""
+app.command()(grade)
 
 
 @app.command()

@@ -47,7 +47,7 @@ def attention_matrix(
     ) as fig:
         ax = fig.add_subplot()
         image = ax.imshow(
-            weights.numpy(), cmap=_white_to(style.S), vmin=0, vmax=max(float(weights.max()), 1e-12), aspect="auto"
+            weights.numpy(), cmap=style.white_to(style.S), vmin=0, vmax=max(float(weights.max()), 1e-12), aspect="auto"
         )
         _token_axis(ax.xaxis, labels_k, columns, rotation=60 if max(map(len, labels_k)) > 3 else 0)
         _token_axis(ax.yaxis, labels_q, rows)
@@ -203,10 +203,3 @@ def _token_axis(axis, labels: list[str], count: int, rotation: int = 0) -> None:
 
 def _cells(weights: Tensor):
     return (((i, j), float(weights[i, j])) for i in range(weights.shape[0]) for j in range(weights.shape[1]))
-
-
-def _white_to(color: str):
-    from matplotlib.colors import LinearSegmentedColormap
-
-    dark = tuple(0.55 * channel for channel in style.tint(color, 1.0))
-    return LinearSegmentedColormap.from_list("attention", [style.PAPER, style.tint(color, 0.55), color, dark])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from flashlib.course.display import Figure, format_bytes, format_number
 from flashlib.course.figures import style
 
@@ -42,6 +45,40 @@ def layout_heads(q_heads: int, kv_heads: int) -> Figure:
             alt=f"{kind.capitalize()} attention ({short}): {q_heads} query heads and {_count(kv_heads, 'KV head')}; "
             f"{_count(group, 'query head')} to each KV head, so the cache is {kv_heads}/{q_heads} the size of "
             "multi-head attention's.",
+        )
+
+
+def head_gallery(weights: Tensor, kv_heads: int, *, title: str) -> Figure:
+    """The attention weights of all heads of a layer, one small heat map each; heads in a row share a KV head.
+
+    Args:
+        weights: `[Hq, S, S]`, causal probabilities: row i sums to 1 over the keys up to i.
+        kv_heads: Hkv, a divisor of Hq.
+        title: above the figure.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    weights = torch.as_tensor(weights).detach().float().cpu()
+    if weights.dim() != 3 or weights.shape[1] != weights.shape[2] or weights.shape[1] < 2:
+        raise ValueError(f"weights must be [Hq, S, S] with S at least 2; got shape {tuple(weights.shape)}")
+    q_heads = weights.shape[0]
+    if kv_heads < 1 or q_heads == 0 or q_heads % kv_heads:
+        raise ValueError(f"kv_heads must divide the {q_heads} heads of weights; got {kv_heads}")
+    group = q_heads // kv_heads
+    side = min(2.1, (style.WIDTH - 0.6) / group)
+    with style.canvas(side * group + 0.6, (side + 0.2) * kv_heads + 0.4, layout="compressed") as fig:
+        for h, ax in enumerate(fig.subplots(kv_heads, group, squeeze=False).flat):
+            ax.imshow(weights[h].numpy(), cmap=style.white_to(style.S), vmin=0, vmax=1, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(True)
+            ax.set_title(f"head {h}", fontsize=9, fontweight="normal", pad=3)
+            if h % group == 0:
+                ax.set_ylabel(f"KV head {h // group}", color=style.K, fontweight="bold")
+        fig.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+        told = "; ".join(f"head {h}: {_describe_head(weights[h])}" for h in range(q_heads))
+        return Figure(
+            fig, alt=f"{title}. Mean weight of the first token, the token itself and the one before it. {told}."
         )
 
 
@@ -125,6 +162,12 @@ def cache_figure(prompt_len: int, new_tokens: int, capacity: int, *, bytes_per_t
             alt=f"KV cache of {capacity} slots: prefill writes {prompt_len}, then {new_tokens} decoding steps write one "
             f"each and read all before; {prompt_len + new_tokens} slots are full at the end{size}.",
         )
+
+
+def _describe_head(weights: Tensor) -> str:
+    """Where one head's rows look, from the second row on (the first has no choice)."""
+    places = (weights[1:, 0], weights.diagonal()[1:], weights.diagonal(-1))
+    return ", ".join(f"{float(place.mean()):.2f}" for place in places)
 
 
 def _head(ax, x, y, height, color, label, *, labelled: bool) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure as MatplotlibFigure
 
 Q, K, V, S, O, LSE = "#0072B2", "#E69F00", "#009E73", "#AA4499", "#D55E00", "#5B6770"
@@ -82,6 +83,14 @@ def tint(color: str, strength: float) -> tuple[float, float, float]:
     from matplotlib.colors import to_rgb
 
     return tuple(1 - strength * (1 - channel) for channel in to_rgb(color))
+
+
+def white_to(color: str) -> LinearSegmentedColormap:
+    """The colormap of heat maps: white for nothing, through `color`, to a dark shade of it."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    dark = tuple(0.55 * channel for channel in tint(color, 1.0))
+    return LinearSegmentedColormap.from_list("attention", [PAPER, tint(color, 0.55), color, dark])
 
 
 def source_note(fig: MatplotlibFigure, source: str | None) -> None:

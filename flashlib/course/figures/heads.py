@@ -66,7 +66,7 @@ def head_gallery(weights: Tensor, kv_heads: int, *, title: str) -> Figure:
     if kv_heads < 1 or q_heads == 0 or q_heads % kv_heads:
         raise ValueError(f"kv_heads must divide the {q_heads} heads of weights; got {kv_heads}")
     group = q_heads // kv_heads
-    side = min(2.1, (style.WIDTH - 0.6) / group)
+    side = min(1.75, (style.WIDTH - 0.6) / group)
     with style.canvas(side * group + 0.6, (side + 0.2) * kv_heads + 0.4, layout="compressed") as fig:
         for h, ax in enumerate(fig.subplots(kv_heads, group, squeeze=False).flat):
             ax.imshow(weights[h].numpy(), cmap=style.white_to(style.S), vmin=0, vmax=1, interpolation="nearest")

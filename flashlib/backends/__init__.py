@@ -15,6 +15,7 @@ from flashlib.backends.base import Backend, BackendUnavailableError
 from flashlib.backends.flash_attn import FlashAttention2, FlashAttention3
 from flashlib.backends.pytorch import ReferenceBackend, TiledBackend
 from flashlib.backends.torch_sdpa import SDPACudnn, SDPAEfficient, SDPAFlash, SDPAMath
+from flashlib.backends.triton import TritonBackend
 from flashlib.config import FlashAttentionConfig, current_config
 from flashlib.spec import AttentionSpec
 
@@ -39,6 +40,7 @@ BACKENDS: dict[str, Backend] = {
         SDPAEfficient(),
         SDPAFlash(),
         SDPACudnn(),
+        TritonBackend(),
         FlashAttention2(),
         FlashAttention3(),
     )
@@ -62,6 +64,7 @@ PREFERENCES: tuple[Preference, ...] = (
         "torch_sdpa_flash", "FlashAttention-2 inside PyTorch: 340 / 318 TFLOP/s on an H200; the fused kernel on CPUs"
     ),
     Preference("torch_sdpa_efficient", "takes any mask and fp32 on a GPU, without the N x N matrix of scores"),
+    Preference("triton", "our own kernels: any mask, the LSE and its gradient, deterministic"),
     Preference("tiled", "runs everything everywhere in linear memory; a Python loop, so slow for its size"),
     Preference("torch_sdpa_math", "PyTorch's unfused formula: makes the N x N matrix, so only when asked for"),
     Preference("reference", "the formula itself, for comparison"),

@@ -1,0 +1,115 @@
+"""Pieces that the attention kernels share: which keys a row sees, which tiles that leaves, and loading a tile.
+
+Names: ``i_`` an index of a program, ``o_`` offsets within a tile, ``m_`` boolean masks, ``p_`` pointers, ``b_`` tiles in
+registers. Sizes in capitals are compile-time constants.
+"""
+
+import triton
+import triton.language as tl
+
+# How a kernel learns which keys a row sees. Every mask of flashlib.masks is one of these.
+UNMASKED = tl.constexpr(0)  # all of them
+BAND = tl.constexpr(1)  # i + offset - left .. i + offset + right, from three numbers
+INTERVALS = tl.constexpr(2)  # start[i] .. stop[i] - 1, from two integers per row
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def row_intervals(
+    o_rows,
+    q_len,
+    kv_len,
+    offset,
+    left,
+    right,
+    p_start,
+    p_stop,
+    MASK: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):
+    """First visible key, and one past the last, of each row: int32 ``[rows]``. A row past the end sees nothing."""
+    m_rows = o_rows < q_len
+    start = tl.zeros_like(o_rows)
+    stop = tl.zeros_like(o_rows) + kv_len
+    if MASK == INTERVALS:
+        start = tl.load(p_start + o_rows, mask=m_rows, other=0)
+        stop = tl.load(p_stop + o_rows, mask=m_rows, other=0)
+    if MASK == BAND:
+        if HAS_LEFT:
+            start = tl.maximum(start, o_rows + offset - left)
+        if HAS_RIGHT:
+            stop = tl.minimum(stop, o_rows + offset + right + 1)
+    return start, tl.where(m_rows, stop, start)
+
+
+@triton.jit
+def key_ranges(start, stop, m_rows, kv_len, BLOCK_N: tl.constexpr):
+    """Where a tile of rows meets the keys, in whole tiles of ``BLOCK_N``: ``(first, full_first, full_last, last)``.
+
+    Tiles in [first, last) may hold a visible pair, those in [full_first, full_last) hold nothing else. Everything outside
+    [first, last) is skipped. Rows that see nothing bound neither range, but with one of them no tile is full.
+    """
+    sees = m_rows & (start < stop)
+    first = tl.min(tl.where(sees, start, kv_len))
+    last = tl.max(tl.where(sees, stop, 0))
+    full_first = tl.max(tl.where(m_rows, start, 0))
+    full_last = tl.min(tl.where(m_rows, tl.maximum(stop, start), kv_len))
+    full_last = tl.where(tl.max((m_rows & (start >= stop)).to(tl.int32)) > 0, 0, full_last)
+    first = first // BLOCK_N * BLOCK_N
+    last = tl.minimum(tl.cdiv(last, BLOCK_N) * BLOCK_N, tl.cdiv(kv_len, BLOCK_N) * BLOCK_N)
+    full_first = tl.minimum(tl.maximum(tl.cdiv(full_first, BLOCK_N) * BLOCK_N, first), last)
+    full_last = tl.minimum(tl.maximum(full_last // BLOCK_N * BLOCK_N, full_first), last)
+    return first, full_first, full_last, tl.maximum(last, first)
+
+
+@triton.jit
+def load_tile(
+    p_base, o_rows, o_cols, stride_row, stride_col, n_rows, n_cols, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr
+):
+    """A tile ``[rows, cols]`` of a strided matrix, 0 beyond its edges. Checks cost instructions: only where they can matter."""
+    p_tile = p_base + o_rows.to(tl.int64)[:, None] * stride_row + o_cols[None, :] * stride_col
+    if CHECK_ROWS and CHECK_COLS:
+        return tl.load(p_tile, mask=(o_rows[:, None] < n_rows) & (o_cols[None, :] < n_cols), other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(p_tile, mask=o_rows[:, None] < n_rows, other=0.0)
+    elif CHECK_COLS:
+        return tl.load(p_tile, mask=o_cols[None, :] < n_cols, other=0.0)
+    else:
+        return tl.load(p_tile)
+
+
+@triton.jit
+def store_tile(p_base, b_tile, o_rows, o_cols, stride_row, n_rows, n_cols, CHECK_COLS: tl.constexpr):
+    """Write a tile whose columns are contiguous, inside the matrix's edges."""
+    p_tile = p_base + o_rows.to(tl.int64)[:, None] * stride_row + o_cols[None, :]
+    m_tile = o_rows[:, None] < n_rows
+    if CHECK_COLS:
+        m_tile = m_tile & (o_cols[None, :] < n_cols)
+    tl.store(p_tile, b_tile.to(p_base.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def score_units(scale, softcap, SOFTCAP: tl.constexpr):
+    """What one unit of a score tile is worth in base-2 logarithms. exp2 then needs one multiply-add per score."""
+    if SOFTCAP:
+        return softcap * LOG2_E
+    else:
+        return scale * LOG2_E
+
+
+@triton.jit
+def cap(b_s, scale, softcap, SOFTCAP: tl.constexpr):
+    """Raw products QK^T in the units of :func:`score_units`: as they are, or squashed by the softcap."""
+    if SOFTCAP:
+        return tanh(b_s * (scale / softcap))
+    else:
+        return b_s
+
+
+@triton.jit
+def tanh(x):
+    """From exp2 alone, exact at both ends: 1 - 2 / (e^2x + 1)."""
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)

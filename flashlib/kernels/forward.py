@@ -1,0 +1,163 @@
+"""FlashAttention forward in Triton (Dao 2023, arXiv 2307.08691, algorithm 1).
+
+One program computes ``BLOCK_M`` rows of one query head. The keys that its rows see fall into three stretches of whole tiles:
+partial at the left edge of a window, full in the middle, partial at the right edge. Only the partial ones pay for mask
+arithmetic, and tiles outside are never loaded. Softmax runs in base 2, since the hardware's exponential does.
+"""
+
+import triton
+import triton.language as tl
+
+from flashlib.kernels.common import (
+    BAND,
+    INTERVALS,
+    LN_2,
+    cap,
+    key_ranges,
+    load_tile,
+    row_intervals,
+    score_units,
+    store_tile,
+)
+
+
+@triton.jit
+def attention_forward(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_start,
+    p_stop,
+    p_counts,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_vd,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_interval,  # from one batch entry's intervals to the next; 0 if they are shared
+    q_heads,
+    group_size,
+    q_len,
+    kv_len,
+    offset,
+    left,
+    right,
+    scale,
+    softcap,
+    head_dim,
+    v_head_dim,
+    CHECK_D: tl.constexpr,
+    CHECK_DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    COUNT_TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Under a causal mask the last rows have the most keys. They start first, so that no long program is left for the end.
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_b, i_h = tl.program_id(1) // q_heads, tl.program_id(1) % q_heads
+    i_kv = i_h // group_size
+    p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+    p_k += i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh
+    p_v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh
+    p_out += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
+    p_lse += tl.program_id(1).to(tl.int64) * q_len
+    if MASK == INTERVALS:
+        p_start += i_b.to(tl.int64) * stride_interval
+        p_stop += i_b.to(tl.int64) * stride_interval
+
+    o_m, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    start, stop = row_intervals(o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
+    first, full_first, full_last, last = key_ranges(start, stop, o_m < q_len, kv_len, BLOCK_N)
+    # q [BLOCK_M, BLOCK_D]
+    b_q = load_tile(p_q, o_m, o_d, stride_qs, stride_qd, q_len, head_dim, True, CHECK_D)
+    b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_l = tl.zeros([BLOCK_M], tl.float32)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    n_full, n_partial = 0, 0
+    if HAS_LEFT or MASK > BAND:
+        b_m, b_l, b_acc, n_full, n_partial = attend(
+            b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop,
+            o_m < q_len, first, full_first, kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            True, SOFTCAP, COUNT_TILES, PRECISION,
+        )  # fmt: skip
+    b_m, b_l, b_acc, n_full, n_partial = attend(
+        b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop,
+        o_m < q_len, full_first, full_last, kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+        False, SOFTCAP, COUNT_TILES, PRECISION,
+    )  # fmt: skip
+    b_m, b_l, b_acc, n_full, n_partial = attend(
+        b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop,
+        o_m < q_len, full_last, last, kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+        True, SOFTCAP, COUNT_TILES, PRECISION,
+    )  # fmt: skip
+
+    # A row that saw nothing has l = 0: it gives 0, and an LSE of -inf.
+    b_out = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+    o_dv = tl.arange(0, BLOCK_DV)
+    store_tile(p_out, b_out, o_m, o_dv, stride_os, q_len, v_head_dim, CHECK_DV)
+    tl.store(p_lse + o_m, (b_m * score_units(scale, softcap, SOFTCAP) + tl.log2(b_l)) * LN_2, mask=o_m < q_len)
+    if COUNT_TILES:
+        p_count = p_counts + (tl.program_id(1) * tl.num_programs(0) + i_m) * 3
+        tl.store(p_count, tl.cdiv(kv_len, BLOCK_N) - n_full - n_partial)
+        tl.store(p_count + 1, n_partial)
+        tl.store(p_count + 2, n_full)
+
+
+@triton.jit
+def attend(
+    b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop, m_rows,
+    first, last, kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    COUNT_TILES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Let the tiles of keys in [first, last) pass by these rows. MASKED if some pairs in them may be hidden."""
+    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    unit = score_units(scale, softcap, SOFTCAP)
+    for n in tl.range(first, last, BLOCK_N):
+        o_n = n + tl.arange(0, BLOCK_N)
+        # k [BLOCK_N, BLOCK_D], s [BLOCK_M, BLOCK_N]
+        b_k = load_tile(p_k, o_n, o_d, stride_ks, stride_kd, kv_len, head_dim, MASKED, CHECK_D)
+        b_s = cap(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+        if MASKED:
+            m_pairs = (o_n[None, :] >= start[:, None]) & (o_n[None, :] < stop[:, None])
+            b_s = tl.where(m_pairs, b_s, float("-inf"))
+        m_new = tl.maximum(b_m, tl.max(b_s, 1))
+        # A row that has seen nothing keeps m = -inf, and -inf - -inf is NaN: subtract 0 there.
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+        b_p = tl.exp2(b_s * unit - (pivot * unit)[:, None])
+        rescale = tl.exp2((b_m - pivot) * unit)
+        b_l = b_l * rescale + tl.sum(b_p, 1)
+        b_acc = b_acc * rescale[:, None]
+        b_v = load_tile(p_v, o_n, o_dv, stride_vs, stride_vd, kv_len, v_head_dim, MASKED, CHECK_DV)
+        if MASKED:
+            # A weight of 0 does not hide a NaN: keys that none of these rows see are blanked.
+            m_seen = tl.max(m_pairs.to(tl.int32), 0) > 0
+            b_v = tl.where(m_seen[:, None], b_v, 0.0)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+        b_m = m_new
+        if COUNT_TILES:
+            whole = tl.minimum(BLOCK_N, kv_len - n)
+            seen = tl.maximum(tl.minimum(stop, n + whole) - tl.maximum(start, n), 0)
+            fewest, most = tl.min(tl.where(m_rows, seen, whole)), tl.max(seen)
+            n_full += (fewest == whole).to(tl.int32)
+            n_partial += ((fewest != whole) & (most > 0)).to(tl.int32)
+    return b_m, b_l, b_acc, n_full, n_partial

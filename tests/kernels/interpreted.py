@@ -1,0 +1,66 @@
+"""The Triton kernels in Triton's interpreter, on random problems. A program of its own: the interpreter is chosen at import.
+
+TRITON_INTERPRET=1 python tests/kernels/interpreted.py --seed 0 --problems 20
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from problems import random_problem
+
+from flashlib import attention
+from flashlib.backends import triton as backend
+from flashlib.backends.triton import TileConfig, count_tiles
+from flashlib.masks import Tile
+from flashlib.reference import check, check_gradients
+
+SMALL = TileConfig(32, 16, 4, 1)  # small tiles meet more edges in few tokens
+
+
+def run_one(seed: int) -> None:
+    rng = random.Random(seed)
+    problem = random_problem(
+        rng, dtypes=(torch.float32, torch.float16, torch.bfloat16), lengths=(0, 1, 17, 33, 64, 100)
+    )
+    q, k, v = (x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v))
+    out, lse = attention(q, k, v, **problem.options, return_lse=True, backend="triton")
+    comparison = check(out, lse, q, k, v, **problem.options)
+    assert comparison.passed, f"seed {seed}: {problem}: {comparison.message}"
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (out, lse)]
+    comparison = check_gradients(torch.autograd.grad((out, lse), (q, k, v), grads), q, k, v, *grads, **problem.options)
+    assert comparison.passed, f"seed {seed}: {problem}: {comparison.message}"
+    if not problem.spec.is_empty:
+        check_counts(problem, seed)
+
+
+def check_counts(problem, seed: int) -> None:
+    """The kernel skips, masks and takes whole exactly the tiles that the mask says."""
+    counts = count_tiles(problem.q, problem.k, problem.v, problem.spec, SMALL)
+    kinds = problem.spec.intervals.tile_map(SMALL.block_m, SMALL.block_n).expand(problem.spec.batch, -1, -1)
+    expected = torch.stack([(kinds == kind).sum(-1) for kind in (Tile.SKIP, Tile.PARTIAL, Tile.FULL)], dim=-1)
+    assert (counts == expected[:, None]).all(), f"seed {seed}: {problem}: {counts[:, 0]} instead of {expected}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--problems", type=int, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    assert backend.interpreting(), "set TRITON_INTERPRET=1"
+    backend._WIDE = dict.fromkeys(backend._WIDE, SMALL)
+    backend._SIXTEEN_BIT = {kernel: dict.fromkeys((64, 128, 256), SMALL) for kernel in backend._SIXTEEN_BIT}
+    for seed in range(options.seed, options.seed + options.problems):
+        run_one(seed)
+    print(f"{options.problems} problems within the budget")
+
+
+if __name__ == "__main__":
+    main()

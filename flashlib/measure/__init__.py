@@ -1,7 +1,22 @@
-"""Measuring, and keeping what was measured: timing, memory, and recorded results with where they came from."""
+"""Measuring, and keeping what was measured: timing, memory, machines, and recorded results with where they came from."""
 
+from flashlib.measure.machine import MemoryLevel, cpu_memory, matmul_flops_per_s, stream_bytes_per_s
 from flashlib.measure.memory import memory_wall
 from flashlib.measure.record import Record, load_record, save_record, sources_hash
+from flashlib.measure.steps import naive_steps
 from flashlib.measure.timing import Timing, time_call
 
-__all__ = ["Record", "Timing", "load_record", "memory_wall", "save_record", "sources_hash", "time_call"]
+__all__ = [
+    "MemoryLevel",
+    "Record",
+    "Timing",
+    "cpu_memory",
+    "load_record",
+    "matmul_flops_per_s",
+    "memory_wall",
+    "naive_steps",
+    "save_record",
+    "sources_hash",
+    "stream_bytes_per_s",
+    "time_call",
+]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashlib import reference
-from flashlib.course.grader.engine import GraderError, Submission, grade, sandbox_for
+from flashlib.course.grader.engine import Submission, grade, sandbox_for
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import in_poison, ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
 from flashlib.course.grader.report import Failure
@@ -80,6 +80,11 @@ def tiled_property(t):
     t.check_tiled(attend, q, k, v, largest=4096 * 64, sample=lambda x: x[:, :, -64:])
 
 
+def any_rows(t):
+    """values"""
+    t.check(attend, t.randn(1, 2, 5, 8), t.randn(1, 2, 7, 8), t.randn(1, 2, 7, 8))
+
+
 @pytest.fixture(scope="module")
 def sandbox():
     with sandbox_for(make_exercise()) as sandbox:
@@ -108,10 +113,6 @@ def test_tiling_is_seen_by_the_meter_and_from_outside(sandbox, source, diagnosis
 
 
 def test_misconception_is_recognized_with_its_hint_first(sandbox):
-    def any_rows(t):
-        """values"""
-        t.check(attend, t.randn(1, 2, 5, 8), t.randn(1, 2, 7, 8), t.randn(1, 2, 7, 8))
-
     exercise = make_exercise(any_rows)
     finding = run(sandbox, exercise, NAIVE.replace("* q.shape[-1] ** -0.5", "")).results[0].finding
     assert finding.diagnosis == "missing-scale" and finding.hints == ("Scale.", "look again")
@@ -193,9 +194,26 @@ def test_broken_check_is_the_graders_fault_and_never_a_pass(sandbox):
         """budget"""
         t.check(replace(attend, budget=lambda q, k, v: float("inf")), *(t.randn(1, 1, 3, 4) for _ in "qkv"))
 
-    for check in (broken, infinite_budget):
-        with pytest.raises(GraderError, match=check.__name__.replace("_", "-")):
-            run(sandbox, make_exercise(check), NAIVE)
+    report = run(sandbox, make_exercise(broken, infinite_budget, any_rows), NAIVE.replace("* q", "/ q"))
+    assert [result.finding.diagnosis for result in report.results] == ["grader-error", "grader-error", "wrong-values"]
+    assert "author's mistake" in report.results[0].finding.says and report.earned == 0
+    assert "everything would pass" in report.results[1].finding.says
+
+
+def test_answers_are_looked_at_before_they_are_used(sandbox):
+    def looks(t):
+        """looks"""
+        one, two = t.expect_tuple(t.call("pair"), "one", "two")
+        t.expect_tensor(one, "one", (2, 3), torch.float32)
+        t.expect_tensor(two, "two", (4,))
+
+    def diagnosis(answer):
+        return run(sandbox, make_exercise(looks), f"import torch\ndef pair(): return {answer}").diagnoses
+
+    assert diagnosis("torch.ones(2, 3), torch.ones(4).long()") == ()
+    assert diagnosis("torch.ones(2, 3)") == diagnosis("1, torch.ones(4)") == diagnosis("None") == ("wrong-type",)
+    assert diagnosis("torch.ones(3, 2), torch.ones(4)") == ("wrong-shape",)
+    assert diagnosis("torch.ones(2, 3).half(), torch.ones(4)") == ("wrong-dtype",)
 
 
 def test_properties_need_a_title_and_points():
@@ -220,10 +238,6 @@ def test_forbidden_operations_are_gone_by_every_route(sandbox):
         return out[0] if out else {call}
     """
 
-    def any_rows(t):
-        """values"""
-        t.check(attend, *(t.randn(1, 2, 8, 8) for _ in "qkv"))
-
     for call in (
         "harmless_name(q, k, v)",
         "getattr(torch, '_C')._nn.scaled_dot_product_attention(q, k, v)",
@@ -235,10 +249,6 @@ def test_forbidden_operations_are_gone_by_every_route(sandbox):
 
 
 def test_exception_shows_the_students_own_lines(sandbox):
-    def any_rows(t):
-        """values"""
-        t.check(attend, *(t.randn(1, 2, 8, 8) for _ in "qkv"))
-
     source = "import torch\ndef helper(q):\n    return torch.stack([q, q[..., :2]])\ndef attend(q, k, v):\n    print('here')\n    return helper(q)"
     finding = run(sandbox, make_exercise(any_rows), source).results[0].finding
     assert finding.diagnosis == "exception" and finding.printed == "here\n"
@@ -287,6 +297,34 @@ def test_inputs_that_bring_mistakes_to_light():
     scores = q @ k.T / 8
     assert (scores - ramp(70, -20, 20)).abs().max() < 8
     assert torch.equal(ramp(5, 0, 4, falling=True), torch.tensor([4.0, 3, 2, 1, 0]))
+
+
+def test_triton_kernels_run_in_the_interpreter():
+    source = """
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def double_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out_ptr + offsets, 2 * tl.load(x_ptr + offsets, mask=offsets < n), mask=offsets < n)
+
+    def double(x):
+        out = torch.empty_like(x)
+        double_kernel[(triton.cdiv(x.numel(), 64),)](x, out, x.numel(), BLOCK=64)
+        return out
+    """
+
+    def doubles(t):
+        """doubles"""
+        x = t.randn(100)
+        t.expect_equal(t.call("double", x), 2 * x, "the double")
+
+    exercise = replace(make_exercise(doubles), preload=("triton",), environment={"TRITON_INTERPRET": "1"})
+    with sandbox_for(exercise) as own:
+        report = run(own, exercise, source)
+        assert report.passed, report
 
 
 def test_failure_carries_its_finding(sandbox):

@@ -62,9 +62,9 @@ def graded_class(tmp_path_factory):
     folder, results = tmp_path_factory.mktemp("submissions"), tmp_path_factory.mktemp("results")
     hand_in(folder, results)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.py")}
-    exercise = load_exercise("ex01")
+    exercise = replace(load_exercise("ex01"), limits=LIMITS)
     students = read_folder(folder, [exercise])
-    graded = grade_class(students, [exercise], jobs=2, hidden=(folder, results), limits=LIMITS)
+    graded = grade_class(students, [exercise], jobs=2, hidden=(folder, results))
     write_results(graded, [exercise], results / "grades.csv", results / "feedback")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.py")} == before
     return {one.student: one.reports[0] for one in graded}, results
@@ -121,9 +121,9 @@ def test_gradescope_json_counts_every_check(graded_class):
     assert {test["status"] for test in answer["tests"]} == {"passed"}
 
 
-def first_property_of_ex01():
+def first_property_of_ex01(limits):
     exercise = load_exercise("ex01")
-    return replace(exercise, properties=exercise.properties[:1])
+    return replace(exercise, properties=exercise.properties[:1], limits=limits)
 
 
 DETACHES = b"""
@@ -152,11 +152,10 @@ def softmax(x):
 )
 def test_detached_child_is_found_and_killed_without_seccomp(then, diagnosis):
     """A system without seccomp lets it fork twice and leave its session; the reaper still finds it."""
-    exercise = first_property_of_ex01()
+    exercise = first_property_of_ex01(Limits(seconds=2.0, total_seconds=60.0, processes=True))
     source = DETACHES.replace(b"{then}", then.encode())
-    limits = Limits(seconds=2.0, total_seconds=60.0, processes=True)
     with sandbox_for(exercise, kernel_fences=False) as sandbox:
-        report = grade(exercise, Submission("me", source), sandbox, limits=limits)
+        report = grade(exercise, Submission("me", source), sandbox)
         finding = report.results[0].finding
         assert finding.diagnosis == diagnosis
         stray = int(finding.printed.partition("left behind:")[2].split()[0])
@@ -166,11 +165,11 @@ def test_detached_child_is_found_and_killed_without_seccomp(then, diagnosis):
 
 def test_killing_the_forking_process_itself_harms_only_that_check():
     """Without Landlock and seccomp a submission can kill the process that children are forked from. The next gets a new one."""
-    exercise = first_property_of_ex01()
+    exercise = first_property_of_ex01(LIMITS)
     killer = b"import os\ndef softmax(x):\n    os.kill(os.getppid(), 9)\n    import time; time.sleep(60)\n"
     with sandbox_for(exercise, kernel_fences=False) as sandbox:
         began = time.monotonic()
-        report = grade(exercise, Submission("me", killer), sandbox, limits=LIMITS)
+        report = grade(exercise, Submission("me", killer), sandbox)
         assert report.earned == 0 and time.monotonic() - began < 40
         assert "grader-error" not in report.diagnoses
         assert grade(exercise, Submission("good", GOOD), sandbox).passed

@@ -55,6 +55,8 @@ An exercise `ex42` is three things that you write:
    - `t.check_inputs_untouched(target, *args)`: check, and mutated-input, by the bytes that the student's process computed on.
    - `t.check_tiled(target, *args, largest=elements, memory=bytes)`: check, and untiled: by a meter in the process and by
      the process's peak memory seen from outside. Its result has `.meter` (`bytes_read`, `calls`, ...) if you bound more.
+   - `t.expect_tensor(value, what, shape, dtype)`, `t.expect_tuple(value, *names)`: a student may return anything, so look
+     before you compute with what `t.call` gave. An exception in a property is the grader's error, not his.
    - `t.expect_same(a, b, budget, diagnosis=..., says=...)`, `t.expect_equal(got, expected, what, misconceptions, *args)`
      for exact answers, `t.fail(...)` and `t.fail_as(misconception)` for anything else.
 

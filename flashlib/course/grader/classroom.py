@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashlib.course.grader.engine import GraderError, Submission, grade, sandbox_for
+from flashlib.course.grader.engine import GRADER_ERROR, Submission, grade, sandbox_for
 from flashlib.course.grader.exercise import Exercise
 from flashlib.course.grader.render import as_gradescope, as_page
 from flashlib.course.grader.report import Finding, Report, Result
-from flashlib.course.grader.sandbox.session import Limits, Sandbox, SandboxError
+from flashlib.course.grader.sandbox.session import Sandbox, SandboxError
 from flashlib.course.grader.submissions import Student
 
 
@@ -67,7 +67,6 @@ def grade_class(
     hidden: tuple[Path, ...] = (),
     seed: int | None = None,
     hints: int = 1,
-    limits: Limits | None = None,
     kernel_fences: bool = True,
     done: Callable[[], None] = lambda: None,
 ) -> list[Graded]:
@@ -77,26 +76,25 @@ def grade_class(
         students: all their files, already read.
         jobs: submissions graded at the same time.
         hidden: folders that no submission may read: theirs, and that of the results.
-        seed, hints, limits: as in `engine.grade`.
+        seed, hints: as in `engine.grade`.
         kernel_fences: as in `Sandbox`.
         done: called after each submission.
 
     Returns:
         The outcomes, in the order of `students`. Where the grader itself failed, each property is failed with the
-        diagnosis `"grader-error"`.
+        diagnosis `GRADER_ERROR`.
     """
     sandboxes = _Sandboxes(hidden, kernel_fences)
 
     def work(submission: Submission, exercise: Exercise) -> Report:
-        for attempt in ("first", "last"):
-            try:
-                return grade(exercise, submission, sandboxes.of(exercise), seed=seed, hints=hints, limits=limits)
-            except SandboxError as error:
-                if attempt == "last":
-                    return _not_graded(exercise, submission, error)
-            except GraderError as error:
-                return _not_graded(exercise, submission, error)
-        raise AssertionError("unreachable")
+        try:
+            return grade(exercise, submission, sandboxes.of(exercise), seed=seed, hints=hints)
+        except SandboxError:  # the first time, a submission may have broken the sandbox; it starts anew
+            pass
+        try:
+            return grade(exercise, submission, sandboxes.of(exercise), seed=seed, hints=hints)
+        except SandboxError as error:
+            return _not_graded(exercise, submission, error)
 
     try:
         with ThreadPoolExecutor(jobs) as pool:
@@ -117,7 +115,7 @@ def grade_class(
 
 
 def _not_graded(exercise: Exercise, submission: Submission, error: Exception) -> Report:
-    finding = Finding("grader-error", f"The grader failed, not your code: {error}")
+    finding = Finding(GRADER_ERROR, f"The grader failed, not your code: {error}")
     results = tuple(Result(prop.name, prop.title, prop.points, finding) for prop in exercise.properties)
     return Report(exercise.name, exercise.title, submission.student, results, seed=0, seconds=0.0)
 

@@ -55,15 +55,13 @@ def grade(
 
 
 def _grade_own(name: str, file: Path | None, hints: int, seed: int | None, seconds: float | None) -> int:
-    from flashlib.course.grader.engine import GraderError
+    from flashlib.course.grader.engine import GRADER_ERROR
     from flashlib.course.grader.front_door import check
 
-    try:
-        report = check(name, file=file, hints=hints, seed=seed, seconds=seconds)
-    except GraderError as error:
-        typer.echo(f"flashlib grade: {error}", err=True)
-        return GRADER_FAILED
+    report = check(name, file=file, hints=hints, seed=seed, seconds=seconds)
     typer.echo(str(report))
+    if GRADER_ERROR in report.diagnoses:
+        return GRADER_FAILED
     return FULL_MARKS if report.passed else NOT_FULL_MARKS
 
 
@@ -81,12 +79,14 @@ def _grade_class(
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from flashlib.course.grader.classroom import grade_class, write_results
+    from flashlib.course.grader.engine import GRADER_ERROR
     from flashlib.course.grader.exercise import exercise_names, load_exercise
     from flashlib.course.grader.submissions import read_folder
 
     exercises = [load_exercise(name) for name in names or exercise_names()]
     students = read_folder(directory, exercises)
-    limits = replace(exercises[0].limits, seconds=seconds) if seconds else None
+    if seconds is not None:
+        exercises = [replace(each, limits=replace(each.limits, seconds=seconds)) for each in exercises]
     table.parent.mkdir(parents=True, exist_ok=True)
     feedback.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
@@ -100,12 +100,11 @@ def _grade_class(
             hidden=(directory, table, feedback),
             seed=seed,
             hints=hints,
-            limits=limits,
             done=lambda: progress.advance(task),
         )
     write_results(graded, exercises, table, feedback)
     _print_summary(graded, exercises, table, feedback)
-    failed = any("grader-error" in one.diagnoses for one in graded)
+    failed = any(GRADER_ERROR in one.diagnoses for one in graded)
     return GRADER_FAILED if failed else FULL_MARKS
 
 

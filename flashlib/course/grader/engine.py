@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from flashlib.course.grader.exercise import Exercise, Property
 from flashlib.course.grader.report import Failure, Finding, Report, Result
 from flashlib.course.grader.sandbox.confine import Protections
-from flashlib.course.grader.sandbox.session import REPOSITORY, Child, Limits, Sandbox, SandboxError, StudentError
+from flashlib.course.grader.sandbox.session import REPOSITORY, Child, Sandbox, SandboxError, StudentError, clean
 from flashlib.course.grader.trial import Trial
 
 SOURCE_LIMIT = 256 * 1024  # bytes
 # These cost a process, and perhaps the whole time limit. After so many the rest is not tried.
 COSTLY = {"timeout", "process-ended", "memory", "memory-limit", "output-flood", "disk-flood", "tampered"}
 STRIKES = 3
+GRADER_ERROR = "grader-error"
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,6 @@ class Submission:
     student: str
     source: bytes | None
     problem: Finding | None = None
-
-
-class GraderError(RuntimeError):
-    """The grader, not the submission, is at fault: a check raised something that is no finding."""
 
 
 def sandbox_for(exercise: Exercise, *, hidden: tuple[Path, ...] = (), kernel_fences: bool = True) -> Sandbox:
@@ -56,25 +58,24 @@ def grade(
     *,
     seed: int | None = None,
     hints: int = 1,
-    limits: Limits | None = None,
 ) -> Report:
     """Check every property of `exercise`.
 
     Args:
         seed: of the inputs; fresh if None.
         hints: how many hints the report shows for each failed property.
-        limits: in place of the exercise's own.
 
     Returns:
-        A report with one result for each property.
+        A report with one result for each property. Where a check itself is broken, its property is failed with the
+        diagnosis `GRADER_ERROR`.
 
     Raises:
         SandboxError: the sandbox itself does not work.
-        GraderError: a check is broken.
     """
-    run = _Run(exercise, submission, sandbox, limits or exercise.limits, secrets.randbits(32) if seed is None else seed)
+    run = _Run(exercise, submission, sandbox, secrets.randbits(32) if seed is None else seed)
     began = time.monotonic()
-    results = tuple(run.result(prop) for prop in exercise.properties)
+    with _one_thread():
+        results = tuple(run.result(prop) for prop in exercise.properties)
     return Report(
         exercise=exercise.name,
         title=exercise.title,
@@ -87,34 +88,37 @@ def grade(
     )
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute oracles on one thread: the inputs are small, and other jobs want the other cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class _Run:
     """One submission on its way through the properties."""
 
-    def __init__(self, exercise: Exercise, submission: Submission, sandbox: Sandbox, limits: Limits, seed: int) -> None:
-        self.exercise, self.submission, self.sandbox, self.limits, self.seed = (
-            exercise,
-            submission,
-            sandbox,
-            limits,
-            seed,
-        )
+    def __init__(self, exercise: Exercise, submission: Submission, sandbox: Sandbox, seed: int) -> None:
+        self.exercise, self.submission, self.sandbox, self.seed = exercise, submission, sandbox, seed
+        self.limits = exercise.limits
         self.protections = Protections()
         self.hopeless = submission.problem  # a finding that holds for every property from here on
         self.strikes = 0
-        self.deadline = time.monotonic() + limits.total_seconds
+        self.deadline = time.monotonic() + self.limits.total_seconds
 
     def result(self, prop: Property) -> Result:
         finding = self.hopeless or self._out_of_time() or self._try(prop)
-        if finding is not None:
-            finding = replace(finding, hints=finding.hints + prop.hints)
         return Result(prop.name, prop.title, prop.points, finding)
 
     def _out_of_time(self) -> Finding | None:
         if time.monotonic() < self.deadline:
             return None
-        return Finding(
-            "not-run", f"Not tried: the {self.limits.total_seconds:g} s for the whole submission were used up."
-        )
+        allowed = self.limits.total_seconds
+        return Finding("not-run", f"Not tried: the {allowed:g} s for the whole submission were used up.")
 
     def _try(self, prop: Property) -> Finding | None:
         trial = Trial(prop.name, self.seed, self._start_child)
@@ -125,37 +129,31 @@ class _Run:
             finding = failure.finding
         except SandboxError:
             raise
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-            AssertionError,
-        ) as error:
-            raise GraderError(
-                f"the check {self.exercise.name}/{prop.name} (seed {self.seed}) is broken: {error}"
-            ) from error
+        except Exception as error:
+            finding = self._broken(error)
         finally:
             trial.finish()
-        if finding is None:
-            return None
+        if finding is None or finding is self.hopeless:
+            return finding
         self._count(finding)
-        return replace(finding, printed=trial.printed)
+        return replace(finding, hints=finding.hints + prop.hints, printed=trial.printed)
+
+    def _broken(self, error: Exception) -> Finding:
+        """The check, not the submission, is at fault. Nobody gets points for that, but everybody is told."""
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}, line {where.lineno}, in {where.name}"
+        says = f"This check is broken; it is not your fault. Please report it. ({type(error).__name__}: {error})"
+        return Finding(GRADER_ERROR, clean(says), traceback=f"{place}\n    {where.line}")
 
     def _count(self, finding: Finding) -> None:
         self.strikes += finding.diagnosis in COSTLY
-        if self.strikes >= STRIKES and self.hopeless is None:
-            self.hopeless = Finding(
-                "not-run",
-                f"Not tried: the process had to be stopped {STRIKES} times before (last: {finding.diagnosis}).",
-            )
+        if self.strikes >= STRIKES:
+            says = f"Not tried: the process had to be stopped {STRIKES} times before (last: {finding.diagnosis})."
+            self.hopeless = Finding("not-run", says)
 
     def _start_child(self) -> Child:
-        child = self.sandbox.open_child(
-            self.submission.source, self.exercise.file, self.limits, dict(self.exercise.forbidden)
-        )
+        source, forbidden = self.submission.source, dict(self.exercise.forbidden)
+        child = self.sandbox.open_child(source, self.exercise.file, self.limits, forbidden)
         try:
             self.protections = child.load()
         except StudentError as error:

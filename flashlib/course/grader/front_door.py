@@ -55,8 +55,9 @@ def check(
     if exercise not in _sandboxes:
         _sandboxes[exercise] = sandbox_for(declared)
         atexit.register(_sandboxes[exercise].close)
-    limits = replace(declared.limits, seconds=seconds) if seconds is not None else None
-    return grade(declared, submission, _sandboxes[exercise], seed=seed, hints=hints, limits=limits)
+    if seconds is not None:
+        declared = replace(declared, limits=replace(declared.limits, seconds=seconds))
+    return grade(declared, submission, _sandboxes[exercise], seed=seed, hints=hints)
 
 
 def find(name: str) -> Path:

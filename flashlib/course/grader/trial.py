@@ -191,6 +191,32 @@ class Trial:
             )
         return reply
 
+    def expect_tensor(self, value: Any, what: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """`value`, if it is a tensor of that shape (and dtype). For answers that you compute with yourself.
+
+        Raises:
+            Failure: it is not.
+        """
+        wanted = f"a tensor of shape {list(shape)}" + (f" and dtype {_dtype(dtype)}" if dtype else "")
+        if not isinstance(value, Tensor):
+            self.fail("wrong-type", f"{what} should be a tensor.", got=show(value), expected=wanted)
+        if value.shape != tuple(shape):
+            self.fail("wrong-shape", f"{what} does not have the right shape.", got=show(value), expected=wanted)
+        if dtype is not None and value.dtype != dtype:
+            self.fail("wrong-dtype", f"{what} does not have the right dtype.", got=show(value), expected=wanted)
+        return value
+
+    def expect_tuple(self, value: Any, *names: str) -> tuple[Any, ...]:
+        """`value`, if it is a tuple (or list) of as many items as there are names.
+
+        Raises:
+            Failure: it is not.
+        """
+        if not isinstance(value, (tuple, list)) or len(value) != len(names):
+            wanted = f"a tuple ({', '.join(names)})"
+            self.fail("wrong-type", f"The answer should be {wanted}.", got=show(value), expected=wanted)
+        return tuple(value)
+
     def expect_same(
         self, first: Tensor, second: Tensor, budget: float, *, diagnosis: str, says: str, hint: str = ""
     ) -> None:

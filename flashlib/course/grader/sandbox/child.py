@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from types import ModuleType
 from typing import Any
@@ -58,6 +59,7 @@ def run(channel: int, output: int, setup: dict[str, Any]) -> None:
         os.chdir(setup["directory"])
         os.environ.clear()
         os.environ.update(setup["environment"])
+        tempfile.tempdir = None  # found anew, in the new environment
         libraries = _forbid(setup["forbidden"])
         protections = confine(Fence(**setup["fence"]))
         link = _Link(socket.socket(fileno=channel))

@@ -33,6 +33,8 @@ ZYGOTE_START_SECONDS = 120.0
 ZYGOTE_ANSWER_SECONDS = 15.0
 FORK_SECONDS = 15.0
 POLL_SECONDS = 0.05
+SYSTEM_PLACES = {"/usr", "/lib", "/lib64", "/sys/devices/system", "/proc", "/dev/urandom", "/dev/zero"}
+SYSTEM_PLACES |= {"/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"}
 OUTPUT_KEPT = 8_000  # bytes of what a submission printed that are kept for its report
 REPOSITORY = Path(__file__).resolve().parents[4]
 PACKAGE = Path(__file__).resolve().parents[3]
@@ -51,6 +53,7 @@ class Limits:
         seconds: wall-clock time for one call; importing the file counts as one.
         total_seconds: wall-clock time for the whole submission.
         memory: bytes on top of what PyTorch itself takes.
+        answer: bytes of arrays in one answer.
         output: bytes printed in one property's check; more ends the process.
         disk: bytes in its temporary directory.
         processes: whether it may start processes.
@@ -59,6 +62,7 @@ class Limits:
     seconds: float = 20.0
     total_seconds: float = 180.0
     memory: int = 2048 * MIB
+    answer: int = 256 * MIB
     output: int = MIB
     disk: int = 64 * MIB
     processes: bool = False
@@ -113,7 +117,7 @@ def readable_paths(hidden: Sequence[Path]) -> tuple[tuple[str, ...], tuple[str, 
     A child needs Python, its packages and a few system files; not this repository, nor anyone's home.
     """
     places = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), *site.getsitepackages(), *_import_path()}
-    places |= {"/usr", "/lib", "/lib64", "/etc", "/opt", "/sys/devices/system", "/proc", "/dev/urandom", "/dev/zero"}
+    places |= SYSTEM_PLACES
     hidden = [path.resolve() for path in (*hidden, PACKAGE)]
     allowed: set[str] = set()
     listable: set[str] = set()
@@ -230,7 +234,7 @@ class Sandbox:
             "do": "fork",
             "directory": str(directory),
             "file": str(file),
-            "environment": {**self.environment, "HOME": str(directory), "TMPDIR": str(directory)},
+            "environment": {**self.environment, **dict.fromkeys(("HOME", "TMPDIR", "TRITON_HOME"), str(directory))},
             "forbidden": forbidden,
             "fence": asdict(fence),
         }
@@ -435,13 +439,13 @@ class Child:
         try:
             header = wire.decode_header(self._take(wire.header_size(self._take(8, deadline)), deadline))
             size = header.get("bytes", 0)
-            if type(size) is not int or not 0 <= size <= self.limits.memory:
-                raise wire.WireError(f"{str(size)[:40]} bytes of arrays")
+            if type(size) is not int or not 0 <= size <= self.limits.answer:
+                raise wire.WireError(f"{str(size)[:40]} bytes of arrays (at most {self.limits.answer:,})")
             data = memoryview(bytearray(self._take(size, deadline)))
             descriptions = header.get("tensors", [])
             if not isinstance(descriptions, list):
                 raise wire.WireError("arrays that are not a list")
-            return header, [wire.tensor_from(data, description) for description in descriptions]
+            return header, [wire.tensor_from(data, description, dense=True) for description in descriptions]
         except wire.WireError as error:
             raise _tampered(error) from error
 
@@ -467,13 +471,13 @@ class Child:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise StudentError("timeout", "No answer within the time limit; the process was stopped.")
-            reading = [self.output_pipe] if writing else [self.channel, self.output_pipe]
-            ready, writable, _ = select.select(
-                reading, [self.channel] if writing else [], [], min(POLL_SECONDS, remaining)
-            )
+            poll = select.poll()
+            poll.register(self.output_pipe, select.POLLIN)
+            poll.register(self.channel, select.POLLOUT if writing else select.POLLIN)
+            ready = {fd for fd, _ in poll.poll(1000 * min(POLL_SECONDS, remaining))}
             if self.output_pipe in ready:
                 self._drain()
-            if self.channel in ready or writable:
+            if self.channel.fileno() in ready:
                 return
             self._watch()
 

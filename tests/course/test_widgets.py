@@ -48,16 +48,16 @@ def other_value(control):
 
 
 def test_tile_stepper_walks_the_loop(reader):
-    explorer = widgets.tile_stepper(32, 32, 8, 8, Causal(), step=0)
-    assert explorer.controls["step"].max == 9
+    explorer = widgets.tile_stepper(32, 32, 8, 8, Causal(), step=1)
+    assert explorer.controls["step"].max == 10
     assert "Step 1 of 10" in explorer.figure.alt and "In fast memory: Q0, K0, V0, O0" in explorer.figure.alt
-    explorer.controls["step"].value = 9
+    explorer.controls["step"].value = 10
     assert "In fast memory: Q3, K3, V3, O3" in explorer.figure.alt and "stored: 4 of O" in explorer.figure.alt
-    explorer.controls["step"].value = 1
+    explorer.controls["step"].value = 2
     assert "In fast memory: Q1, K0" in explorer.figure.alt
     explorer.controls["loop_order"].value = "kv_outer"
     assert explorer.figure.alt.startswith("FlashAttention-1") and "Q1, K0" in explorer.figure.alt
-    explorer.controls["step"].value = 4
+    explorer.controls["step"].value = 5
     assert "Q1, K1" in explorer.figure.alt
 
 
@@ -135,7 +135,7 @@ def test_a_combination_that_cannot_be_is_explained_and_the_figure_stays(reader):
         (lambda: Slider(0, 5, 6), "value must be from 0 to 5; got 6"),
         (lambda: Choice([1, 2], 3), r"value must be one of \[1, 2\]; got 3"),
         (lambda: Choice({"a": 1}, "a"), r"value must be one of \[1\]; got 'a'"),
-        (lambda: widgets.tile_stepper(32, 32, 8, 8, step=99), "value must be from 0 to 15; got 99"),
+        (lambda: widgets.tile_stepper(32, 32, 8, 8, step=99), "value must be from 1 to 16; got 99"),
     ],
 )
 def test_bad_controls(make, says):

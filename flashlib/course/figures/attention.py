@@ -55,7 +55,8 @@ def attention_matrix(
         ax.set_title(title)
         ax.spines[:].set_visible(True)
         if weights.numel() <= _MOST_CELLS_WRITTEN:
-            for (i, j), weight in _cells(weights):
+            for i, j in weights.ge(0.005).nonzero().tolist():  # a row of zeros would only distract
+                weight = float(weights[i, j])
                 color = style.readable_on(image.cmap(image.norm(weight))[:3])
                 ax.text(j, i, f"{weight:.2f}".removeprefix("0"), ha="center", va="center", fontsize=8, color=color)
         bar = fig.colorbar(image, ax=ax, fraction=0.04, pad=0.02)
@@ -199,7 +200,3 @@ def _token_axis(axis, labels: list[str], count: int, rotation: int = 0) -> None:
             for label in axis.get_ticklabels():
                 label.set(rotation=rotation, ha="right", rotation_mode="anchor")
     axis.set_tick_params(length=0)
-
-
-def _cells(weights: Tensor):
-    return (((i, j), float(weights[i, j])) for i in range(weights.shape[0]) for j in range(weights.shape[1]))

@@ -180,7 +180,7 @@ def tile_sweep(
 
     Args:
         q_len, kv_len, block_q, block_k: the problem and its tiles; the last tile of a side may be smaller.
-        step: counted from 0; see `tile_steps` for how many there are.
+        step: counted from 1; see `tile_steps` for how many there are.
         mask: tiles it skips are never visited.
         loop_order: `"q_outer"` (FlashAttention-2) or `"kv_outer"` (FlashAttention-1).
 
@@ -188,9 +188,9 @@ def tile_sweep(
         ValueError: `step` is out of range, or as `tile_steps`.
     """
     steps = tile_steps(q_len, kv_len, block_q, block_k, mask, loop_order)
-    if not 0 <= step < len(steps):
-        raise ValueError(f"step must be 0 to {len(steps) - 1} for this loop; got {step}")
-    return _SweepDrawing(q_len, kv_len, block_q, block_k, mask or Unmasked(), loop_order, steps, step).figure()
+    if not 1 <= step <= len(steps):
+        raise ValueError(f"step must be 1 to {len(steps)} for this loop; got {step}")
+    return _SweepDrawing(q_len, kv_len, block_q, block_k, mask or Unmasked(), loop_order, steps, step - 1).figure()
 
 
 class _SweepDrawing:

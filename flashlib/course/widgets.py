@@ -117,14 +117,14 @@ def tile_stepper(
 
     `step` is where it starts (and what the static figure shows); the middle if left out.
     """
-    last = len(figures.tile_steps(q_len, kv_len, block_q, block_k, mask)) - 1
+    last = len(figures.tile_steps(q_len, kv_len, block_q, block_k, mask))
 
     def draw(step: int, loop_order: str) -> Figure:
         return figures.tile_sweep(q_len, kv_len, block_q, block_k, step, mask, loop_order)
 
     orders = {"FlashAttention-2: rows outside": "q_outer", "FlashAttention-1: keys outside": "kv_outer"}
-    start = last // 2 if step is None else step
-    return explore(draw, step=Slider(0, last, start, play=True), loop_order=Choice(orders, "q_outer"))
+    start = (last + 1) // 2 if step is None else step
+    return explore(draw, step=Slider(1, last, start, play=True), loop_order=Choice(orders, "q_outer"))
 
 
 def mask_explorer(q_len: int = 32, kv_len: int = 32) -> Figure | Explorer:

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from flashlib.measure import stream_bytes_per_s, matmul_flops_per_s, naive_steps, save_record
+from flashlib.measure import matmul_flops_per_s, naive_steps, save_record, stream_bytes_per_s
 from flashlib.measure.record import new_record
 
 TOKENS = (2048, 16384)

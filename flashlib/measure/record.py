@@ -6,12 +6,15 @@ A figure without its origin is a rumor. A record holds both, and knows when the 
 
 from __future__ import annotations
 
+import ast
 import datetime
 import hashlib
+import io
 import json
 import os
 import platform
 import subprocess
+import tokenize
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,12 +68,27 @@ class Record:
 
 
 def sources_hash(sources: Iterable[str]) -> str:
-    """SHA-256 over package files (paths relative to ``flashlib/``), names and contents."""
+    """SHA-256 over the code of package files (paths relative to ``flashlib/``). Comments and docstrings do not count."""
     digest = hashlib.sha256()
     for name in sorted(sources):
         digest.update(name.encode())
-        digest.update((PACKAGE / name).read_bytes())
+        digest.update(_code_alone((PACKAGE / name).read_text(encoding="utf-8")).encode())
     return digest.hexdigest()
+
+
+def _code_alone(text: str) -> str:
+    """Python source without comments, docstrings and blank lines; the same under every version of Python."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+            lines[node.body[0].lineno - 1 : node.body[0].end_lineno] = [""] * (
+                node.body[0].end_lineno - node.body[0].lineno + 1
+            )
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def new_record(topic: str, rows: list[dict], sources: Iterable[str], notes: str = "", **extra) -> Record:

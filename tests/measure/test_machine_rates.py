@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flashlib.course import TrafficMeter
 from flashlib.measure import machine
 from flashlib.measure.machine import cpu_memory, matmul_flops_per_s, stream_bytes_per_s
 from flashlib.measure.timing import Timing
@@ -26,19 +27,23 @@ def test_rates_are_work_by_undisturbed_time(one_millisecond):
 
 
 def test_what_is_timed_is_the_work_it_is_named_for(monkeypatch):
-    seen = []
+    meters = []
 
-    def profiled(call, **_):
-        with torch.profiler.profile(record_shapes=True) as profile:
+    def metered(call, **_):
+        with TrafficMeter() as meter:
             call()
-        seen.append({event.name: event.input_shapes for event in profile.events()})
+        meters.append(meter)
         return Timing(1.0, 1.0, 1.0, 1)
 
-    monkeypatch.setattr(machine, "time_call", profiled)
+    monkeypatch.setattr(machine, "time_call", metered)
     matmul_flops_per_s(32)
     stream_bytes_per_s(4096)
-    assert seen[0]["aten::mm"] == [[32, 32], [32, 32]]
-    assert seen[1]["aten::copy_"][:2] == [[4096], [4096]]
+    product, stream = meters
+    assert product.calls == {"aten.mm": 1}
+    assert product.largest.shape == (32, 32)
+    assert stream.calls == {"aten.neg": 1}
+    assert stream.bytes_read.total() == stream.bytes_written.total() == 4096
+    assert stream.live_bytes == 0
 
 
 def _fake_cache(folder, index, **told):

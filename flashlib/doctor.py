@@ -81,7 +81,7 @@ def examine() -> Report:
         memory=psutil.virtual_memory().total,
         gpus=_gpus(),
         driver=_driver(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},  # names its CUDA version
         backends=backends.available(),
         weights=str(found) if found else None,
     )

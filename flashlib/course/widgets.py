@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,12 @@ from torch import Tensor
 from flashlib import masks
 from flashlib.course import figures
 from flashlib.course.display import Figure, format_bytes, widgets_run
+from flashlib.course.models import capture_qkv
 from flashlib.masks import Mask
+from flashlib.reference import naive_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PLAY_MILLISECONDS = 900
 
@@ -102,6 +108,35 @@ def explore(draw: Callable[..., Figure], **controls: Slider | Choice) -> Figure 
     if widgets_run():
         return Explorer(draw, controls)
     return draw(**{name: control.value for name, control in controls.items()})
+
+
+def attention_explorer(model: PreTrainedModel, text: str, *, layer: int = 0, head: int = 0) -> Figure | Explorer:
+    """Choose a layer and a head of a model, and see what each token of a short text looks at.
+
+    Args:
+        model: as in `flashlib.course.capture_qkv`, from `load_smollm2`.
+        text: a sentence; its tokens become rows and columns.
+        layer, head: where it starts.
+    """
+
+    @cache
+    def weights(layer: int) -> tuple[Tensor, list[str]]:
+        captured = capture_qkv(model, text, layer)
+        # The output is a mean of values, weighted by attention. If the values are the unit vectors, it is the weights.
+        unit_vectors = torch.eye(len(captured.tokens), dtype=captured.k.dtype).expand(1, captured.k.shape[1], -1, -1)
+        out = naive_attention(captured.q, captured.k, unit_vectors, causal=True, scale=captured.scale)
+        return out[0], captured.tokens
+
+    def draw(layer: int, head: int) -> Figure:
+        of_heads, tokens = weights(layer)
+        return figures.attention_matrix(of_heads[head], tokens, title=f"Layer {layer}, head {head}")
+
+    shape = model.config
+    return explore(
+        draw,
+        layer=Slider(0, shape.num_hidden_layers - 1, layer),
+        head=Slider(0, shape.num_attention_heads - 1, head),
+    )
 
 
 def tile_stepper(

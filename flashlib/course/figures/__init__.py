@@ -6,6 +6,7 @@ One visual language throughout, kept in `style`: Q blue, K orange, V green, S an
 from flashlib.course.figures.attention import attention_matrix, online_softmax_trace, running_softmax
 from flashlib.course.figures.charts import MEASURED_HERE, bars, line_chart, memory_scaling, recorded
 from flashlib.course.figures.heads import cache_figure, head_gallery, layout_heads, rotary_figure
+from flashlib.course.figures.hierarchy import h200_memory, memory_hierarchy
 from flashlib.course.figures.tiles import Step, mask_figure, mask_gallery, tile_counts, tile_steps, tile_sweep
 from flashlib.course.figures.traffic import moved_bytes, naive_moved_bytes, tile_budget, tile_bytes
 
@@ -15,11 +16,13 @@ __all__ = [
     "attention_matrix",
     "bars",
     "cache_figure",
+    "h200_memory",
     "head_gallery",
     "layout_heads",
     "line_chart",
     "mask_figure",
     "mask_gallery",
+    "memory_hierarchy",
     "memory_scaling",
     "moved_bytes",
     "naive_moved_bytes",

@@ -256,11 +256,21 @@ def test_tile_budget():
     assert_drawn(figure)
     assert figure.alt == (
         "Tile 64 x 32: 56 KiB, fits into 64 KiB. For N = 4,096 and head_dim 64, the loop moves 130 MiB: K and V 64 times, "
-        "Q and O once. Naive attention moves 260 MiB."
+        "Q and O once. Naive attention moves 260 MiB. Beside 32 keys, at most 76 rows fit."
     )
     assert "does not fit" in figures.tile_budget(4096, 64, 64, 64, 64 * 1024).alt
     with pytest.raises(ValueError, match="block_k must be at least 1; got 0"):
         figures.tile_budget(4096, 64, 64, 0, 1)
+
+
+def test_the_largest_block_fits_and_one_more_row_does_not():
+    from flashlib.course.figures.traffic import largest_block_q
+
+    for head_dim, block_k, sram, itemsize in [(64, 32, 65_536, 4), (128, 64, 232_448, 2), (16, 16, 5000, 4)]:
+        rows = largest_block_q(head_dim, block_k, sram, itemsize)
+        assert sum(figures.tile_bytes(head_dim, rows, block_k, itemsize).values()) <= sram
+        assert sum(figures.tile_bytes(head_dim, rows + 1, block_k, itemsize).values()) > sram
+    assert largest_block_q(128, 64, 1000, 4) == 0
 
 
 @pytest.mark.parametrize("n, block_q", [(512, 32), (600, 48)])

@@ -32,8 +32,15 @@ def naive_moved_bytes(n: int, head_dim: int, itemsize: int) -> int:
     return (4 * n * head_dim + 4 * n * n) * itemsize
 
 
+def largest_block_q(head_dim: int, block_k: int, sram_bytes: int, itemsize: int) -> int:
+    """The most rows of Q that fit into fast memory beside tiles of `block_k` keys; 0 if none does."""
+    for_keys = 2 * block_k * head_dim
+    per_row = 2 * head_dim + block_k  # of Q, O and S
+    return max(0, (sram_bytes // itemsize - for_keys) // per_row)
+
+
 def tile_budget(n: int, head_dim: int, block_q: int, block_k: int, sram_bytes: int, *, itemsize: int = 4) -> Figure:
-    """One choice of tile: what it takes of fast memory, and what the loop moves, against naive attention and the theory.
+    """One choice of tile: what it takes of fast memory, and what the loop moves, against naive attention.
 
     Args:
         n, head_dim: the problem, one head.
@@ -44,80 +51,72 @@ def tile_budget(n: int, head_dim: int, block_q: int, block_k: int, sram_bytes: i
     Raises:
         ValueError: an argument is below 1.
     """
-    for name, size in (
-        ("n", n),
-        ("head_dim", head_dim),
-        ("block_q", block_q),
-        ("block_k", block_k),
-        ("sram_bytes", sram_bytes),
-    ):
+    given = {"n": n, "head_dim": head_dim, "block_q": block_q, "block_k": block_k, "sram_bytes": sram_bytes}
+    for name, size in given.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1; got {size}")
     tile = tile_bytes(head_dim, block_q, block_k, itemsize)
-    used = sum(tile.values())
-    verdict = "fits into" if used <= sram_bytes else "does not fit into"
+    fits = sum(tile.values()) <= sram_bytes
+    limit = largest_block_q(head_dim, block_k, sram_bytes, itemsize)
+    moved = {block: sum(moved_bytes(n, head_dim, block, itemsize).values()) for block in {block_q, *_powers(n)}}
+    naive = naive_moved_bytes(n, head_dim, itemsize)
+    verdict = "fits into" if fits else "does not fit into"
+    title = f"Tile {block_q} x {block_k}: {format_bytes(sum(tile.values()))}, {verdict} {format_bytes(sram_bytes)}"
     with style.canvas(height=3.9) as fig:
         memory, traffic = fig.subplots(1, 2, width_ratios=[1, 2.1])
         _draw_tile(memory, tile, sram_bytes)
-        _draw_traffic(traffic, n, head_dim, block_q, sram_bytes, itemsize)
-        title = f"Tile {block_q} x {block_k}: {format_bytes(used)}, {verdict} {format_bytes(sram_bytes)}"
+        _draw_traffic(traffic, moved, block_q, naive, limit)
         fig.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
-        moved, naive = (
-            sum(moved_bytes(n, head_dim, block_q, itemsize).values()),
-            naive_moved_bytes(n, head_dim, itemsize),
-        )
         return Figure(
             fig,
-            alt=f"{title}. For N = {n:,} and head_dim {head_dim}, the loop moves {format_bytes(moved)}: "
-            f"K and V {-(-n // block_q)} times, Q and O once. Naive attention moves {format_bytes(naive)}.",
+            alt=f"{title}. For N = {n:,} and head_dim {head_dim}, the loop moves {format_bytes(moved[block_q])}: "
+            f"K and V {-(-n // block_q)} times, Q and O once. Naive attention moves {format_bytes(naive)}. "
+            f"Beside {block_k} keys, at most {limit} rows fit.",
         )
+
+
+def _powers(n: int) -> list[int]:
+    return [2**power for power in range(2, 11) if 2**power <= n]
 
 
 def _draw_tile(ax, tile: dict[str, int], sram_bytes: int) -> None:
     bottom = 0
     for name, size in tile.items():
-        ax.bar(0, size, 0.6, bottom=bottom, color=style.OPERANDS[name], edgecolor=style.PAPER)
-        if size > 0.06 * sum(tile.values()):
+        ax.bar(0, size, 0.7, bottom=bottom, color=style.OPERANDS[name], edgecolor=style.PAPER)
+        if size > 0.06 * max(sum(tile.values()), sram_bytes):
+            text = f"{name}  {format_bytes(size)}"
             ink = style.readable_on(style.tint(style.OPERANDS[name], 1.0))
-            ax.text(
-                0, bottom + size / 2, f"{name}  {format_bytes(size)}", ha="center", va="center", color=ink, fontsize=9
-            )
+            ax.text(0, bottom + size / 2, text, ha="center", va="center", color=ink, fontsize=9)
         bottom += size
-    ax.axhline(sram_bytes, color=style.INK, linewidth=1.2, linestyle=(0, (5, 3)))
-    ax.annotate(
-        f"fast memory {format_bytes(sram_bytes)}",
-        (0, sram_bytes),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="center",
-        fontsize=9,
-        fontweight="bold",
-    )
-    ax.set(xlim=(-0.7, 0.7), ylim=(0, 1.15 * max(bottom, sram_bytes)), xticks=[], yticks=[])
+    _line_across(ax, sram_bytes, f"fast memory\n{format_bytes(sram_bytes)}")
+    ax.set(xlim=(-0.4, 1.2), ylim=(0, 1.15 * max(bottom, sram_bytes)), xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.set_title("In fast memory at once", fontsize=10)
 
 
-def _draw_traffic(ax, n: int, head_dim: int, block_q: int, sram_bytes: int, itemsize: int) -> None:
+def _draw_traffic(ax, moved: dict[int, int], block_q: int, naive: int, limit: int) -> None:
     from flashlib.course.figures.charts import byte_axis, power_axis
 
-    blocks = [2**power for power in range(2, 11) if 2**power <= n]
-    ax.plot(blocks, [sum(moved_bytes(n, head_dim, b, itemsize).values()) for b in blocks], color=style.Q, marker="o")
-    ax.plot(block_q, sum(moved_bytes(n, head_dim, block_q, itemsize).values()), "o", color=style.O, markersize=11)
-    ax.axhline(naive_moved_bytes(n, head_dim, itemsize), color=style.INK, linewidth=1.2, linestyle=(0, (5, 3)))
-    ax.annotate(
-        "naive attention",
-        (1, naive_moved_bytes(n, head_dim, itemsize)),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        fontsize=9,
-        fontweight="bold",
-    )
+    blocks = sorted(moved)
+    ax.plot(blocks, [moved[block] for block in blocks], color=style.Q, marker="o")
+    ax.plot(block_q, moved[block_q], "o", color=style.O, markersize=11)
+    _line_across(ax, naive, "naive attention")
     power_axis(ax, blocks)
     ax.set_yscale("log", base=2)
     byte_axis(ax.yaxis, log=True)
+    ax.grid(True)
+    left, right = ax.get_xlim()
+    if limit < right:
+        ax.axvspan(max(limit, left), right, color=style.FAINT, zorder=0)
+        ax.text(0.98, 0.97, "does not fit", transform=ax.transAxes, ha="right", va="top", color=style.SOFT_INK)
+        ax.set_xlim(left, right)
     ax.set(xlabel="block_q (rows of Q in fast memory)")
     ax.set_title("Bytes moved, one head", fontsize=10)
-    ax.grid(True)
+
+
+def _line_across(ax, value: float, text: str) -> None:
+    ax.axhline(value, color=style.INK, linewidth=1.2, linestyle=(0, (5, 3)))
+    ax.annotate(
+        text, (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points", ha="right",
+        fontsize=9, fontweight="bold",
+    )  # fmt: skip

@@ -27,6 +27,35 @@ STRUCTURAL_HINTS = {
 }
 
 
+class Process:
+    """The process a submission runs in: started when it is needed, and started anew after it had to be ended."""
+
+    def __init__(self, start: Callable[[], Child]) -> None:
+        self._start = start
+        self._child: Child | None = None
+        self._printed = ""
+
+    def child(self) -> Child:
+        """The process, with the student's file loaded."""
+        if self._child is None:
+            self._child = self._start()
+        return self._child
+
+    def end(self) -> int:
+        """End it; answers how many bytes it had grown at its largest."""
+        if self._child is None:
+            return 0
+        ending = self._child.end()
+        self._printed += self._child.take_printed()
+        self._child = None
+        return ending.memory_growth
+
+    def take_printed(self) -> str:
+        """What it printed since the last time this was asked."""
+        printed, self._printed = self._printed, ""
+        return printed + (self._child.take_printed() if self._child else "")
+
+
 class Trial:
     """One run of one property against one submission.
 
@@ -34,13 +63,11 @@ class Trial:
         generator: the source of this trial's inputs; its seed comes from the run's seed and the property's name.
     """
 
-    def __init__(self, name: str, seed: int, start_child: Callable[[], Child]) -> None:
+    def __init__(self, name: str, seed: int, process: Process) -> None:
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         self.tried = ""
-        self.printed = ""
-        self._start_child = start_child
-        self._child: Child | None = None
+        self._process = process
 
     # --------------------------------------------------------------------------------------------------------- inputs
 
@@ -87,20 +114,9 @@ class Trial:
         """As `call`, with everything else that is known about it: `.value`, `.meter`, `.changed`, `.seconds`."""
         self.tried = describe_call(function, args, kwargs or {})
         try:
-            if self._child is None:
-                self._child = self._start_child()
-            return self._child.call(function, args, kwargs, on=on, keep=keep, meter=meter)
+            return self._process.child().call(function, args, kwargs, on=on, keep=keep, meter=meter)
         except StudentError as error:
             raise Failure(self._structural(error)) from error
-
-    def finish(self) -> int:
-        """End the process; answers how many bytes it had grown at its largest."""
-        if self._child is None:
-            return 0
-        ending = self._child.end()
-        self.printed += self._child.said
-        self._child = None
-        return ending.memory_growth
 
     # ----------------------------------------------------------------------------------------------------- judgements
 
@@ -162,7 +178,7 @@ class Trial:
         Raises:
             Failure: as `check`; or `"untiled"`.
         """
-        self.finish()
+        self._process.end()
         reply = self.ask(target.function, args, kwargs, meter={})
         outputs = tuple(sample(x) if isinstance(x, Tensor) and x.ndim > 2 else x for x in as_tuple(reply.value))
         self._judge(target, outputs, (sample(args[0]), *args[1:]), kwargs)
@@ -180,7 +196,7 @@ class Trial:
                 expected=f"no tensor of more than {largest:,} elements",
                 hint=hint,
             )
-        grown = self.finish()
+        grown = self._process.end()
         if grown > memory:
             self.fail(
                 "untiled",
@@ -281,9 +297,9 @@ class Trial:
         wrong = [i for i in range(len(names)) if _error(answers[i], exact[i]) > budgets[i]]
         if wrong:
             self._diagnose(target, answers, exact, budgets, wrong[0], args, kwargs)
-        first = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         for name, answer in zip(names, answers, strict=True):
-            dtype = target.outputs[name] or first.dtype
+            dtype = target.outputs[name] or tensors[0].dtype
             if answer.dtype != dtype:
                 self.fail(
                     "wrong-dtype",

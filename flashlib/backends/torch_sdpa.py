@@ -36,7 +36,7 @@ class _SDPA(Backend):
         return None
 
     def run(self, q, k, v, spec, config):
-        q, k, v = (x if _is_readable(x) else x.contiguous() for x in hide_unseen(q, k, v, spec))
+        q, k, v = (x if _is_readable(x) else _readable_copy(x) for x in hide_unseen(q, k, v, spec))
         shared = spec.group_size > 1 and self.shares_kv_heads
         if spec.group_size > 1 and not shared:
             k, v = (x.repeat_interleave(spec.group_size, dim=1) for x in (k, v))
@@ -55,6 +55,11 @@ def _is_readable(x: Tensor) -> bool:
     steps = 16 // x.element_size()
     aligned = x.data_ptr() % 16 == 0 and all(stride % steps == 0 for stride in x.stride()[:-1])
     return x.stride(-1) == 1 and (aligned or x.device.type != "cuda")
+
+
+def _readable_copy(x: Tensor) -> Tensor:
+    # .contiguous() would return x itself where only a dimension of size 1 has an odd stride, and the kernels look at it.
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _is_plain(spec: AttentionSpec) -> bool:

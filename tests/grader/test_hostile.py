@@ -19,7 +19,7 @@ from flashlib.course.grader.sandbox.session import REPOSITORY, Limits
 from flashlib.course.grader.submissions import read_folder
 
 HOSTILE = sorted((Path(__file__).parent / "hostile").glob("*.*"))  # .txt: what no formatter could read
-LIMITS = Limits(seconds=3.0, total_seconds=60.0, memory=384 * MIB)
+LIMITS = Limits(seconds=3.0, total_seconds=60.0, memory=128 * MIB)
 GOOD = (REPOSITORY / "solutions/ex01_softmax.py").read_bytes()
 UNREADABLE = {
     "a_link": "not-a-file",

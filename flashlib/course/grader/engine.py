@@ -1,4 +1,4 @@
-"""Grade one submission: every property in a process of its own, every one answered for."""
+"""Grade one submission: in a process of its own, every property answered for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flashlib.course.grader.exercise import Exercise, Property
 from flashlib.course.grader.report import Failure, Finding, Report, Result
 from flashlib.course.grader.sandbox.confine import Protections
 from flashlib.course.grader.sandbox.session import REPOSITORY, Child, Sandbox, SandboxError, StudentError, clean
-from flashlib.course.grader.trial import Trial
+from flashlib.course.grader.trial import Process, Trial
 
 SOURCE_LIMIT = 256 * 1024  # bytes
 # These cost a process, and perhaps the whole time limit. After so many the rest is not tried.
@@ -74,8 +74,11 @@ def grade(
     """
     run = _Run(exercise, submission, sandbox, secrets.randbits(32) if seed is None else seed)
     began = time.monotonic()
-    with _one_thread():
-        results = tuple(run.result(prop) for prop in exercise.properties)
+    try:
+        with _one_thread():
+            results = tuple(run.result(prop) for prop in exercise.properties)
+    finally:
+        run.process.end()
     return Report(
         exercise=exercise.name,
         title=exercise.title,
@@ -108,6 +111,7 @@ class _Run:
         self.protections = Protections()
         self.hopeless = submission.problem  # a finding that holds for every property from here on
         self.strikes = 0
+        self.process = Process(self._start_child)
         self.deadline = time.monotonic() + self.limits.total_seconds
 
     def result(self, prop: Property) -> Result:
@@ -121,22 +125,21 @@ class _Run:
         return Finding("not-run", f"Not tried: the {allowed:g} s for the whole submission were used up.")
 
     def _try(self, prop: Property) -> Finding | None:
-        trial = Trial(prop.name, self.seed, self._start_child)
         finding = None
         try:
-            prop.run(trial)
+            prop.run(Trial(prop.name, self.seed, self.process))
         except Failure as failure:
             finding = failure.finding
         except SandboxError:
             raise
         except Exception as error:
             finding = self._broken(error)
-        finally:
-            trial.finish()
+        printed = self.process.take_printed()
         if finding is None or finding is self.hopeless:
             return finding
-        self._count(finding)
-        return replace(finding, hints=finding.hints + prop.hints, printed=trial.printed)
+        if finding.diagnosis in COSTLY:
+            self._strike(finding)
+        return replace(finding, hints=finding.hints + prop.hints, printed=printed)
 
     def _broken(self, error: Exception) -> Finding:
         """The check, not the submission, is at fault. Nobody gets points for that, but everybody is told."""
@@ -145,9 +148,10 @@ class _Run:
         says = f"This check is broken; it is not your fault. Please report it. ({type(error).__name__}: {error})"
         return Finding(GRADER_ERROR, clean(says), traceback=f"{place}\n    {where.line}")
 
-    def _count(self, finding: Finding) -> None:
-        self.strikes += finding.diagnosis in COSTLY
-        if self.strikes >= STRIKES:
+    def _strike(self, finding: Finding) -> None:
+        self.process.end()
+        self.strikes += 1
+        if self.strikes == STRIKES:
             says = f"Not tried: the process had to be stopped {STRIKES} times before (last: {finding.diagnosis})."
             self.hopeless = Finding("not-run", says)
 
@@ -163,7 +167,7 @@ class _Run:
                 f"Your file could not be loaded. {error.message}",
                 tried=f"import of {self.exercise.file}",
                 traceback=error.traceback,
-                printed=child.said,
+                printed=child.take_printed(),
             )
             raise Failure(self.hopeless) from error
         except BaseException:

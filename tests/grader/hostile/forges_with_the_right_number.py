@@ -1,4 +1,4 @@
-# diagnosis: wrong-type
+# diagnosis: wrong-type, tampered
 import json
 import os
 import sys

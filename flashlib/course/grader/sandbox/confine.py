@@ -62,7 +62,10 @@ def confine(fence: Fence) -> Protections:
     if not (LINUX and fence.kernel):
         if not fence.processes:
             _set_limit(resource.RLIMIT_NPROC, 0)
-            found.active.append("no new processes for an ordinary user (RLIMIT_NPROC)")
+            if os.geteuid() == 0:
+                found.missing.append("the limit on processes does not hold root: grade as an ordinary user")
+            else:
+                found.active.append("no new processes (RLIMIT_NPROC)")
         reason = "not on this system" if not LINUX else "switched off"
         found.missing.append(f"Landlock ({reason}): it can read and write what you can, and use the network")
         found.missing.append(f"seccomp ({reason}): it can send signals to your other processes")

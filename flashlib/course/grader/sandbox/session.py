@@ -310,10 +310,10 @@ class Child:
     output_pipe: int
     directory: Path
     limits: Limits
-    printed: bytes = b""
-    printed_bytes: int = 0
     ending: Ending | None = None
     base_memory: int = 0  # resident, before any of the student's code ran
+    _printed: bytes = b""
+    _printed_bytes: int = 0
     _incoming: bytearray = field(default_factory=bytearray)
     _handles: int = 0
 
@@ -333,7 +333,7 @@ class Child:
             protections = Protections(ready["active"], ready["missing"])
             self.base_memory = psutil.Process(self.pid).memory_info().rss
         except (StudentError, KeyError) as error:
-            said = self.said.strip().splitlines()[-1:]
+            said = self.take_printed().strip().splitlines()[-1:]
             raise SandboxError(f"the sandbox could not be set up: {' '.join(said) or error}") from error
         self._exchange({"do": "load"}, None, self.limits.seconds)
         return protections
@@ -385,12 +385,15 @@ class Child:
             raise _tampered(error) from error
         return Reply(value, answer.get("meter"), changed, elapsed)
 
-    @property
-    def said(self) -> str:
-        """What it printed, cut to size and cleaned."""
-        text = clean(self.printed.decode("utf-8", errors="replace"))
-        more = self.printed_bytes - len(self.printed)
-        return f"{text}\n... ({more:,} bytes more)" if more > 0 else text
+    def take_printed(self) -> str:
+        """What it printed since the last time this was asked, cut to size and cleaned."""
+        if self.ending is None:
+            with contextlib.suppress(StudentError):
+                self._drain()
+        text = clean(self._printed.decode("utf-8", errors="replace"))
+        more = self._printed_bytes - len(self._printed)
+        self._printed, self._printed_bytes = b"", 0
+        return f"{text}\n... ({more:,} bytes more)" if more else text
 
     def end(self) -> Ending:
         """Kill it and all its descendants, and remove its directory. Safe to call again."""
@@ -490,9 +493,9 @@ class Child:
             if not chunk:
                 time.sleep(0.001)  # all writers are gone; the channel will say so
                 return
-            self.printed += chunk[: OUTPUT_KEPT - len(self.printed)]
-            self.printed_bytes += len(chunk)
-            if self.printed_bytes > self.limits.output:
+            self._printed += chunk[: OUTPUT_KEPT - len(self._printed)]
+            self._printed_bytes += len(chunk)
+            if self._printed_bytes > self.limits.output:
                 raise StudentError(
                     "output-flood",
                     f"It printed more than {self.limits.output // 1024:,} KiB; the process was stopped.",

@@ -53,8 +53,9 @@ An exercise `ex42` is three things that you write:
      model gives the same wrong answer, else wrong-shape, nan-produced, wrong-values, wrong-dtype. Returns the answer.
      `if_it_raises=misconception` says what an exception means here.
    - `t.check_inputs_untouched(target, *args)`: check, and mutated-input, by the bytes that the student's process computed on.
-   - `t.check_tiled(target, *args, largest=elements, memory=bytes)`: check, and untiled: by a meter in the process and by
-     the process's peak memory seen from outside. Its result has `.meter` (`bytes_read`, `calls`, ...) if you bound more.
+   - `t.check_tiled(target, *args, largest=elements, memory=bytes, sample=lambda x: x[:, :, -64:])`: check (of the sampled
+     queries), and untiled: by a meter in the process and by the process's peak memory seen from outside. 4096 x 4096 in
+     float32 is enough to tell. Its result has `.meter` (`bytes_read`, `calls`, ...) if you bound more.
    - `t.expect_tensor(value, what, shape, dtype)`, `t.expect_tuple(value, *names)`: a student may return anything, so look
      before you compute with what `t.call` gave. An exception in a property is the grader's error, not his.
    - `t.expect_same(a, b, budget, diagnosis=..., says=...)`, `t.expect_equal(got, expected, what, misconceptions, *args)`
@@ -63,6 +64,8 @@ An exercise `ex42` is three things that you write:
    `t.call(name, *args)` calls any function of the file and `t.make(name, *args)` keeps an object in the process
    (`cache = t.make("Cache", 2); cache.call("append", k, v)`); `t.ask(...)` tells all about a call. Tensors, numbers,
    strings, dtypes, None, lists, tuples and dicts of them cross; strides do too (`in_poison`, `transposed_in_poison`).
+   A Triton exercise says `preload=("triton",)` and `environment={"TRITON_INTERPRET": "1"}`; one that compiles for a GPU
+   needs `limits=Limits(processes=True)`, because the compiler starts an assembler.
    Everything structural needs no word from you: exception (with the student's own traceback), missing, not-implemented,
    timeout, memory-limit, process-ended, exit, output-flood, forbidden operations.
 

@@ -155,9 +155,9 @@ class _Run:
             says = f"Not tried: the process had to be stopped {STRIKES} times before (last: {finding.diagnosis})."
             self.hopeless = Finding("not-run", says)
 
-    def _start_child(self) -> Child:
+    def _start_child(self, metered: bool) -> Child:
         source, forbidden = self.submission.source, dict(self.exercise.forbidden)
-        child = self.sandbox.open_child(source, self.exercise.file, self.limits, forbidden)
+        child = self.sandbox.open_child(source, self.exercise.file, self.limits, forbidden, metered=metered)
         try:
             self.protections = child.load()
         except StudentError as error:

@@ -30,15 +30,15 @@ STRUCTURAL_HINTS = {
 class Process:
     """The process a submission runs in: started when it is needed, and started anew after it had to be ended."""
 
-    def __init__(self, start: Callable[[], Child]) -> None:
+    def __init__(self, start: Callable[[bool], Child]) -> None:
         self._start = start
         self._child: Child | None = None
         self._printed = ""
 
-    def child(self) -> Child:
-        """The process, with the student's file loaded."""
+    def child(self, *, metered: bool) -> Child:
+        """The process, with the student's file loaded. `metered` says that the meter will be used, if it must be started."""
         if self._child is None:
-            self._child = self._start()
+            self._child = self._start(metered)
         return self._child
 
     def end(self) -> int:
@@ -114,7 +114,9 @@ class Trial:
         """As `call`, with everything else that is known about it: `.value`, `.meter`, `.changed`, `.seconds`."""
         self.tried = describe_call(function, args, kwargs or {})
         try:
-            return self._process.child().call(function, args, kwargs, on=on, keep=keep, meter=meter)
+            return self._process.child(metered=meter is not None).call(
+                function, args, kwargs, on=on, keep=keep, meter=meter
+            )
         except StudentError as error:
             raise Failure(self._structural(error)) from error
 

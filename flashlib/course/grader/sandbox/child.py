@@ -8,6 +8,7 @@ and the traffic his code made.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import mmap
@@ -41,8 +42,9 @@ class ForbiddenOperation(RuntimeError):
 ForbiddenOperation.__module__ = "builtins"  # a traceback then shows the bare name
 
 
-def rehearse() -> None:
-    """Meter something once, in the zygote, so that what a first use loads is there before any child is measured."""
+@functools.cache
+def rehearse_meter() -> None:
+    """Meter something once, in the zygote: a first use loads much, for which no child should pay time or memory."""
     with TrafficMeter():
         torch.ones(4, 4).matmul(torch.ones(4, 4)).softmax(-1)
 

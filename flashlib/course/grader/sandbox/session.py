@@ -31,7 +31,7 @@ from flashlib.course.grader.sandbox.confine import MIB, Fence, Protections
 
 ZYGOTE_START_SECONDS = 120.0
 ZYGOTE_ANSWER_SECONDS = 15.0
-FORK_SECONDS = 15.0
+FORK_SECONDS = 30.0
 POLL_SECONDS = 0.05
 SYSTEM_PLACES = {"/usr", "/lib", "/lib64", "/sys/devices/system", "/proc", "/dev/urandom", "/dev/zero"}
 SYSTEM_PLACES |= {"/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"}
@@ -206,18 +206,32 @@ class Sandbox:
             self._kill_tree()
             self._process = None
 
-    def open_child(self, source: bytes, filename: str, limits: Limits, forbidden: dict[str, Sequence[str]]) -> Child:
-        """A fresh process in a fresh directory that holds `source` as `filename`; `Child.end` removes both."""
+    def open_child(
+        self,
+        source: bytes,
+        filename: str,
+        limits: Limits,
+        forbidden: dict[str, Sequence[str]],
+        *,
+        metered: bool = False,
+    ) -> Child:
+        """A fresh process in a fresh directory that holds `source` as `filename`; `Child.end` removes both.
+
+        Args:
+            metered: its first call will be metered, so make sure that what the meter needs is loaded.
+        """
         directory = Path(tempfile.mkdtemp(prefix="flashlib-grader-")).resolve()
         try:
             file = directory / filename
             file.write_bytes(source)
-            return self._fork(directory, file, limits, forbidden)
+            return self._fork(directory, file, limits, forbidden, metered)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
 
-    def _fork(self, directory: Path, file: Path, limits: Limits, forbidden: dict[str, Sequence[str]]) -> Child:
+    def _fork(
+        self, directory: Path, file: Path, limits: Limits, forbidden: dict[str, Sequence[str]], metered: bool
+    ) -> Child:
         self._start()
         ours, theirs = socket.socketpair()
         output, their_output = os.pipe()
@@ -232,6 +246,7 @@ class Sandbox:
         )
         order = {
             "do": "fork",
+            "metered": metered,
             "directory": str(directory),
             "file": str(file),
             "environment": {**self.environment, **dict.fromkeys(("HOME", "TMPDIR", "TRITON_HOME"), str(directory))},

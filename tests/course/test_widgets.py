@@ -1,8 +1,11 @@
 """Widgets: the controls are driven as a reader would, and the figure's words must follow."""
 
-import pytest
+import itertools
 
-from flashlib.course import figures, widgets
+import pytest
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from flashlib.course import display, figures, widgets
 from flashlib.course.display import Figure
 from flashlib.course.widgets import Choice, Explorer, Slider, explore
 from flashlib.masks import Causal
@@ -18,6 +21,14 @@ EXPLORERS = {
 }
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Take the drawing out, which `test_figures` looks at: a PNG's header and a serial number stand for the picture."""
+    serial = itertools.count()
+    header = Figure(MatplotlibFigure(), alt="blank").png[:24]
+    monkeypatch.setattr(display, "_render", lambda fig: header + str(next(serial)).encode())
+
+
 @pytest.mark.parametrize("name", EXPLORERS)
 def test_static_and_interactive_start_with_the_same_figure(name, reader, monkeypatch):
     explorer = EXPLORERS[name]()
@@ -30,7 +41,7 @@ def test_static_and_interactive_start_with_the_same_figure(name, reader, monkeyp
 
 
 @pytest.mark.parametrize("name", EXPLORERS)
-def test_every_control_changes_the_figure(name, reader):
+def test_every_control_changes_the_figure(name, reader, undrawn):
     explorer = EXPLORERS[name]()
     for control_name, control in explorer.controls.items():
         before = explorer.figure.alt
@@ -47,7 +58,7 @@ def other_value(control):
     return control.max if control.value != control.max else control.min
 
 
-def test_tile_stepper_walks_the_loop(reader):
+def test_tile_stepper_walks_the_loop(reader, undrawn):
     explorer = widgets.tile_stepper(32, 32, 8, 8, Causal(), step=1)
     assert explorer.controls["step"].max == 10
     assert "Step 1 of 10" in explorer.figure.alt and "In fast memory: Q0, K0, V0, O0" in explorer.figure.alt
@@ -61,7 +72,7 @@ def test_tile_stepper_walks_the_loop(reader):
     assert "Q1, K1" in explorer.figure.alt
 
 
-def test_mask_explorer_counts_tiles(reader):
+def test_mask_explorer_counts_tiles(reader, undrawn):
     explorer = widgets.mask_explorer(16, 16)
     expected = {
         "everything": "Tiles of 4 x 4: 16 full, 0 partial, 0 skipped",
@@ -82,7 +93,7 @@ def test_mask_explorer_counts_tiles(reader):
     assert "16 keys" in explorer.figure.alt
 
 
-def test_tile_size_explorer_says_what_fits(reader):
+def test_tile_size_explorer_says_what_fits(reader, undrawn):
     explorer = widgets.tile_size_explorer(4096, 64, 100 * 1024)
     assert "Tile 64 x 64: 80 KiB, fits into 100 KiB" in explorer.figure.alt
     explorer.controls["block_q"].value = 128
@@ -91,14 +102,14 @@ def test_tile_size_explorer_says_what_fits(reader):
     assert "80 KiB, fits into" in explorer.figure.alt
 
 
-def test_online_softmax_stepper_lets_blocks_arrive(reader):
+def test_online_softmax_stepper_lets_blocks_arrive(reader, undrawn):
     explorer = EXPLORERS["online_softmax_stepper"]()
     assert "block 3" in explorer.figure.alt
     explorer.controls["blocks_seen"].value = 1
     assert "block 1" in explorer.figure.alt and "block 2" not in explorer.figure.alt
 
 
-def test_cache_explorer_multiplies_out(reader):
+def test_cache_explorer_multiplies_out(reader, undrawn):
     explorer = widgets.cache_explorer(layers=30, q_heads=9, kv_heads=3, head_dim=64)
     explorer.controls["context"].value = 1024
     # K and V, 30 layers, 3 heads of 64, bf16: 22.5 KiB a token.
@@ -109,14 +120,14 @@ def test_cache_explorer_multiplies_out(reader):
     assert "GQA 720 MiB" in explorer.figure.alt
 
 
-def test_memory_wall_explorer_finds_the_wall(reader):
+def test_memory_wall_explorer_finds_the_wall(reader, undrawn):
     explorer = widgets.memory_wall_explorer(heads=9, head_dim=64)
     assert "does not fit into 16 GiB" in explorer.figure.alt
     explorer.controls["memory"].value = 32 * 2**30
     assert "which fits into 32 GiB" in explorer.figure.alt
 
 
-def test_a_combination_that_cannot_be_is_explained_and_the_figure_stays(reader):
+def test_a_combination_that_cannot_be_is_explained_and_the_figure_stays(reader, undrawn):
     def draw(heads, kv_heads):
         return figures.layout_heads(heads, kv_heads)
 

@@ -2,9 +2,29 @@
 
 import pytest
 
-from flashlib.course.grader.engine import sandbox_for
+from flashlib.course.grader.engine import GRADER_ERROR, Submission, grade, sandbox_for
 from flashlib.course.grader.exercise import exercise_names, load_exercise
 from flashlib.course.grader.matrix import MATRIX, RIGHT, WRONG, as_markdown, cases, rows, sections
+from flashlib.course.grader.sandbox.session import REPOSITORY
+
+NOISE = b"""
+
+
+def _noisy(value):
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value + (3 + value.abs()) * torch.rand_like(value)
+    return type(value)(map(_noisy, value)) if type(value) in (tuple, list) else value
+
+
+def _with_noise(function):
+    return lambda *args, **kwargs: _noisy(function(*args, **kwargs))
+
+
+for _name, _value in list(globals().items()):
+    if callable(_value) and not isinstance(_value, type) and getattr(_value, "__module__", "") == __name__:
+        if not _name.startswith("_"):
+            globals()[_name] = _with_noise(_value)
+"""
 
 
 @pytest.mark.parametrize("name", exercise_names())
@@ -18,6 +38,17 @@ def test_matrix_holds_on_fresh_inputs_and_is_published(name):
     assert by_name["stub"].earned == 0
     published = sections(MATRIX.read_text()).get(name)
     assert as_markdown(exercise, graded) == published, f"run python -m flashlib.course.grader.matrix {name}"
+
+
+@pytest.mark.parametrize("name", exercise_names())
+def test_no_check_breaks_on_answers_that_are_wrong_in_no_known_way(name):
+    """Then every model of a misconception is computed on every input, which none of them may refuse."""
+    exercise = load_exercise(name)
+    solution = (REPOSITORY / "solutions" / exercise.file).read_bytes()
+    with sandbox_for(exercise) as sandbox:
+        report = grade(exercise, Submission("noise", solution + NOISE), sandbox)
+    assert GRADER_ERROR not in report.diagnoses, report
+    assert "wrong-values" in report.diagnoses, report
 
 
 @pytest.mark.parametrize("name", exercise_names())

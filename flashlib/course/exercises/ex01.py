@@ -52,6 +52,12 @@ def softmax_naive(x: Tensor) -> list[Tensor]:
     return [own, formula.masked_fill((x == -torch.inf).all(-1, keepdim=True), 0.0)]
 
 
+def softmax_terms(x: Tensor) -> Tensor:
+    """Each weight exp(y) / sum: y = x - max is rounded, exp(y) is, and the sum is."""
+    shift = x - row_max(x)
+    return softmax64(x) * (2 + shift.masked_fill(shift == -torch.inf, 0.0).abs())
+
+
 def summed_in_half(x: Tensor) -> Tensor:
     weights = torch.exp(x - row_max(x))
     return weights / weights.sum(-1, keepdim=True)
@@ -98,7 +104,7 @@ _PLAIN_MISTAKES = (
         "wrong-axis",
         "The weights sum to 1 over the last but one axis: each column is normalized, not each row.",
         "Print the sum of your result over the last axis. What should it be?",
-        lambda x: softmax64(x.mT).mT,
+        lambda x: softmax64(x[None].mT).mT[0],
     ),
     Misconception(
         "not-normalized",
@@ -155,7 +161,7 @@ def _over_total_plus(x: Tensor, epsilon: float) -> Tensor:
 softmax = Target(
     "softmax",
     oracle=softmax64,
-    budget=budget_of(softmax_naive, softmax64),
+    budget=budget_of(softmax_naive, softmax64, softmax_terms),
     outputs={"weights": None},
     misconceptions=SOFTMAX_MISTAKES,
 )

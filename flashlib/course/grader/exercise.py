@@ -72,24 +72,46 @@ class Target:
     misconceptions: Sequence[Misconception] = ()
 
 
-def budget_of(naive: Callable[..., Any], oracle: Callable[..., Any]) -> Callable[..., tuple[float, ...]]:
+def budget_of(
+    naive: Callable[..., Any], oracle: Callable[..., Any], terms: Callable[..., Any] | None = None
+) -> Callable[..., tuple[float, ...]]:
     """The error budget that `flashlib.reference` gives attention, for any function with a plain implementation.
 
-    Twice the error of `naive`, which computes in the inputs' dtype, against `oracle`, plus one rounding of the output.
-    `naive` may return a list of answers, each computed another way: the worst one counts.
+    Twice the error of `naive` against `oracle`, plus one rounding of the output, plus one rounding of the terms.
+
+    Args:
+        naive: computes in the inputs' dtype. It may return a list of answers, each computed another way: the worst counts.
+        oracle: computes in float64.
+        terms: for each output, the sum of the magnitudes of the terms that it is a sum of (`exp(y)` counts 1 + |y| times:
+            y was rounded too). They are rounded once in float32, or float64 for float64 inputs. On small inputs the naive
+            answer may be exact by luck, and always is when it computes in float64; this keeps the budget fair. Called with
+            the tensors in float64.
     """
 
     def budget(*args: Any, **kwargs: Any) -> tuple[float, ...]:
         exact = as_tuple(oracle(*args, **kwargs))
         answers = naive(*args, **kwargs)
         answers = [as_tuple(answer) for answer in (answers if isinstance(answers, list) else [answers])]
-        return tuple(
+        allowed = [
             2 * max(largest_error(answer[index], value) for answer in answers)
             + one_rounding(value, answers[0][index].dtype)
             for index, value in enumerate(exact)
-        )
+        ]
+        if terms is not None:
+            dtype = next(x.dtype for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+            eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+            sums = as_tuple(terms(*map(_in_float64, args), **{key: _in_float64(x) for key, x in kwargs.items()}))
+            allowed = [
+                one + eps * (float(total.max()) if total.numel() else 0.0)
+                for one, total in zip(allowed, sums, strict=True)
+            ]
+        return tuple(allowed)
 
     return budget
+
+
+def _in_float64(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

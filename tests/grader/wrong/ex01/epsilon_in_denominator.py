@@ -11,7 +11,7 @@ def softmax(x: Tensor) -> Tensor:
     row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
     weights = torch.exp(scores - row_max)
     row_sum = weights.sum(-1, keepdim=True)
-    return (weights / (row_sum + 1e-6)).to(x.dtype)
+    return (weights / (row_sum + 1e-5)).to(x.dtype)
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, causal: bool = False) -> Tensor:

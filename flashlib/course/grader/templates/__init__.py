@@ -1,0 +1,1 @@
+"""HTML of reports, as Jinja2 templates."""

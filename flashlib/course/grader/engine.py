@@ -20,7 +20,7 @@ from flashlib.course.grader.trial import Process, Trial
 
 SOURCE_LIMIT = 256 * 1024  # bytes
 # These cost a process, and perhaps the whole time limit. After so many the rest is not tried.
-COSTLY = {"timeout", "process-ended", "memory", "memory-limit", "output-flood", "disk-flood", "tampered"}
+COSTLY = {"timeout", "process-ended", "memory-limit", "output-flood", "disk-flood", "tampered"}
 STRIKES = 3
 GRADER_ERROR = "grader-error"
 

@@ -1,4 +1,4 @@
-# diagnosis: memory
+# diagnosis: memory-limit
 import torch
 
 

@@ -241,7 +241,7 @@ def _kind(error: BaseException, file: str) -> str:
     if isinstance(error, SystemExit):
         return "exit"
     if isinstance(error, MemoryError) or any(sign in _message(error) for sign in OUT_OF_MEMORY):
-        return "memory"
+        return "memory-limit"
     if isinstance(error, NotImplementedError):
         frames = traceback.extract_tb(error.__traceback__)
         if frames and frames[-1].filename == file:

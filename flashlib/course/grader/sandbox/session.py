@@ -74,7 +74,7 @@ class StudentError(Exception):
     Attributes:
         kind: `"timeout"`, `"memory-limit"`, `"process-ended"`, `"output-flood"`, `"disk-flood"`, `"tampered"`, or what
             the child itself reported: `"exception"`, `"syntax"`, `"missing"`, `"not-implemented"`, `"forbidden"`,
-            `"exit"`, `"memory"`, `"unsendable"`.
+            `"exit"`, `"memory-limit"`, `"unsendable"`.
         message: what happened, one sentence.
         traceback: the frames in the student's own file, or "".
         group: for `"forbidden"`, which group of operations.
@@ -587,7 +587,7 @@ def _reported(error: Any) -> StudentError:
         "not-implemented": "Not written yet.",
         "forbidden": f"{said['message']}.",
         "exit": "It called exit instead of returning.",
-        "memory": "It ran out of the memory it may use.",
+        "memory-limit": "It ran out of the memory it may use.",
         "unsendable": f"It returned {said['message']}, which is no tensor, number or tuple of them.",
         "exception": f"It raised {said['type']}: {said['message']}",
     }

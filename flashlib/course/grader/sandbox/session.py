@@ -74,7 +74,7 @@ class StudentError(Exception):
     Attributes:
         kind: `"timeout"`, `"memory-limit"`, `"process-ended"`, `"output-flood"`, `"disk-flood"`, `"tampered"`, or what
             the child itself reported: `"exception"`, `"syntax"`, `"missing"`, `"not-implemented"`, `"forbidden"`,
-            `"exit"`, `"memory-limit"`, `"unsendable"`.
+            `"exit"`, `"unsendable"`.
         message: what happened, one sentence.
         traceback: the frames in the student's own file, or "".
         group: for `"forbidden"`, which group of operations.

@@ -1,0 +1,53 @@
+# diagnosis: sdpa-called
+
+import torch
+from torch import Tensor
+
+
+def apply_rope(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+    half = x.shape[-1] // 2
+    frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = positions[:, None] * frequencies
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angles.cos().to(compute_dtype), angles.sin().to(compute_dtype)
+    first, second = x.to(compute_dtype).split(half, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
+def gqa_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    mask = mask.tril(k.shape[2] - q.shape[2]) if causal else mask
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+class KVCache:
+    def __init__(self, batch: int, kv_heads: int, capacity: int, head_dim: int) -> None:
+        self._keys = torch.empty(batch, kv_heads, capacity, head_dim)
+        self._values = torch.empty(batch, kv_heads, capacity, head_dim)
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def keys(self) -> Tensor:
+        return self._keys[:, :, : self._length]
+
+    @property
+    def values(self) -> Tensor:
+        return self._values[:, :, : self._length]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        capacity, end = self._keys.shape[2], self._length + k.shape[2]
+        if end > capacity:
+            raise ValueError(f"the cache has room for {capacity} tokens; it would have to hold {end}")
+        self._keys[:, :, self._length : end] = k
+        self._values[:, :, self._length : end] = v
+        self._length = end
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, base: float = 10000.0) -> Tensor:
+    positions = cache.length + torch.arange(q.shape[2])
+    cache.append(apply_rope(k, positions, base), v)
+    return gqa_attention(apply_rope(q, positions, base), cache.keys, cache.values, causal=True)

@@ -195,7 +195,8 @@ def byte_axis(axis, *, log: bool = False) -> None:
 
     if log:
         low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(base=16 if high > 2**16 * low else 4, numticks=12))
+        base = next((base for base in (2, 4) if high <= low * base**6), 16)  # half a dozen ticks
+        axis.set_major_locator(LogLocator(base=base, numticks=12))
     else:
         axis.set_major_locator(MultipleLocator(2.0 ** math.floor(math.log2(max(axis.get_view_interval()[1], 1) / 4))))
     axis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))

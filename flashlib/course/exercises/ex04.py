@@ -484,7 +484,7 @@ def map_of_any_intervals(t: Trial) -> None:
 )
 def map_without_the_mask(t: Trial) -> None:
     """tile_map never makes the Sq x Sk mask, and leaves start and stop as they are"""
-    t.check_inputs_untouched(tile_map, *any_intervals(t, 2, 9, 20), 20, 4, 4)
+    t.check_inputs_untouched(tile_map, *any_intervals(t, 2, 21, 40), 40, 3, 7)
     length = 4096
     t.check_tiled(
         tile_map,
@@ -736,8 +736,10 @@ def attention_with_any_intervals(t: Trial) -> None:
     """masked_attention with any intervals of each sequence, for any blocks"""
     for block_q, block_k in ((5, 7), (8, 16), (64, 64)):
         start, stop = any_intervals(t, 2, 19, 37)
-        start, stop = start.clamp(max=32), torch.maximum(stop, start.clamp(max=32) + 3)  # every row sees something
-        stop[:, t.integer(0, 18)] = 37
+        start = start.clamp(max=32)
+        stop = torch.maximum(stop, start + 3)  # every row sees something
+        stop[:, [5, t.integer(6, 18)]] = 37  # the last key is seen
+        start[:, :5], stop[:, :5] = start[:, :5].clamp(max=14), stop[:, :5].clamp(max=20)  # and some tiles are skipped
         t.check(masked_attention, *draw(t, 19, 37), start, stop, block_q, block_k)
 
 
@@ -786,7 +788,7 @@ def attention_skips_tiles(t: Trial) -> None:
     """masked_attention reads of K and V only the tiles that some row sees"""
     length, block_q, block_k = 160, 16, 16
     q, k, v = draw(t, length, length, batch=1, heads=1)
-    bounds = exact_intervals(length, length, left=t.integer(16, 24), right=0)
+    bounds = exact_intervals(length, length, left=t.integer(17, 24), right=0)
     t.check(masked_attention, q, k, v, *bounds, block_q, block_k)
     needed = int((exact_map(*bounds, length, block_q, block_k) != 0).sum())
     meter = t.ask("masked_attention", (q, k, v, *bounds, block_q, block_k), meter={"k": k, "v": v}).meter

@@ -246,12 +246,14 @@ class GroupedMistake:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
         sizes = Sizes(q.shape[1], k.shape[1], q.shape[2], k.shape[2])
         head, i = torch.arange(sizes.q_heads), torch.arange(sizes.q_len)
-        k, v = (x.double()[:, self.kv_head(head, sizes)] for x in (k, v))
-        scores = q.double() @ k.mT * self.scale(q.shape[3])
+        q, k, v = q.double(), k.double(), v.double()
+        pairs = list(enumerate(self.kv_head(head, sizes).tolist()))
+        scores = torch.stack([q[:, h] @ k[:, kv_h].mT for h, kv_h in pairs], dim=1) * self.scale(q.shape[3])
         if causal and self.causal:
             position = self.position(head[:, None], i, sizes).expand(sizes.q_heads, sizes.q_len)
             scores = scores.masked_fill(torch.arange(sizes.kv_len) > position[..., None], -torch.inf)
-        return torch.softmax(scores, dim=-1) @ v
+        weights = torch.softmax(scores, dim=-1)
+        return torch.stack([weights[:, h] @ v[:, kv_h] for h, kv_h in pairs], dim=1)
 
 
 def stacked_row(head: Tensor, i: Tensor, sizes: Sizes) -> Tensor:

@@ -107,7 +107,11 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
     Args:
         q, k, v: as in :func:`naive_attention`, any floating dtype.
         **options: ``mask``, ``causal``, ``scale``, ``softcap``.
+
+    Raises:
+        TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors`.
     """
+    AttentionSpec.from_tensors(q, k, v, **options)
     return naive_attention(q.double(), k.double(), v.double(), **options, return_lse=True)
 
 
@@ -212,10 +216,10 @@ def check(out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, **op
     """
     exact_out, exact_lse = oracle(q, k, v, **options)
     allowed = _budget(q, k, v, exact_out, exact_lse, **options)
-    _expect_shape("out", out, exact_out)
+    _expect_shape("out", out, exact_out.shape)
     error, budget = {"out": largest_error(out, exact_out)}, {"out": allowed.out}
     if lse is not None:
-        _expect_shape("lse", lse, exact_lse)
+        _expect_shape("lse", lse, exact_lse.shape)
         error["lse"], budget["lse"] = largest_error(lse, exact_lse), allowed.lse
     return Comparison(all(error[name] <= budget[name] for name in error), error, budget)
 
@@ -230,7 +234,9 @@ def oracle_gradients(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor | None = None, **options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``sum(out * grad_out) + sum(lse * grad_lse)`` in float64: ``(dq, dk, dv)``, shaped like q, k, v."""
+    AttentionSpec.from_tensors(q, k, v, **options)
     spec = AttentionSpec.from_tensors(q.double(), k.double(), v.double(), **options)
+    _expect_shape("grad_out", grad_out, spec.out_shape)
     hidden = hide_unseen(q.detach().double(), k.detach().double(), v.detach().double(), spec)
     return _naive_gradients(*hidden, spec.intervals.dense()[:, None], grad_out, grad_lse, spec)
 
@@ -268,6 +274,8 @@ def assert_gradients_within_budget(
 def check_gradients(gradients, q, k, v, grad_out, grad_lse=None, **options) -> Comparison:
     """As :func:`assert_gradients_within_budget`, but returning the :class:`Comparison`."""
     spec = AttentionSpec.from_tensors(q, k, v, **options)
+    if len(gradients) != 3:
+        raise ValueError(f"gradients must be (dq, dk, dv); got {len(gradients)} of them")
     exact = oracle_gradients(q, k, v, grad_out, grad_lse, **options)
     names = ("dq", "dk", "dv")
     worst = dict.fromkeys(names, 0.0)
@@ -281,7 +289,7 @@ def check_gradients(gradients, q, k, v, grad_out, grad_lse=None, **options) -> C
     terms = _rounding_of_terms(q, k, v, exact_out, exact_lse, spec, grad_out, grad_lse)
     error, budget = {}, {}
     for name, result, reference in zip(names, gradients, exact, strict=True):
-        _expect_shape(name, result, reference)
+        _expect_shape(name, result, reference.shape)
         error[name] = largest_error(result, reference)
         budget[name] = 2 * worst[name] + one_rounding(reference, spec.dtype) + terms[name]
     return Comparison(all(error[name] <= budget[name] for name in names), error, budget)
@@ -323,6 +331,8 @@ def _rounding_of_terms(q, k, v, out, lse, spec, grad_out=None, grad_lse=None) ->
         return {name: float(error.max()) if error.numel() else 0.0 for name, error in errors.items()}
 
 
-def _expect_shape(name: str, result: Tensor, exact: Tensor) -> None:
-    if result.shape != exact.shape:
-        raise ValueError(f"{name} has shape {tuple(result.shape)}; expected {tuple(exact.shape)}")
+def _expect_shape(name: str, result: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(result).__name__}")
+    if result.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(result.shape)}; expected {tuple(shape)}")

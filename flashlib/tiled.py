@@ -28,7 +28,7 @@ from torch import Tensor
 from flashlib.masks import Mask, Tile
 from flashlib.spec import AttentionSpec
 
-__all__ = ["LOOP_ORDERS", "Tiling", "tiled_attention", "tiled_backward", "tiled_forward"]
+__all__ = ["LOOP_ORDERS", "Tiling", "tiled_attention"]
 
 LOOP_ORDERS = ("q_outer", "kv_outer")
 

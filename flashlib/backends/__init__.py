@@ -91,9 +91,11 @@ def choose(spec: AttentionSpec, backend: str = "auto", config: FlashAttentionCon
         config: settings; None for those in force.
 
     Raises:
+        TypeError: ``spec`` is not an :class:`flashlib.AttentionSpec`.
         ValueError: there is no backend of that name.
         BackendUnavailableError: the named backend cannot run this problem, or none in the order can; says why.
     """
+    _check_spec(spec)
     config = config or current_config()
     if backend == "auto":
         backend = config.backend
@@ -110,7 +112,12 @@ def choose(spec: AttentionSpec, backend: str = "auto", config: FlashAttentionCon
 
 
 def explain(spec: AttentionSpec, config: FlashAttentionConfig | None = None) -> Explanation:
-    """What each backend says of a problem, in the order in which ``"auto"`` asks them."""
+    """What each backend says of a problem, in the order in which ``"auto"`` asks them.
+
+    Raises:
+        TypeError: ``spec`` is not an :class:`flashlib.AttentionSpec`.
+    """
+    _check_spec(spec)
     config = config or current_config()
     reasons = {preference.backend: preference.reason for preference in PREFERENCES}
     rows, chosen = [], None
@@ -148,6 +155,12 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         return self._table("html")
+
+
+def _check_spec(spec: AttentionSpec) -> None:
+    if not isinstance(spec, AttentionSpec):
+        hint = "AttentionSpec.from_tensors(q, k, v, ...) makes one"
+        raise TypeError(f"spec must be an AttentionSpec; got {type(spec).__name__} ({hint})")
 
 
 def _order(config: FlashAttentionConfig) -> list[str]:

@@ -38,11 +38,16 @@ def memory_wall(
     Returns:
         one row per point: ``backend``, ``tokens``, ``peak_bytes`` (made during the call, inputs not counted), ``ms``, and
         ``wall``: False, or True for the length that did not fit (its ``peak_bytes`` and ``ms`` are None).
+
+    Raises:
+        ValueError: there is no length, or one below 1, or no backend of a given name.
     """
-    rows = []
+    rows, lengths = [], sorted(lengths)
+    if not lengths or lengths[0] < 1:
+        raise ValueError(f"lengths must be one or more lengths of at least 1; got {lengths}")
     for backend in backends:
         points: list[dict] = []
-        for tokens in sorted(lengths):
+        for tokens in lengths:
             if limit_bytes is not None and _predicted_bytes(points, tokens) > limit_bytes:
                 point = {"peak_bytes": None, "ms": None, "wall": True}
             else:

@@ -40,7 +40,12 @@ def time_call(
         device: where the call's work is done. On CUDA the time is between two device events, so that it holds the device's
             work and not Python's.
         budget_s: about how long to measure. At least ``min_repeats`` and at most ``max_repeats`` calls.
+
+    Raises:
+        TypeError: ``call`` cannot be called.
     """
+    if not callable(call):
+        raise TypeError(f"call must be callable without arguments; got {type(call).__name__}")
     on_gpu = torch.device(device).type == "cuda"
     once = _gpu_ms if on_gpu else _cpu_ms
     once(call)  # warm-up: compilation, caches, thread pools

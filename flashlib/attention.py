@@ -22,11 +22,12 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     config: FlashAttentionConfig | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact attention, ``softmax(softcap(scale * Q K^T) + mask) V``, by the best backend that can run it. Differentiable.
+    """Exact attention, ``softmax(softcap(scale * Q K^T) + bias + mask) V``, by the best backend that can run it. Differentiable.
 
     Args:
         q: queries ``[B, Hq, Sq, D]``; fp16, bf16, fp32 or fp64; any strides.
@@ -38,6 +39,8 @@ def attention(
             top-left when the lengths differ).
         scale: positive factor on the scores; ``1 / sqrt(D)`` by default.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
+        alibi_slopes: fp32 ``[Hq]`` or ``[B, Hq]``; ``slope * |i + Sk - Sq - j|`` is taken from the score of row i and key j
+            (ALiBi, Press et al. 2022, arXiv 2108.12409). None for no bias. They get no gradient.
         return_lse: also return the log-sum-exp of each row's scores.
         backend: ``"auto"``, or the name of one backend: it runs there or raises (:func:`flashlib.backends.explain`).
         config: settings for this call; None for those in force (:func:`flashlib.use_config`).
@@ -53,7 +56,15 @@ def attention(
     Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; Dao et al. 2022 (arXiv 2205.14135).
     """
     spec = AttentionSpec.from_tensors(
-        q, k, v, mask=mask, causal=causal, scale=scale, softcap=softcap, return_lse=return_lse
+        q,
+        k,
+        v,
+        mask=mask,
+        causal=causal,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_lse,
     )
     if config is not None and not isinstance(config, FlashAttentionConfig):
         raise TypeError(f"config must be a FlashAttentionConfig; got {type(config).__name__}")

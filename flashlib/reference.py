@@ -47,13 +47,14 @@ def naive_attention(
     causal: bool = False,
     scale: float | None = None,
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention as the formula reads (Vaswani et al. 2017, arXiv 1706.03762, equation 1). Makes the Sq x Sk matrix.
 
     Args:
         q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]``, ``[B, Hkv, Sk, Dv]``, one floating dtype.
-        mask, causal, scale, softcap: as in :func:`flashlib.attention`.
+        mask, causal, scale, softcap, alibi_slopes: as in :func:`flashlib.attention`.
         return_lse: also return the log-sum-exp ``[B, Hq, Sq]`` of each row.
 
     Returns:
@@ -62,23 +63,31 @@ def naive_attention(
     Raises:
         TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors`.
     """
-    spec = AttentionSpec.from_tensors(
-        q, k, v, mask=mask, causal=causal, scale=scale, softcap=softcap, return_lse=return_lse
-    )
+    options = {"mask": mask, "causal": causal, "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    spec = AttentionSpec.from_tensors(q, k, v, **options, return_lse=return_lse)
     out, lse = naive_forward(q, k, v, spec)
     return (out, lse) if return_lse else out
 
 
 def naive_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """:func:`naive_attention` for a problem already checked: ``(out, lse)``."""
-    return _naive(*hide_unseen(q, k, v, spec), spec.intervals.dense()[:, None], spec)
+    return _naive(*hide_unseen(q, k, v, spec), *_dense(spec), spec)
 
 
-def _naive(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def _dense(spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
+    """The whole mask, bool ``[B or 1, 1, Sq, Sk]``, and the whole bias, ``[B or 1, Hq, Sq, Sk]`` or None."""
+    return spec.intervals.dense()[:, None], spec.bias(slice(0, spec.q_len), slice(0, spec.kv_len))
+
+
+def _naive(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
     k, v = (x.repeat_interleave(spec.group_size, dim=1) for x in (k, v))
     scores = (q @ k.mT) * spec.scale  # [B, Hq, Sq, Sk]
     if spec.softcap:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
     scores = scores.masked_fill(~visible, float("-inf"))
     sees_nothing = ~visible.any(-1, keepdim=True)
     # A row of -inf has no softmax. Give it finite scores, and throw what comes out away.
@@ -106,7 +115,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
 
     Args:
         q, k, v: as in :func:`naive_attention`, any floating dtype.
-        **options: ``mask``, ``causal``, ``scale``, ``softcap``.
+        **options: ``mask``, ``causal``, ``scale``, ``softcap``, ``alibi_slopes``.
 
     Raises:
         TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors`.
@@ -181,11 +190,12 @@ def _reorderings(spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor]]:
         yield tuple(order.to(spec.device) for order in orders)
 
 
-def _reordered(q, k, v, keys, channels, spec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same problem in another order: q, k, v and the dense mask ``[B or 1, 1, Sq, Sk]``."""
+def _reordered(q, k, v, keys, channels, spec) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The same problem in another order: q, k, v, and the dense mask and bias of :func:`_dense`."""
     q, k, v = hide_unseen(q.detach(), k.detach(), v.detach(), spec)
-    visible = spec.intervals.dense()[:, None]
-    return q[..., channels], k[:, :, keys][..., channels], v[:, :, keys], visible[..., keys]
+    visible, bias = _dense(spec)
+    bias = bias if bias is None else bias[..., keys]
+    return q[..., channels], k[:, :, keys][..., channels], v[:, :, keys], visible[..., keys], bias
 
 
 def largest_error(result: Tensor, exact: Tensor) -> float:
@@ -199,7 +209,7 @@ def largest_error(result: Tensor, exact: Tensor) -> float:
 
 def one_rounding(exact: Tensor, dtype: torch.dtype) -> float:
     """Spacing of ``dtype`` at the largest finite value of ``exact``: what writing that value down can cost."""
-    finite = exact[exact.isfinite()]
+    finite = exact.detach()[exact.isfinite()]
     return torch.finfo(dtype).eps * float(finite.abs().max()) if finite.numel() else 0.0
 
 
@@ -238,13 +248,13 @@ def oracle_gradients(
     spec = AttentionSpec.from_tensors(q.double(), k.double(), v.double(), **options)
     _expect_shape("grad_out", grad_out, spec.out_shape)
     hidden = hide_unseen(q.detach().double(), k.detach().double(), v.detach().double(), spec)
-    return _naive_gradients(*hidden, spec.intervals.dense()[:, None], grad_out, grad_lse, spec)
+    return _naive_gradients(*hidden, *_dense(spec), grad_out, grad_lse, spec)
 
 
-def _naive_gradients(q, k, v, visible, grad_out, grad_lse, spec):
+def _naive_gradients(q, k, v, visible, bias, grad_out, grad_lse, spec):
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
-        out, lse = _naive(*inputs, visible, spec)
+        out, lse = _naive(*inputs, visible, bias, spec)
         objective = (out * grad_out.to(out.dtype)).sum()
         if grad_lse is not None:
             objective = objective + (lse.masked_fill(lse.isinf(), 0.0) * grad_lse.to(lse.dtype)).sum()
@@ -310,9 +320,12 @@ def _rounding_of_terms(q, k, v, out, lse, spec, grad_out=None, grad_lse=None) ->
         scores = (q @ k.mT) * spec.scale
         if spec.softcap:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        lse = lse.masked_fill(lse.isinf(), 0.0)[..., None]
-        p = torch.exp(scores - lse).masked_fill(~spec.intervals.dense()[:, None], 0.0)
+        visible, bias = _dense(spec)
         score_terms = spec.scale * (q.abs() @ k.abs().mT)
+        if bias is not None:
+            scores, score_terms = scores + bias.double(), score_terms + bias.abs().double()
+        lse = lse.masked_fill(lse.isinf(), 0.0)[..., None]
+        p = torch.exp(scores - lse).masked_fill(~visible, 0.0)
         eps, stored_eps = (torch.finfo(dtype).eps for dtype in (spec.accumulate_dtype, spec.dtype))
         p_error = eps * p * (1 + lse.abs() + score_terms)
         errors = {"out": p_error @ v.abs(), "lse": eps * (p * score_terms).sum(-1)}

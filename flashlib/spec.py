@@ -28,6 +28,8 @@ class AttentionSpec:
         dtype, device: of q, k, v and of the output.
         scale: positive factor on the scores, ``1 / sqrt(D)`` unless given (Vaswani et al. 2017, equation 1).
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none (Gemma 2, arXiv 2408.00118, section 2).
+        alibi_slopes: fp32 ``[B or 1, Hq]``, or None: ``slope * |i + Sk - Sq - j|`` is taken from the score of row i and key j
+            (Press et al. 2022, ALiBi, arXiv 2108.12409, section 3).
         mask: a :class:`flashlib.masks.Mask`; never None.
         return_lse: whether the log-sum-exp of each row is wanted.
         needs_grad: whether a gradient may be asked for.
@@ -45,6 +47,7 @@ class AttentionSpec:
     scale: float
     softcap: float
     mask: Mask
+    alibi_slopes: Tensor | None = None
     return_lse: bool = False
     needs_grad: bool = False
 
@@ -59,6 +62,7 @@ class AttentionSpec:
         causal: bool = False,
         scale: float | None = None,
         softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
         return_lse: bool = False,
     ) -> AttentionSpec:
         """Check one call's arguments and describe it.
@@ -94,6 +98,7 @@ class AttentionSpec:
             scale=1.0 / math.sqrt(head_dim) if scale is None else _finite("scale", scale),
             softcap=_finite("softcap", softcap),
             mask=mask & Causal() if causal else mask,
+            alibi_slopes=_check_slopes(alibi_slopes, batch, q_heads, q.device),
             return_lse=bool(return_lse),
             needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
         )
@@ -101,7 +106,8 @@ class AttentionSpec:
             raise ValueError(f"scale must be greater than 0; got {spec.scale}")
         if spec.softcap < 0:
             raise ValueError(f"softcap must be at least 0 (0 for none); got {spec.softcap}")
-        spec.intervals  # noqa: B018  a mask made for other lengths is refused here, not inside a kernel
+        if spec.mask.band() is None:
+            spec.intervals  # noqa: B018  a mask made for other lengths is refused here, not inside a kernel
         return spec
 
     @property
@@ -123,6 +129,14 @@ class AttentionSpec:
     def intervals(self) -> RowIntervals:
         """The mask as one interval of visible keys per row."""
         return self.mask.intervals(self.batch, self.q_len, self.kv_len, self.device)
+
+    def bias(self, rows: slice, keys: slice) -> Tensor | None:
+        """What ALiBi adds to a tile of scores: ``[B or 1, Hq, rows, keys]`` in the accumulation dtype; None without slopes."""
+        if self.alibi_slopes is None:
+            return None
+        row = torch.arange(rows.start, rows.stop, device=self.device) + self.kv_len - self.q_len
+        distance = (row[:, None] - torch.arange(keys.start, keys.stop, device=self.device)).abs()
+        return -self.alibi_slopes.to(self.accumulate_dtype)[..., None, None] * distance
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -165,6 +179,24 @@ def _check_mask(mask: Mask | None) -> Mask:
     if isinstance(mask, Tensor):
         hint = "; say the rule instead of the matrix, for instance flashlib.masks.KeyLengths(lengths) for padding"
     raise TypeError(f"mask must be a flashlib.masks.Mask or None; got {type(mask).__name__}{hint}")
+
+
+def _check_slopes(slopes: Tensor | None, batch: int, q_heads: int, device: torch.device) -> Tensor | None:
+    if slopes is None:
+        return None
+    if not isinstance(slopes, Tensor):
+        raise TypeError(f"alibi_slopes must be a torch.Tensor or None; got {type(slopes).__name__}")
+    if slopes.dtype != torch.float32:
+        raise TypeError(f"alibi_slopes is {slopes.dtype}; expected float32")
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes requires a gradient, but none is computed for them; pass alibi_slopes.detach()")
+    if slopes.shape not in ((q_heads,), (batch, q_heads)):
+        raise ValueError(
+            f"alibi_slopes has shape {tuple(slopes.shape)}; expected ({q_heads},) or ({batch}, {q_heads}): one per query head"
+        )
+    if slopes.device != device:
+        raise TypeError(f"alibi_slopes is on {slopes.device} but q is on {device}; all must be on one device")
+    return slopes.contiguous() if slopes.dim() == 2 else slopes.contiguous()[None]
 
 
 def _finite(name: str, value: float) -> float:

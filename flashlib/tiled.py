@@ -65,6 +65,7 @@ def tiled_attention(
     causal: bool = False,
     scale: float | None = None,
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
     block_q: int = 128,
     block_k: int = 128,
@@ -75,7 +76,7 @@ def tiled_attention(
     Args:
         q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]``, ``[B, Hkv, Sk, Dv]``; fp16, bf16, fp32 or fp64. Arithmetic is in
             fp32 (fp64 for fp64).
-        mask, causal, scale, softcap, return_lse: as in :func:`flashlib.attention`.
+        mask, causal, scale, softcap, alibi_slopes, return_lse: as in :func:`flashlib.attention`.
         block_q, block_k, loop_order: see :class:`Tiling`. They change the rounding, never the result.
 
     Returns:
@@ -84,9 +85,8 @@ def tiled_attention(
     Raises:
         TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors` and :class:`Tiling`.
     """
-    spec = AttentionSpec.from_tensors(
-        q, k, v, mask=mask, causal=causal, scale=scale, softcap=softcap, return_lse=return_lse
-    )
+    options = {"mask": mask, "causal": causal, "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    spec = AttentionSpec.from_tensors(q, k, v, **options, return_lse=return_lse)
     out, lse = run_tiled(q, k, v, spec, Tiling(block_q, block_k, loop_order))
     return (out, lse) if return_lse else out
 
@@ -299,6 +299,9 @@ def _scores(q_tile: Tensor, k_tile: Tensor, tile: VisibleTile, spec: AttentionSp
     if spec.softcap:
         squashed = torch.tanh(scores / spec.softcap)
         scores, slope = spec.softcap * squashed, 1 - squashed.square()
+    bias = spec.bias(tile.rows, tile.keys)
+    if bias is not None:
+        scores = scores + _grouped(bias, spec).flatten(2, 3)
     if tile.pairs is not None:
         scores = scores.masked_fill(~tile.pairs.repeat(1, 1, spec.group_size, 1), float("-inf"))
     return scores, slope

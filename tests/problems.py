@@ -62,6 +62,9 @@ def random_problem(rng: random.Random, *, dtypes=DTYPES, lengths=LENGTHS, head_d
         options["scale"] = rng.choice((0.05, 1.0))
     if rng.random() < 0.3:
         options["softcap"] = rng.choice((0.5, 5.0, 30.0))
+    if rng.random() < 0.2:
+        shape = (q_heads,) if rng.random() < 0.5 else (batch, q_heads)
+        options["alibi_slopes"] = torch.rand(shape, generator=generator, device=device)
     problem = Problem(q, k, v, options)
     if rng.random() < 0.6:
         poison(problem, rng)

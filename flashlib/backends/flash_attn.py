@@ -77,6 +77,8 @@ class FlashAttention3(_FlashAttentionPackage):
     def unsupported(self, spec, config):
         if spec.device.type == "cuda" and torch.cuda.get_device_capability(spec.device)[0] != 9:
             return "written for Hopper (compute capability 9.x) alone"
+        if spec.alibi_slopes is not None:
+            return "has no ALiBi"
         return super().unsupported(spec, config)
 
     def call(self, function, q, k, v, settings, spec, **options):
@@ -99,5 +101,7 @@ class FlashAttention2(_FlashAttentionPackage):
     settings = "fa2"
 
     def call(self, function, q, k, v, settings, spec, **options):
-        result = function(q, k, v, deterministic=settings.deterministic, return_attn_probs=spec.return_lse, **options)
+        slopes = None if spec.alibi_slopes is None else spec.alibi_slopes.expand(spec.batch, -1).contiguous()
+        options |= {"alibi_slopes": slopes, "return_attn_probs": spec.return_lse}
+        result = function(q, k, v, deterministic=settings.deterministic, **options)
         return (result[0], result[1]) if spec.return_lse else (result, None)

@@ -30,6 +30,8 @@ class _SDPA(Backend):
             return "PyTorch's SDPA does not return the LSE"
         if spec.softcap:
             return "PyTorch's SDPA has no softcap"
+        if spec.alibi_slopes is not None:
+            return "PyTorch's SDPA has no ALiBi; its bias would have to be an Sq x Sk matrix"
         return self._kernel_limits(spec)
 
     def _kernel_limits(self, spec: AttentionSpec) -> str | None:

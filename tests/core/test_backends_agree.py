@@ -27,6 +27,7 @@ def supported_problem(backend: str, rng: random.Random):
         problem = random_problem(rng)
         if backend.startswith("torch_sdpa"):
             problem.options.pop("softcap", None)
+            problem.options.pop("alibi_slopes", None)
         if BACKENDS[backend].why_not(problem.spec, FlashAttentionConfig()) is None:
             return problem
 

@@ -43,6 +43,15 @@ BAD = [
     ((Q, K, V), {"scale": float("nan")}, ValueError, "scale must be finite; got nan"),
     ((Q, K, V), {"scale": -0.5}, ValueError, "scale must be greater than 0; got -0.5"),
     ((Q, K, V), {"softcap": -1.0}, ValueError, "softcap must be at least 0 (0 for none); got -1.0"),
+    ((Q, K, V), {"alibi_slopes": 0.5}, TypeError, "alibi_slopes must be a torch.Tensor or None; got float"),
+    (
+        (Q, K, V),
+        {"alibi_slopes": torch.ones(Q.shape[1]).half()},
+        TypeError,
+        "alibi_slopes is torch.float16; expected float32",
+    ),
+    ((Q, K, V), {"alibi_slopes": torch.ones(Q.shape[1] + 1)}, ValueError, "one per query head"),
+    ((Q, K, V), {"alibi_slopes": torch.ones(Q.shape[1]).requires_grad_()}, ValueError, "pass alibi_slopes.detach()"),
     (
         (Q, K, V),
         {"mask": torch.ones(5, 5)},

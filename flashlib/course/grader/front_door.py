@@ -15,7 +15,8 @@ from flashlib.course.grader.report import Report
 from flashlib.course.grader.sandbox.session import Sandbox
 from flashlib.course.grader.submissions import read_submission
 
-PREAMBLE = "import math\n\nimport torch\nimport torch.nn.functional as F\nfrom torch import Tensor\n\n\n"
+PREAMBLE = "import math\n\nimport torch\nimport torch.nn.functional as F\nfrom torch import Tensor\n"
+TRITON_PREAMBLE = "import triton\nimport triton.language as tl\n"
 _sandboxes: dict[str, Sandbox] = {}
 
 
@@ -34,7 +35,8 @@ def check(
         exercise: such as `"ex01"`.
         file: your solution; if None, `exercises/ex01_*.py` of the directory you are in or of one above it.
         functions: functions that you wrote in a notebook, by the names the exercise asks for, instead of a file. Their
-            source is copied, so they may use each other, `math`, `torch`, `F` and `Tensor`, and nothing else.
+            source is copied, so they may use each other, `math`, `torch`, `F` and `Tensor`, and nothing else; in a Triton
+            exercise also `triton` and `tl`, and kernels are among the functions.
         hints: how many hints to show for each check that fails; ask for more when one is not enough.
         seed: the inputs of an earlier run, which printed it.
         seconds: time limit for one call, in place of the exercise's own.
@@ -49,7 +51,7 @@ def check(
     if file is not None and functions is not None:
         raise ValueError("give either file or functions, not both")
     if functions is not None:
-        submission = Submission("notebook", _source_of(functions))
+        submission = Submission("notebook", _source_of(functions, triton="triton" in declared.preload))
     else:
         submission = read_submission("you", Path(file) if file is not None else find(declared.file))
     if exercise not in _sandboxes:
@@ -74,9 +76,10 @@ def find(name: str) -> Path:
     raise ValueError(f"found no exercises/{name} in {here} or above it; say where it is: file=...")
 
 
-def _source_of(functions: Mapping[str, Callable]) -> bytes:
-    parts = [PREAMBLE]
+def _source_of(functions: Mapping[str, Callable], *, triton: bool) -> bytes:
+    parts = [PREAMBLE + TRITON_PREAMBLE * triton]
     for name, function in functions.items():
+        function = getattr(function, "fn", function)  # the function under @triton.jit
         try:
             parts.append(textwrap.dedent(inspect.getsource(function)))
         except (OSError, TypeError) as error:

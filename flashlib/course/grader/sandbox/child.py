@@ -28,6 +28,7 @@ from flashlib.course.grader.sandbox.confine import Fence, confine, die_with_pare
 from flashlib.course.meter import TrafficMeter
 
 TEXT_LIMIT = 4000  # characters of a message or a traceback
+CHAIN_LIMIT = 20  # errors wrapped in each other
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 
 
@@ -224,13 +225,35 @@ def _traffic(meter: TrafficMeter) -> dict[str, Any]:
 
 
 def _explain(error: BaseException, file: str) -> dict[str, str]:
+    errors = _down_to_the_cause(error, file)
+    cause = errors[-1]
     return {
-        "kind": _kind(error, file),
-        "type": type(error).__name__[:100],
-        "message": _message(error)[:TEXT_LIMIT],
-        "group": getattr(error, "group", "") if isinstance(error, ForbiddenOperation) else "",
-        "traceback": _own_traceback(error, file)[-TEXT_LIMIT:],
+        "kind": _kind(cause, file),
+        "type": type(cause).__name__[:100],
+        "message": _message(cause)[:TEXT_LIMIT],
+        "group": getattr(cause, "group", "") if isinstance(cause, ForbiddenOperation) else "",
+        "traceback": _own_traceback(errors, file)[-TEXT_LIMIT:],
     }
+
+
+def _down_to_the_cause(error: BaseException, file: str) -> list[BaseException]:
+    """The error, and those that libraries wrapped in it on its way up, down to the one that says what happened.
+
+    Triton's interpreter wraps an error once for the kernel, and again for each function that the kernel calls. What a student
+    wraps himself (`raise ... from ...` in his own file) is his message and stays.
+    """
+    errors = [error]
+    while (cause := errors[-1].__cause__) is not None and _frames(cause, file):
+        raised_in = traceback.extract_tb(errors[-1].__traceback__)[-1:]
+        if len(errors) == CHAIN_LIMIT or (raised_in and raised_in[0].filename == file):
+            break
+        errors.append(cause)
+    return errors
+
+
+def _frames(error: BaseException, file: str) -> list[traceback.FrameSummary]:
+    """Its frames in the student's file; a library's frames do not help him."""
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
 
 
 def _kind(error: BaseException, file: str) -> str:
@@ -258,10 +281,10 @@ def _message(error: BaseException) -> str:
         return "(its message could not be made)"
 
 
-def _own_traceback(error: BaseException, file: str) -> str:
-    """The frames in the student's file alone, then the error; a library's frames do not help him."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    name = os.path.basename(file)
+def _own_traceback(errors: list[BaseException], file: str) -> str:
+    """The frames in the student's file alone, from the outermost error to its cause, then the cause."""
+    frames = [frame for error in errors for frame in _frames(error, file)]
+    name, cause = os.path.basename(file), errors[-1]
     lines = [f"{name}, line {frame.lineno}, in {frame.name}\n    {frame.line or ''}" for frame in frames[-8:]]
-    summary = "".join(traceback.format_exception_only(type(error), error)).strip().replace(file, name)
+    summary = "".join(traceback.format_exception_only(type(cause), cause)).strip().replace(file, name)
     return "\n".join([*lines, summary])

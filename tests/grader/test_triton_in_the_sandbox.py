@@ -1,0 +1,98 @@
+"""Triton exercises: kernels run in the interpreter in a fenced process, and errors in them point at the student's lines."""
+
+import pytest
+
+from flashlib.course.grader.sandbox.session import Limits, Sandbox, StudentError
+
+KERNELS = b"""import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def total(values):
+    return tl.sum(values.mistyped, 0)
+
+
+@triton.jit
+def kernel(p_x, p_out, n, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    values = tl.load(p_x + offsets, mask=offsets < n, other=0.0)
+    tl.store(p_out, total(values))
+
+
+@triton.jit
+def not_written(p_x):
+    raise NotImplementedError
+
+
+def launch(x, block):
+    out = torch.empty(1)
+    kernel[(1,)](x, out, x.numel(), BLOCK=block)
+    return out
+
+
+def launch_not_written(x):
+    not_written[(1,)](x)
+
+
+def launch_with_own_words(x):
+    try:
+        return launch(x, 16)
+    except Exception as error:
+        raise RuntimeError("my own words") from error
+
+
+def launch_with_endless_causes(x):
+    error = ValueError("circle")
+    error.__cause__ = error
+    raise error
+"""
+
+
+@pytest.fixture(scope="module")
+def child():
+    with Sandbox(preload=("triton",), environment={"TRITON_INTERPRET": "1"}) as sandbox:
+        child = sandbox.open_child(KERNELS, "ex99_kernels.py", Limits(), {})
+        child.load()
+        yield child
+        child.end()
+
+
+def failure(child, function, *args) -> StudentError:
+    import torch
+
+    with pytest.raises(StudentError) as caught:
+        child.call(function, [torch.ones(10), *args])
+    return caught.value
+
+
+def test_error_in_a_device_function_shows_every_line_on_the_way_to_it(child):
+    error = failure(child, "launch", 16)
+    assert error.kind == "exception"
+    assert str(error) == "It raised AttributeError: 'tensor' object has no attribute 'mistyped'"
+    assert error.traceback.splitlines() == [
+        "ex99_kernels.py, line 25, in launch",
+        "    kernel[(1,)](x, out, x.numel(), BLOCK=block)",
+        "ex99_kernels.py, line 15, in kernel",
+        "    tl.store(p_out, total(values))",
+        "ex99_kernels.py, line 8, in total",
+        "    return tl.sum(values.mistyped, 0)",
+        "AttributeError: 'tensor' object has no attribute 'mistyped'",
+    ]
+
+
+def test_error_of_tritons_own_shows_the_line_of_the_kernel(child):
+    error = failure(child, "launch", 17)
+    assert str(error) == "It raised ValueError: arange's range must be a power of 2"
+    assert "line 13, in kernel\n    offsets = tl.arange(0, BLOCK)" in error.traceback
+
+
+def test_unwritten_kernel_is_not_implemented(child):
+    assert failure(child, "launch_not_written").kind == "not-implemented"
+
+
+def test_what_students_wrap_themselves_stays_their_message(child):
+    error = failure(child, "launch_with_own_words")
+    assert str(error) == "It raised RuntimeError: my own words"
+    assert failure(child, "launch_with_endless_causes").kind == "exception"

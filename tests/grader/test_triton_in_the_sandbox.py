@@ -1,6 +1,7 @@
 """Triton exercises: kernels run in the interpreter in a fenced process, and errors in them point at the student's lines."""
 
 import pytest
+import torch
 
 from flashlib.course.grader.sandbox.session import Limits, Sandbox, StudentError
 
@@ -32,6 +33,31 @@ def launch(x, block):
     return out
 
 
+@triton.jit
+def shifted(p_x, p_out, n, LOADS: tl.constexpr, STORES: tl.constexpr):
+    offsets = tl.program_id(0) * 4 + tl.arange(0, 4)
+    values = tl.load(p_x + offsets, mask=offsets < n + LOADS)
+    tl.store(p_out + offsets, values, mask=offsets < n + STORES)
+
+
+@triton.jit
+def summed(p_x, p_out):
+    total = tl.load(p_out) + tl.load(p_x + tl.program_id(0))
+    tl.store(p_out, total)
+
+
+def launch_shifted(x, loads, stores):
+    out = torch.empty_like(x)
+    shifted[(3,)](x, out, x.numel(), LOADS=loads, STORES=stores)
+    return out
+
+
+def launch_summed(x):
+    out = torch.zeros(1)
+    summed[(x.numel(),)](x, out)
+    return out
+
+
 def launch_not_written(x):
     not_written[(1,)](x)
 
@@ -60,8 +86,6 @@ def child():
 
 
 def failure(child, function, *args) -> StudentError:
-    import torch
-
     with pytest.raises(StudentError) as caught:
         child.call(function, [torch.ones(10), *args])
     return caught.value
@@ -96,3 +120,24 @@ def test_what_students_wrap_themselves_stays_their_message(child):
     error = failure(child, "launch_with_own_words")
     assert str(error) == "It raised RuntimeError: my own words"
     assert failure(child, "launch_with_endless_causes").kind == "exception"
+
+
+def test_addresses_outside_of_all_tensors_are_named_with_their_line(child):
+    load, store = failure(child, "launch_shifted", 1, 0), failure(child, "launch_shifted", 0, 2)
+    assert (load.kind, store.kind) == ("out-of-bounds-load", "out-of-bounds-store")
+    assert "program (2, 0, 0): 1 of 3 addresses to load" in str(load)
+    assert "the first lies 1 elements past the end of p_x." in str(load)
+    assert "in shifted\n    values = tl.load(p_x + offsets" in load.traceback
+
+
+def test_programs_that_meet_are_a_race_though_the_interpreter_gets_the_sum_right(child):
+    error = failure(child, "launch_summed")
+    assert error.kind == "race" and "in summed\n    total = tl.load(p_out)" in error.traceback
+
+
+def test_meter_counts_the_bytes_of_kernels(child):
+    x = torch.ones(10)
+    reply = child.call("launch_shifted", [x, 0, 0], meter={"x": x})
+    assert torch.equal(reply.value, x)
+    assert reply.meter["bytes_read"] == {"x": 40} and reply.meter["bytes_written"] == {"elsewhere": 40}
+    assert (reply.meter["launches"], reply.meter["programs"], reply.meter["largest_block"]) == ({"shifted": 1}, 3, 4)

@@ -65,7 +65,11 @@ An exercise `ex42` is three things that you write:
    (`cache = t.make("Cache", 2); cache.call("append", k, v)`); `t.ask(...)` tells all about a call. Tensors, numbers,
    strings, dtypes, None, lists, tuples and dicts of them cross; strides do too (`in_poison`, `transposed_in_poison`).
    A Triton exercise says `preload=("triton",)` and `environment={"TRITON_INTERPRET": "1"}`; one that compiles for a GPU
-   needs `limits=Limits(processes=True)`, because the compiler starts an assembler.
+   needs `limits=Limits(processes=True)`, because the compiler starts an assembler. Kernels in the interpreter are watched
+   (`flashlib/course/kernel_watch.py`): an address outside of the tensors passed is `out-of-bounds-load` or
+   `out-of-bounds-store`, programs that meet in one are `race`, each at the student's line, and `t.ask(..., meter={"k": k}).meter`
+   counts their bytes among `bytes_read` and `bytes_written`, with `launches`, `programs` and `largest_block` (in elements).
+   "Outside" means outside of a tensor's allocation: what a view leaves out of its storage, `in_poison` makes NaN.
    Everything structural needs no word from you: exception (with the student's own traceback), missing, not-implemented,
    timeout, memory-limit, process-ended, exit, output-flood, forbidden operations.
 

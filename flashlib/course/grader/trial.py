@@ -23,6 +23,9 @@ STRUCTURAL_HINTS = {
     "exception": "The last line names the error, the line above it where your code was. Print the shapes there.",
     "timeout": "Look for a loop whose end is never reached, or work that grows much faster than the input.",
     "missing": "Keep the names and arguments of the functions as they are in the exercise file.",
+    "out-of-bounds-load": "Each lane of a block has an address. Which lanes have one that is not theirs, and what masks them?",
+    "out-of-bounds-store": "Each lane of a block has an address. Which lanes have one that is not theirs, and what masks them?",
+    "race": "Which program ids compute the same address? Each should write what no other reads or writes, or add by an atomic.",
     "unsendable": "Return what the docstring says: tensors, or a tuple of them.",
 }
 

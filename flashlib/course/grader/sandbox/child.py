@@ -25,6 +25,7 @@ import torch
 
 from flashlib.course.grader.sandbox import wire
 from flashlib.course.grader.sandbox.confine import Fence, confine, die_with_parent
+from flashlib.course.kernel_watch import KernelFault, KernelWatch, interpreting
 from flashlib.course.meter import TrafficMeter
 
 TEXT_LIMIT = 4000  # characters of a message or a traceback
@@ -194,12 +195,12 @@ def _call(
     function = getattr(owner, header["function"], None)
     if function is None:
         return {"error": {"kind": "missing", "message": header["function"]}}, []
-    meter = None
-    if header["meter"] is not None:
-        meter = TrafficMeter(**{name: tensors[index] for name, index in header["meter"].items()})
-    with meter or contextlib.nullcontext():
+    operands = {name: tensors[index] for name, index in (header["meter"] or {}).items()}
+    meter = TrafficMeter(**operands) if header["meter"] is not None else None
+    watch = KernelWatch(**operands) if interpreting() else None
+    with meter or contextlib.nullcontext(), watch or contextlib.nullcontext():
         value = function(*args, **kwargs) if callable(function) else function
-    answer = {"meter": _traffic(meter) if meter else None}
+    answer = {"meter": _traffic(meter, watch) if meter else None}
     if header["keep"] is not None:
         objects[header["keep"]] = value
         return answer, []
@@ -208,16 +209,21 @@ def _call(
     return answer, results
 
 
-def _traffic(meter: TrafficMeter) -> dict[str, Any]:
+def _traffic(meter: TrafficMeter, watch: KernelWatch | None) -> dict[str, Any]:
+    """What PyTorch's operations moved, and Triton's kernels in the interpreter."""
+    watch = watch or KernelWatch()
     largest = meter.largest
     return {
         "largest_elements": largest.elements,
         "largest_shape": list(largest.shape),
         "largest_op": largest.op,
         "peak_bytes": meter.peak_bytes,
-        "bytes_read": dict(meter.bytes_read),
-        "bytes_written": dict(meter.bytes_written),
+        "bytes_read": dict(meter.bytes_read + watch.bytes_read),
+        "bytes_written": dict(meter.bytes_written + watch.bytes_written),
         "calls": dict(meter.calls),
+        "launches": dict(watch.launches),
+        "programs": watch.programs,
+        "largest_block": watch.largest_block,
     }
 
 
@@ -259,6 +265,8 @@ def _frames(error: BaseException, file: str) -> list[traceback.FrameSummary]:
 def _kind(error: BaseException, file: str) -> str:
     if isinstance(error, ForbiddenOperation):
         return "forbidden"
+    if isinstance(error, KernelFault):
+        return error.kind
     if isinstance(error, wire.NotSendable):
         return "unsendable"
     if isinstance(error, SystemExit):

@@ -74,7 +74,7 @@ class StudentError(Exception):
     Attributes:
         kind: `"timeout"`, `"memory-limit"`, `"process-ended"`, `"output-flood"`, `"disk-flood"`, `"tampered"`, or what
             the child itself reported: `"exception"`, `"syntax"`, `"missing"`, `"not-implemented"`, `"forbidden"`,
-            `"exit"`, `"unsendable"`.
+            `"exit"`, `"unsendable"`, and of Triton kernels `"out-of-bounds-load"`, `"out-of-bounds-store"`, `"race"`.
         message: what happened, one sentence.
         traceback: the frames in the student's own file, or "".
         group: for `"forbidden"`, which group of operations.
@@ -590,6 +590,9 @@ def _reported(error: Any) -> StudentError:
         "memory-limit": "It ran out of the memory it may use.",
         "unsendable": f"It returned {said['message']}, which is no tensor, number or tuple of them.",
         "exception": f"It raised {said['type']}: {said['message']}",
+        "out-of-bounds-load": f"A kernel loads from memory it was not given. {said['message']}.",
+        "out-of-bounds-store": f"A kernel stores to memory it was not given. {said['message']}.",
+        "race": f"Two programs of a kernel race. {said['message']}.",
     }
     if said["kind"] not in messages:
         return StudentError("tampered", "A malformed error was written on the grader's channel.")

@@ -33,6 +33,7 @@ __all__ = [
     "RowIntervals",
     "Tile",
     "Unmasked",
+    "Varlen",
     "Window",
 ]
 
@@ -302,6 +303,66 @@ class Documents(Mask):
 
 
 @dataclass(frozen=True, eq=False)
+class Varlen(Mask):
+    """Sequences of different lengths packed one after another: a row sees only the keys of its own sequence.
+
+    As :class:`Documents`, but told by the boundaries, and a sequence may have more or fewer queries than keys. Causal attention
+    and windows inside each sequence, aligned bottom-right there: ``packed & Causal(packed.offset(q_len))``.
+
+    Args:
+        cu_seqlens_q: cumulative lengths, integers ``[N + 1]``: sequence n has the rows ``cu_seqlens_q[n] <= i <
+            cu_seqlens_q[n + 1]``, none if the two are equal. Rows behind the last sequence are padding: they see nothing.
+        cu_seqlens_k: the same for keys; None if keys and queries are the same tokens.
+
+    Attributes:
+        lengths_q, lengths_k: how many queries and keys each sequence has, int64 ``[N]``, on the CPU.
+
+    Making a mask reads the cumulative lengths, which waits for the GPU if they are there. Using it does not.
+
+    Raises:
+        ValueError: cumulative lengths do not begin with 0, or fall, or are not equally many for queries and keys.
+
+    Source: ``cu_seqlens_q`` and ``cu_seqlens_k`` in flash_attn.
+    """
+
+    cu_seqlens_q: Tensor | Sequence[int]
+    cu_seqlens_k: Tensor | Sequence[int] | None = None
+
+    def __post_init__(self):
+        if self.cu_seqlens_k is None:
+            object.__setattr__(self, "cu_seqlens_k", self.cu_seqlens_q)
+        for side in ("q", "k"):
+            name = f"cu_seqlens_{side}"
+            object.__setattr__(self, name, torch.as_tensor(getattr(self, name)))
+            object.__setattr__(self, f"lengths_{side}", _lengths_between(name, getattr(self, name)))
+        if len(self.lengths_q) != len(self.lengths_k):
+            raise ValueError(
+                f"Varlen: cu_seqlens_q has {len(self.lengths_q)} sequences, but cu_seqlens_k has {len(self.lengths_k)}"
+            )
+
+    def offset(self, q_len: int, device: torch.device | str | None = None) -> Tensor:
+        """The key at which each row sits, less the row: int64 ``[1, q_len]``. In each sequence, the last row sits at the last key."""
+        ends_q, ends_k, sequence = self._sequences(q_len, device)
+        end = (sequence + 1).clamp(max=len(ends_q) - 1)
+        return (ends_k - ends_q)[end]
+
+    def bounds(self, batch, q_len, kv_len, device):
+        for side, length in (("q", q_len), ("k", kv_len)):
+            total = int(getattr(self, f"lengths_{side}").sum())
+            if total > length:
+                raise ValueError(f"Varlen: cu_seqlens_{side} goes up to {total}, but there are only {length} tokens")
+        _, ends_k, sequence = self._sequences(q_len, device)
+        # Rows behind the last sequence come out as sequence N, which begins and ends where the last one ends.
+        return ends_k[sequence], ends_k[(sequence + 1).clamp(max=len(ends_k) - 1)]
+
+    def _sequences(self, q_len: int, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Both cumulative lengths on ``device``, and the number of the sequence to which each row belongs: ``[1, q_len]``."""
+        ends_q, ends_k = (x.to(device or x.device, torch.int64) for x in (self.cu_seqlens_q, self.cu_seqlens_k))
+        rows = torch.arange(q_len, device=ends_q.device)[None]
+        return ends_q, ends_k, torch.searchsorted(ends_q, rows, right=True) - 1
+
+
+@dataclass(frozen=True, eq=False)
 class Prefix(Mask):
     """Prefix-LM: every row sees the first ``lengths`` keys, and beyond them only its past (``j <= i + offset``).
 
@@ -368,6 +429,18 @@ def _positions(offset: int | Tensor | None, batch: int, q_len: int, kv_len: int,
 def _expect_batch(mask: str, lengths: Tensor, batch: int) -> None:
     if len(lengths) != batch:
         raise ValueError(f"{mask}: {len(lengths)} lengths for a batch of {batch}; expected one length per sequence")
+
+
+def _lengths_between(name: str, cu_seqlens: Tensor) -> Tensor:
+    """The lengths of which ``cu_seqlens`` is the running sum, on the CPU."""
+    ends = _integers(name, cu_seqlens.cpu(), ndims=(1,))
+    if not len(ends) or ends[0] != 0:
+        raise ValueError(f"{name} must begin with 0; got {ends.tolist()[:1]}")
+    lengths = ends.diff()
+    if (lengths < 0).any():
+        n = int((lengths < 0).nonzero()[0])
+        raise ValueError(f"{name} must never fall; got {int(ends[n])} and then {int(ends[n + 1])}, at entry {n + 1}")
+    return lengths
 
 
 def _count(name: str, value: int, hint: str = "") -> int:

@@ -73,7 +73,7 @@ def random_problem(rng: random.Random, *, dtypes=DTYPES, lengths=LENGTHS, head_d
 
 def random_mask(rng: random.Random, batch: int, q_len: int, kv_len: int) -> masks.Mask | None:
     """One mask, or two or three combined; or none."""
-    kinds = rng.choices(("causal", "window", "lengths", "documents", "prefix"), k=rng.choice((0, 1, 1, 2, 3)))
+    kinds = rng.choices(("causal", "window", "lengths", "documents", "varlen", "prefix"), k=rng.choice((0, 1, 1, 2, 3)))
     mask = None
     for kind in kinds:
         part = _random_part(kind, rng, batch, q_len, kv_len)
@@ -94,6 +94,10 @@ def _random_part(kind: str, rng: random.Random, batch: int, q_len: int, kv_len: 
     if kind == "prefix":
         lengths = rng.randint(0, kv_len + 2) if rng.random() < 0.5 else [rng.randint(0, kv_len) for _ in range(batch)]
         return masks.Prefix(lengths, _random_offset(rng, batch, q_len, kv_len))
+    if kind == "varlen":
+        sequences = rng.randrange(5)
+        packed = masks.Varlen(_random_ends(rng, sequences, q_len), _random_ends(rng, sequences, kv_len))
+        return packed if rng.random() < 0.5 else packed & masks.Window(width(), width(), packed.offset(q_len))
     names = rng.sample(range(20), 5)
     if q_len == kv_len and rng.random() < 0.5:
         return masks.Documents(_random_ids(rng, names, q_len))
@@ -111,6 +115,11 @@ def _random_offset(rng: random.Random, batch: int, q_len: int, kv_len: int):
     count = (batch,) if choice < 0.9 else (batch, q_len)
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     return torch.randint(-q_len - 1, kv_len + 2, count, generator=generator)
+
+
+def _random_ends(rng: random.Random, sequences: int, length: int) -> list[int]:
+    """Cumulative lengths; some sequences may be empty, and tokens may be left over."""
+    return sorted(rng.randint(0, length) * (n > 0) for n in range(sequences + 1))
 
 
 def _random_ids(rng: random.Random, names: list[int], length: int) -> list[int]:

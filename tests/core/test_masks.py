@@ -1,6 +1,7 @@
 """Masks against their definition written out as a double loop, and tile classification against the dense mask."""
 
 import random
+from itertools import accumulate
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from problems import random_mask
 
 from flashlib import masks
-from flashlib.masks import Causal, Documents, KeyLengths, Prefix, RowIntervals, Tile, Unmasked, Window
+from flashlib.masks import Causal, Documents, KeyLengths, Prefix, RowIntervals, Tile, Unmasked, Varlen, Window
 
 
 def dense(mask, batch, q_len, kv_len):
@@ -116,6 +117,25 @@ def test_documents_from_lengths_numbers_them_in_order():
     assert torch.equal(dense(documents, 1, 5, 5)[0], expected)
 
 
+@settings(max_examples=200, deadline=None)
+@given(rng=st.randoms(use_true_random=False))
+def test_packed_sequences_are_masked_as_each_by_itself(rng):
+    """Plain, causal and windows: block by block the mask of the lone sequence, and nothing outside the blocks."""
+    pairs = [(rng.randint(0, 6), rng.randint(0, 6)) for _ in range(rng.randint(0, 4))]
+    q_ends, k_ends = ([0, *accumulate(side)] for side in (zip(*pairs, strict=True) if pairs else ((), ())))
+    q_len, kv_len = q_ends[-1] + rng.randint(0, 3), k_ends[-1] + rng.randint(0, 3)
+    packed = Varlen(torch.tensor(q_ends, dtype=torch.int32), k_ends)
+    left, right = (rng.choice((None, 0, 1, 4)) for _ in range(2))
+    for inside, rule in (
+        (packed, Unmasked()),
+        (packed & Window(left, right, packed.offset(q_len)), Window(left, right)),
+    ):
+        expected = torch.zeros(q_len, kv_len, dtype=torch.bool)
+        for (rows, keys), q_end, k_end in zip(pairs, q_ends[1:], k_ends[1:], strict=True):
+            expected[q_end - rows : q_end, k_end - keys : k_end] = dense(rule, 1, rows, keys)[0]
+        assert torch.equal(dense(inside, 3, q_len, kv_len)[0], expected)
+
+
 def test_intervals_hold_no_matrix():
     """A mask of a million tokens is two numbers per row."""
     tokens = 1_000_000
@@ -154,6 +174,14 @@ BAD = [
         "k_ids has shape (1, 1), but there are 1 sequences of 3",
     ),
     (lambda: Documents.from_lengths([2, -1]), ValueError, "lengths must be at least 0; got -1"),
+    (lambda: Varlen([]), ValueError, "cu_seqlens_q must begin with 0; got []"),
+    (lambda: Varlen([1, 2]), ValueError, "cu_seqlens_q must begin with 0; got [1]"),
+    (lambda: Varlen([0, 2], [0, 3, 1]), ValueError, "cu_seqlens_k must never fall; got 3 and then 1, at entry 2"),
+    (lambda: Varlen([0, 2], [0, 1, 2]), ValueError, "cu_seqlens_q has 1 sequences, but cu_seqlens_k has 2"),
+    (lambda: Varlen([0.0, 2.0]), TypeError, "cu_seqlens_q must hold integers; got torch.float32"),
+    (lambda: Varlen([[0, 2]]), ValueError, "cu_seqlens_q must be 1-dimensional; got shape (1, 2)"),
+    (lambda: Varlen([0, 5]).intervals(1, 4, 6), ValueError, "cu_seqlens_q goes up to 5, but there are only 4 tokens"),
+    (lambda: Varlen([0, 5]).intervals(1, 6, 4), ValueError, "cu_seqlens_k goes up to 5, but there are only 4 tokens"),
     (lambda: Causal() & torch.ones(2, 2), TypeError, "combines with another flashlib mask by &; got Tensor"),
     (
         lambda: Causal().intervals(1, 4, 4).tile_map(0, 4),

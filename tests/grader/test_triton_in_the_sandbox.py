@@ -58,6 +58,10 @@ def launch_summed(x):
     return out
 
 
+def only_allocate(x):
+    return torch.empty_like(x)
+
+
 def launch_not_written(x):
     not_written[(1,)](x)
 
@@ -141,3 +145,7 @@ def test_meter_counts_the_bytes_of_kernels(child):
     assert torch.equal(reply.value, x)
     assert reply.meter["bytes_read"] == {"x": 40} and reply.meter["bytes_written"] == {"elsewhere": 40}
     assert (reply.meter["launches"], reply.meter["programs"], reply.meter["largest_block"]) == ({"shifted": 1}, 3, 4)
+
+
+def test_memory_that_no_kernel_wrote_holds_nan(child):
+    assert child.call("only_allocate", [torch.ones(5)]).value.isnan().all()

@@ -69,7 +69,8 @@ An exercise `ex42` is three things that you write:
    (`flashlib/course/kernel_watch.py`): an address outside of the tensors passed is `out-of-bounds-load` or
    `out-of-bounds-store`, programs that meet in one are `race`, each at the student's line, and `t.ask(..., meter={"k": k}).meter`
    counts their bytes among `bytes_read` and `bytes_written`, with `launches`, `programs` and `largest_block` (in elements).
-   "Outside" means outside of a tensor's allocation: what a view leaves out of its storage, `in_poison` makes NaN.
+   "Outside" means outside of a tensor's allocation: what a view leaves out of its storage, `in_poison` makes NaN. What the
+   student only allocates (`torch.empty`) holds NaN there, too.
    Everything structural needs no word from you: exception (with the student's own traceback), missing, not-implemented,
    timeout, memory-limit, process-ended, exit, output-flood, forbidden operations.
 

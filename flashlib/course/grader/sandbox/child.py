@@ -64,6 +64,9 @@ def run(channel: int, output: int, setup: dict[str, Any]) -> None:
         os.environ.clear()
         os.environ.update(setup["environment"])
         tempfile.tempdir = None  # found anew, in the new environment
+        if interpreting():
+            # New memory then holds NaN, so that what a kernel leaves unwritten shows, instead of being 0 by luck.
+            torch.use_deterministic_algorithms(True, warn_only=True)
         libraries = _forbid(setup["forbidden"])
         protections = confine(Fence(**setup["fence"]))
         link = _Link(socket.socket(fileno=channel))

@@ -2,6 +2,7 @@
 
 from flashlib.measure.machine import MemoryLevel, cpu_memory, matmul_flops_per_s, stream_bytes_per_s
 from flashlib.measure.memory import memory_wall
+from flashlib.measure.meter import TrafficMeter
 from flashlib.measure.record import Record, load_record, save_record, sources_hash
 from flashlib.measure.steps import naive_steps
 from flashlib.measure.timing import Timing, time_call
@@ -10,6 +11,7 @@ __all__ = [
     "MemoryLevel",
     "Record",
     "Timing",
+    "TrafficMeter",
     "cpu_memory",
     "load_record",
     "matmul_flops_per_s",

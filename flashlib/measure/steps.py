@@ -34,7 +34,7 @@ def naive_steps(
 
     Returns:
         ``(rows, out)``. One row per step, and one named :data:`FUSED`: ``step``; ``flops``; ``bytes``, read and written by the
-        operation as :class:`flashlib.course.TrafficMeter` counts them; ``ms``. The steps compute hidden scores too and count
+        operation as :class:`flashlib.measure.TrafficMeter` counts them; ``ms``. The steps compute hidden scores too and count
         them; the fused call does not. out ``[B, Hq, Sq, Dv]`` is what the steps gave.
 
     Raises:
@@ -66,7 +66,7 @@ def _textbook(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Step
 
 
 def _measured(name: str, flops: int, call: Callable[[], Tensor], spec: AttentionSpec, budget_s: float):
-    from flashlib.course.meter import TrafficMeter
+    from flashlib.measure.meter import TrafficMeter
 
     with TrafficMeter() as meter:
         result = call()

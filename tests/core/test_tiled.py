@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import random_problem
 
 from flashlib import masks
-from flashlib.course.meter import TrafficMeter
+from flashlib.measure.meter import TrafficMeter
 from flashlib.reference import check, check_gradients, naive_attention
 from flashlib.tiled import LOOP_ORDERS, Tiling, tiled_attention
 

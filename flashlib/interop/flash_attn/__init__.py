@@ -1,0 +1,55 @@
+"""The functions of the ``flash_attn`` package, version 2.8, on :func:`flashlib.attention`.
+
+A program written for flash_attn changes its import and nothing else::
+
+    from flashlib.interop.flash_attn import flash_attn_func, flash_attn_varlen_func
+    from flashlib.interop.flash_attn.bert_padding import pad_input, unpad_input
+
+Names, argument order, layouts, defaults and return values are those of flash_attn. It runs on every device that
+:func:`flashlib.attention` runs on, a CPU too, on the backend that :func:`flashlib.use_config` says.
+
+=========================  ====================================================================================
+flash_attn 2.8             here
+=========================  ====================================================================================
+dtypes                     fp16 and bf16 as there; fp32 and fp64 too
+head_dim                   any; v may have another than q and k; there at most 256, one for all
+GQA, MQA                   as there: query head h uses KV head ``h // (nheads // nheads_k)``
+softmax_scale, softcap     as there
+causal, window_size        as there: aligned bottom-right, in each sequence where they are packed
+cu_seqlens                 as there, int32 or int64. Sequences may be empty; tokens behind the last one give 0
+max_seqlen                 checked, and otherwise not needed
+alibi_slopes               as there; packed sequences: ``[nheads]`` only, and queries and keys the same tokens
+deterministic              as there; gradients come only from backends that repeat them bit by bit
+return_attn_probs          ``(out, softmax_lse, S_dmask)``; as there, S_dmask is empty where there is no dropout
+gradient through the LSE   computed; there it is silently 0
+a row that sees nothing    out 0, as there; its LSE is -inf, the log of an empty sum; there it is +inf
+dropout_p > 0              NotImplementedError
+block_table                NotImplementedError
+flash_attn_with_kvcache    not here
+=========================  ====================================================================================
+
+A call with packed sequences is one problem with one mask, :class:`flashlib.masks.Varlen`: no loop over the sequences and no
+matrix of all queries by all keys.
+
+Source: the signatures and docstrings of flash_attn 2.8 (github.com/Dao-AILab/flash-attention).
+"""
+
+from flashlib.interop.flash_attn.flash_attn_interface import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
+
+__version__ = "2.8.3"  # of the interface: programs look here to see which arguments there are

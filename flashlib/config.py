@@ -17,11 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import dacite
+import torch
 import yaml
 
 from flashlib.tiled import Tiling
 
-__all__ = ["FA2Config", "FA3Config", "FlashAttentionConfig", "current_config", "use_config"]
+__all__ = ["FA2Config", "FA3Config", "FlashAttentionConfig", "TritonConfig", "current_config", "use_config"]
+
+FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,32 @@ class FA2Config:
 
 
 @dataclass(frozen=True)
+class TritonConfig:
+    """Our own kernels. ``fp32_precision``: how fp32 products are formed. ``"ieee"`` is true fp32; ``"tf32"`` keeps 10 bits of each
+    factor and runs on tensor cores; ``"tf32x3"`` makes up for the lost bits with three such products."""
+
+    fp32_precision: str = "ieee"
+
+    def __post_init__(self):
+        if self.fp32_precision not in FP32_PRECISIONS:
+            raise ValueError(f"fp32_precision must be one of {', '.join(FP32_PRECISIONS)}; got {self.fp32_precision!r}")
+
+
+@dataclass(frozen=True)
 class FlashAttentionConfig:
     """How :func:`flashlib.attention` runs.
 
     Attributes:
         backend: name of a backend, or ``"auto"`` for the first in the order of choice that can run the problem.
         order: backends for ``"auto"`` to try, in this order; empty for :data:`flashlib.backends.PREFERENCES`.
-        fa3, fa2, tiled: settings of single backends.
+        fa3, fa2, triton, tiled: settings of single backends.
     """
 
     backend: str = "auto"
     order: list[str] = field(default_factory=list)
     fa3: FA3Config = field(default_factory=FA3Config)
     fa2: FA2Config = field(default_factory=FA2Config)
+    triton: TritonConfig = field(default_factory=TritonConfig)
     tiled: Tiling = field(default_factory=Tiling)
 
     def __post_init__(self):
@@ -97,8 +113,12 @@ class FlashAttentionConfig:
 _current: ContextVar[FlashAttentionConfig | None] = ContextVar("flashlib_config", default=None)
 
 
+@torch.compiler.assume_constant_result
 def current_config() -> FlashAttentionConfig:
-    """The configuration in force: that of the innermost :func:`use_config`, or the defaults."""
+    """The configuration in force: that of the innermost :func:`use_config`, or the defaults.
+
+    Under ``torch.compile`` it is read once, when the call is traced.
+    """
     return _current.get() or FlashAttentionConfig()
 
 

@@ -7,7 +7,8 @@ The probabilities are recomputed from the saved LSE. Three kernels:
 * ``backward_dq``: one program owns ``BLOCK_M`` rows and lets the keys pass by, as the forward does.
 
 Each gradient is summed by a single program in a fixed order. The price is that S and dP are computed twice, seven matrix
-products where one kernel adding into dQ by atomics would need five.
+products where one kernel adding into dQ by atomics would need five. A mask given as row intervals needs a fourth kernel,
+``backward_row_ranges``: which rows see a block of keys is not written anywhere and must be looked up.
 """
 
 import triton
@@ -17,104 +18,130 @@ from flashlib.kernels.common import (
     BAND,
     INTERVALS,
     LOG2_E,
+    UNMASKED,
+    add_alibi,
+    alibi_slope,
     cap,
+    count_of,
     key_ranges,
     load_tile,
+    nth_tile,
     row_intervals,
-    score_units,
+    score_unit,
     store_tile,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_heads", "q_len"])
 def backward_delta(
-    p_out, p_do, p_dlse, p_delta, stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_gd,
+    p_out, p_do, p_dlse, p_delta, stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs,
     q_heads, q_len, v_head_dim, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dLSE, fp32 ``[B, Hq, Sq]``."""
-    i_b, i_h = tl.program_id(1) // q_heads, tl.program_id(1) % q_heads
+    row_blocks = tl.cdiv(q_len, BLOCK_M)
+    i_head, i_m = tl.program_id(0) // row_blocks, tl.program_id(0) % row_blocks
+    i_b, i_h = i_head // q_heads, i_head % q_heads
     p_out += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
     p_do += i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
-    row = tl.program_id(1).to(tl.int64) * q_len
-    o_m, o_dv = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
-    b_out = load_tile(p_out, o_m, o_dv, stride_os, 1, q_len, v_head_dim, True, True).to(tl.float32)
-    b_do = load_tile(p_do, o_m, o_dv, stride_gs, stride_gd, q_len, v_head_dim, True, True).to(tl.float32)
+    row = i_head.to(tl.int64) * q_len
+    o_m, o_dv = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    b_out = load_tile(p_out, o_m, o_dv, stride_os, o_m < q_len, v_head_dim, True, True).to(tl.float32)
+    b_do = load_tile(p_do, o_m, o_dv, stride_gs, o_m < q_len, v_head_dim, True, True).to(tl.float32)
     b_delta = tl.sum(b_out * b_do, 1)
     if HAS_DLSE:
         b_delta -= tl.load(p_dlse + row + o_m, mask=o_m < q_len, other=0.0)
     tl.store(p_delta + row + o_m, b_delta, mask=o_m < q_len)
 
 
-@triton.jit
-def backward_row_ranges(p_start, p_stop, p_ranges, stride_interval, q_len, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
-    """First row that sees any key of each block, and one past the last: int32 ``[B or 1, blocks, 2]``."""
+@triton.jit(do_not_specialize=["stride_interval", "q_len", "kv_len"])
+def backward_row_ranges(
+    p_start, p_stop, p_ranges, stride_interval, q_len, kv_len, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Which rows see each block of keys, ``(first, full_first, full_last, last)``: int32 ``[B or 1, blocks, 4]``.
+
+    Rows outside [first, last) see none of its keys; rows in [full_first, full_last) see all of them. The latter is one run
+    of rows. If there are more runs, as arbitrary intervals may have, those behind the first are treated as partial.
+    """
     i_n, i_b = tl.program_id(0), tl.program_id(1)
     p_start += i_b.to(tl.int64) * stride_interval
     p_stop += i_b.to(tl.int64) * stride_interval
+    n, end = i_n * BLOCK_N, tl.minimum((i_n + 1) * BLOCK_N, kv_len)
     first = q_len
     last = 0
+    full_first = q_len
     for m in range(0, q_len, CHUNK):
         o_m = m + tl.arange(0, CHUNK)
         start = tl.load(p_start + o_m, mask=o_m < q_len, other=0)
         stop = tl.load(p_stop + o_m, mask=o_m < q_len, other=0)
-        sees = (start < stop) & (start < (i_n + 1) * BLOCK_N) & (stop > i_n * BLOCK_N)
+        sees = (start < stop) & (start < end) & (stop > n)
         first = tl.minimum(first, tl.min(tl.where(sees, o_m, q_len)))
         last = tl.maximum(last, tl.max(tl.where(sees, o_m + 1, 0)))
-    p_range = p_ranges + (i_b * tl.num_programs(0) + i_n) * 2
+        full_first = tl.minimum(full_first, tl.min(tl.where((start <= n) & (stop >= end), o_m, q_len)))
+    full_last = q_len
+    for m in range(full_first // CHUNK * CHUNK, q_len, CHUNK):
+        o_m = m + tl.arange(0, CHUNK)
+        start = tl.load(p_start + o_m, mask=o_m < q_len, other=0)
+        stop = tl.load(p_stop + o_m, mask=o_m < q_len, other=0)
+        ends = (o_m > full_first) & ((start > n) | (stop < end))
+        full_last = tl.minimum(full_last, tl.min(tl.where(ends, o_m, q_len)))
+    p_range = p_ranges + (i_b * tl.num_programs(0) + i_n) * 4
     tl.store(p_range, first)
-    tl.store(p_range + 1, last)
+    tl.store(p_range + 1, full_first)
+    tl.store(p_range + 2, full_last)
+    tl.store(p_range + 3, last)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "stride_interval", "stride_slope", "stride_range", "kv_heads", "group_size", "q_len", "kv_len", "offset", "left", "right",
+    ]
+)  # fmt: skip
 def backward_dkdv(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_start, p_stop, p_ranges,
-    stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
-    stride_vb, stride_vh, stride_vs, stride_vd, stride_gb, stride_gh, stride_gs, stride_gd,
-    stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_interval, stride_range,
-    kv_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_start, p_stop, p_ranges, p_slopes,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
+    stride_interval, stride_slope, stride_range, kv_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
     head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys: every row of every query head of the group passes by, in a fixed order."""
-    i_n = tl.program_id(0)
-    i_b, i_kv = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    key_blocks = tl.cdiv(kv_len, BLOCK_N)
+    i_head, i_n = tl.program_id(0) // key_blocks, tl.program_id(0) % key_blocks
+    i_b, i_kv = i_head // kv_heads, i_head % kv_heads
     p_k += i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh
     p_v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh
     if MASK == INTERVALS:
         p_start += i_b.to(tl.int64) * stride_interval
         p_stop += i_b.to(tl.int64) * stride_interval
+        p_ranges += i_b * stride_range + i_n * 4
     n = i_n * BLOCK_N
     o_n, o_d, o_dv = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    b_k = load_tile(p_k, o_n, o_d, stride_ks, stride_kd, kv_len, head_dim, True, CHECK_D)
-    b_v = load_tile(p_v, o_n, o_dv, stride_vs, stride_vd, kv_len, v_head_dim, True, CHECK_DV)
+    b_k = load_tile(p_k, o_n, o_d, stride_ks, o_n < kv_len, head_dim, True, CHECK_D)
+    b_v = load_tile(p_v, o_n, o_dv, stride_vs, o_n < kv_len, v_head_dim, True, CHECK_DV)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    unit = score_unit(scale, softcap, SOFTCAP)
 
     first, full_first, full_last, last = row_ranges(
-        n, q_len, kv_len, offset, left, right, p_ranges, i_b * stride_range + i_n * 2, BLOCK_M, BLOCK_N, MASK,
-        HAS_LEFT, HAS_RIGHT,
-    )  # fmt: skip
+        n, q_len, kv_len, offset, left, right, p_ranges, BLOCK_M, BLOCK_N, MASK, HAS_LEFT, HAS_RIGHT
+    )
     for g in range(group_size):
         i_h = i_kv * group_size + g
         row = (i_b * kv_heads * group_size + i_h).to(tl.int64) * q_len
         p_qh = p_q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
         p_doh = p_do + i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
+        slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
         b_dk, b_dv = gather_rows(
-            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, stride_qs, stride_qd,
-            stride_gs, stride_gd, o_n, first, full_first, q_len, kv_len, offset, left, right, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, PRECISION,
+            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, stride_qs, stride_gs, o_n,
+            first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope, head_dim, v_head_dim,
+            CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI, PRECISION,
         )  # fmt: skip
-        if MASK != INTERVALS:
-            b_dk, b_dv = gather_rows(
-                b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, stride_qs, stride_qd,
-                stride_gs, stride_gd, o_n, full_first, full_last, q_len, kv_len, offset, left, right, scale, softcap,
-                head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, PRECISION,
-            )  # fmt: skip
-            b_dk, b_dv = gather_rows(
-                b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, stride_qs, stride_qd,
-                stride_gs, stride_gd, o_n, full_last, last, q_len, kv_len, offset, left, right, scale, softcap,
-                head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, PRECISION,
-            )  # fmt: skip
+        b_dk, b_dv = gather_rows(
+            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, stride_qs, stride_gs, o_n,
+            first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope, head_dim, v_head_dim,
+            CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI, PRECISION,
+        )  # fmt: skip
 
     p_dk += i_b.to(tl.int64) * stride_dkb + i_kv.to(tl.int64) * stride_dkh
     p_dv += i_b.to(tl.int64) * stride_dvb + i_kv.to(tl.int64) * stride_dvh
@@ -131,7 +158,6 @@ def row_ranges(
     left,
     right,
     p_ranges,
-    at,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASK: tl.constexpr,
@@ -140,11 +166,11 @@ def row_ranges(
 ):
     """Which rows see the keys ``n .. n + BLOCK_N - 1``, in whole tiles: ``(first, full_first, full_last, last)``."""
     first, last = 0, q_len
-    full_first, full_last = 0, q_len // BLOCK_M * BLOCK_M
+    full_first, full_last = 0, q_len
     end = tl.minimum(n + BLOCK_N, kv_len)
     if MASK == INTERVALS:
-        first, last = tl.load(p_ranges + at), tl.load(p_ranges + at + 1)
-        full_first, full_last = last, last  # full tiles are not looked for
+        first, full_first = tl.load(p_ranges), tl.load(p_ranges + 1)
+        full_last, last = tl.load(p_ranges + 2), tl.load(p_ranges + 3)
     if MASK == BAND:
         if HAS_RIGHT:
             first = tl.maximum(first, n - offset - right)
@@ -152,41 +178,42 @@ def row_ranges(
         if HAS_LEFT:
             last = tl.minimum(last, end - offset + left)
             full_last = tl.minimum(full_last, n - offset + left + 1)
-    first = tl.maximum(first, 0) // BLOCK_M * BLOCK_M
-    last = tl.maximum(tl.cdiv(last, BLOCK_M) * BLOCK_M, first)
-    full_first = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(full_first, 0), BLOCK_M) * BLOCK_M, first), last)
+    first = first // BLOCK_M * BLOCK_M
+    last = tl.maximum(tl.cdiv(tl.maximum(last, 0), BLOCK_M) * BLOCK_M, first)
+    full_first = tl.minimum(tl.maximum(tl.cdiv(full_first, BLOCK_M) * BLOCK_M, first), last)
     # floor, also below 0: a tile is full only if all of its rows are
     full_last = tl.minimum(tl.maximum(tl.maximum(full_last, 0) // BLOCK_M * BLOCK_M, full_first), last)
-    full_last = tl.where(end - n < BLOCK_N, full_first, full_last)  # the ragged block of keys masks its tail
     return first, full_first, full_last, last
 
 
 @triton.jit
 def gather_rows(
-    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_start, p_stop, stride_qs, stride_qd, stride_gs, stride_gd, o_n,
-    first, last, q_len, kv_len, offset, left, right, scale, softcap, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
+    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_start, p_stop, stride_qs, stride_gs, o_n, first, full_first, full_last, last,
+    q_len, kv_len, offset, left, right, scale, softcap, slope, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the rows in [first, last) of one head give to dK and dV of these keys. Tiles are transposed: keys first."""
+    """Add what the partial tiles of rows (MASKED), or the full ones, of one head give to dK and dV of these keys.
+
+    Score tiles are transposed: keys first.
+    """
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    unit = score_units(scale, softcap, SOFTCAP)
-    for m in tl.range(first, last, BLOCK_M):
-        o_m = m + tl.arange(0, BLOCK_M)
+    unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
+    for i in tl.range(0, count_of(first, full_first, full_last, last, BLOCK_M, MASKED)):
+        o_m = nth_tile(i, first, full_first, full_last, BLOCK_M, MASKED) + tl.arange(0, BLOCK_M)
+        start, stop = row_intervals(
+            o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK if MASKED else UNMASKED, HAS_LEFT, HAS_RIGHT
+        )
+        # Rows that see nothing at all are not read: a weight of 0 would not hide a NaN.
         # q [BLOCK_M, BLOCK_D], dO [BLOCK_M, BLOCK_DV], s and everything after it [BLOCK_N, BLOCK_M]
-        b_q = load_tile(p_q, o_m, o_d, stride_qs, stride_qd, q_len, head_dim, MASKED, CHECK_D)
-        b_do = load_tile(p_do, o_m, o_dv, stride_gs, stride_gd, q_len, v_head_dim, MASKED, CHECK_DV)
+        b_q = load_tile(p_q, o_m, o_d, stride_qs, start < stop, head_dim, MASKED, CHECK_D)
+        b_do = load_tile(p_do, o_m, o_dv, stride_gs, start < stop, v_head_dim, MASKED, CHECK_DV)
         b_lse = tl.load(p_lse + o_m, mask=o_m < q_len, other=0.0) * LOG2_E
         b_delta = tl.load(p_delta + o_m, mask=o_m < q_len, other=0.0)
-        b_s = cap(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scale, softcap, SOFTCAP)
+        b_t = cap(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scale, softcap, SOFTCAP)
+        b_s = add_alibi(b_t, slope, o_m[None, :], o_n[:, None], offset, ALIBI)
         if MASKED:
-            start, stop = row_intervals(
-                o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT
-            )
             m_pairs = (o_n[:, None] >= start[None, :]) & (o_n[:, None] < stop[None, :])
-            m_rows = tl.max(m_pairs.to(tl.int32), 0) > 0
-            b_q = tl.where(m_rows[:, None], b_q, 0.0)
-            b_do = tl.where(m_rows[:, None], b_do, 0.0)
             b_p = tl.where(m_pairs, tl.exp2(b_s * unit - b_lse[None, :]), 0.0)
         else:
             b_p = tl.exp2(b_s * unit - b_lse[None, :])
@@ -194,27 +221,30 @@ def gather_rows(
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_ds = b_p * (b_dp - b_delta[None, :])
         if SOFTCAP:
-            b_ds = b_ds * (1.0 - b_s * b_s)
+            b_ds = b_ds * (1.0 - b_t * b_t)
         if MASKED:
             b_ds = tl.where(m_pairs, b_ds, 0.0)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_interval", "stride_slope", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right"]
+)  # fmt: skip
 def backward_dq(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_start, p_stop,
-    stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
-    stride_vb, stride_vh, stride_vs, stride_vd, stride_gb, stride_gh, stride_gs, stride_gd,
-    stride_dqb, stride_dqh, stride_dqs, stride_interval,
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_start, p_stop, p_slopes,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_interval, stride_slope,
     q_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
     head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of rows: the keys pass by as in the forward."""
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_b, i_h = tl.program_id(1) // q_heads, tl.program_id(1) % q_heads
+    row_blocks = tl.cdiv(q_len, BLOCK_M)
+    i_head = tl.program_id(0) // row_blocks
+    i_m = row_blocks - 1 - tl.program_id(0) % row_blocks
+    i_b, i_h = i_head // q_heads, i_head % q_heads
     i_kv = i_h // group_size
     p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
     p_k += i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh
@@ -223,29 +253,27 @@ def backward_dq(
     if MASK == INTERVALS:
         p_start += i_b.to(tl.int64) * stride_interval
         p_stop += i_b.to(tl.int64) * stride_interval
-    row = tl.program_id(1).to(tl.int64) * q_len
+    row = i_head.to(tl.int64) * q_len
 
     o_m, o_d, o_dv = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     start, stop = row_intervals(o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
     first, full_first, full_last, last = key_ranges(start, stop, o_m < q_len, kv_len, BLOCK_N)
-    b_q = load_tile(p_q, o_m, o_d, stride_qs, stride_qd, q_len, head_dim, True, CHECK_D)
-    b_do = load_tile(p_do, o_m, o_dv, stride_gs, stride_gd, q_len, v_head_dim, True, CHECK_DV)
+    b_q = load_tile(p_q, o_m, o_d, stride_qs, o_m < q_len, head_dim, True, CHECK_D)
+    b_do = load_tile(p_do, o_m, o_dv, stride_gs, o_m < q_len, v_head_dim, True, CHECK_DV)
     b_lse = tl.load(p_lse + row + o_m, mask=o_m < q_len, other=0.0) * LOG2_E
     b_delta = tl.load(p_delta + row + o_m, mask=o_m < q_len, other=0.0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if HAS_LEFT or MASK > BAND:
-        b_dq = gather_keys(
-            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop, first,
-            full_first, kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, SOFTCAP,
-            PRECISION,
-        )  # fmt: skip
+    unit = score_unit(scale, softcap, SOFTCAP)
+    slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
     b_dq = gather_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop, full_first,
-        full_last, kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, SOFTCAP, PRECISION,
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
+        kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, SOFTCAP,
+        ALIBI, PRECISION,
     )  # fmt: skip
     b_dq = gather_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop, full_last,
-        last, kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, SOFTCAP, PRECISION,
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
+        kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, SOFTCAP,
+        ALIBI, PRECISION,
     )  # fmt: skip
     p_dq += i_b.to(tl.int64) * stride_dqb + i_h.to(tl.int64) * stride_dqh
     store_tile(p_dq, b_dq * scale, o_m, o_d, stride_dqs, q_len, head_dim, CHECK_D)
@@ -253,23 +281,26 @@ def backward_dq(
 
 @triton.jit
 def gather_keys(
-    b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop, first, last,
-    kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
+    kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys in [first, last) give to dQ of these rows."""
+    """Add what the partial tiles of keys (MASKED), or the full ones, give to dQ of these rows."""
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    unit = score_units(scale, softcap, SOFTCAP)
-    for n in tl.range(first, last, BLOCK_N):
+    unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
+    for i in tl.range(0, count_of(first, full_first, full_last, last, BLOCK_N, MASKED)):
+        n = nth_tile(i, first, full_first, full_last, BLOCK_N, MASKED)
         o_n = n + tl.arange(0, BLOCK_N)
-        b_k = load_tile(p_k, o_n, o_d, stride_ks, stride_kd, kv_len, head_dim, MASKED, CHECK_D)
-        b_v = load_tile(p_v, o_n, o_dv, stride_vs, stride_vd, kv_len, v_head_dim, MASKED, CHECK_DV)
-        b_s = cap(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+        b_k = load_tile(p_k, o_n, o_d, stride_ks, o_n < kv_len, head_dim, MASKED, CHECK_D)
+        b_v = load_tile(p_v, o_n, o_dv, stride_vs, o_n < kv_len, v_head_dim, MASKED, CHECK_DV)
+        b_t = cap(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+        b_s = add_alibi(b_t, slope, o_m[:, None], o_n[None, :], offset, ALIBI)
         b_p = tl.exp2(b_s * unit - b_lse[:, None])
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_ds = b_p * (b_dp - b_delta[:, None])
         if SOFTCAP:
-            b_ds = b_ds * (1.0 - b_s * b_s)
+            b_ds = b_ds * (1.0 - b_t * b_t)
         if MASKED:
             m_pairs = (o_n[None, :] >= start[:, None]) & (o_n[None, :] < stop[:, None])
             b_ds = tl.where(m_pairs, b_ds, 0.0)

@@ -1,4 +1,4 @@
-"""Pieces that the attention kernels share: which keys a row sees, which tiles that leaves, and loading a tile.
+"""Pieces that the attention kernels share: which keys a row sees, which tiles that leaves, scores, and loading a tile.
 
 Names: ``i_`` an index of a program, ``o_`` offsets within a tile, ``m_`` boolean masks, ``p_`` pointers, ``b_`` tiles in
 registers. Sizes in capitals are compile-time constants.
@@ -66,15 +66,36 @@ def key_ranges(start, stop, m_rows, kv_len, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    p_base, o_rows, o_cols, stride_row, stride_col, n_rows, n_cols, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr
-):
-    """A tile ``[rows, cols]`` of a strided matrix, 0 beyond its edges. Checks cost instructions: only where they can matter."""
-    p_tile = p_base + o_rows.to(tl.int64)[:, None] * stride_row + o_cols[None, :] * stride_col
+def count_of(first, full_first, full_last, last, BLOCK: tl.constexpr, PARTIAL: tl.constexpr):
+    """How many tiles of [first, last) are partial, or full."""
+    full = (full_last - full_first) // BLOCK
+    if PARTIAL:
+        return (last - first) // BLOCK - full
+    else:
+        return full
+
+
+@triton.jit
+def nth_tile(i, first, full_first, full_last, BLOCK: tl.constexpr, PARTIAL: tl.constexpr):
+    """Where the i-th partial, or full, tile begins. The partial ones lie on both sides of the full ones."""
+    if PARTIAL:
+        at = first + i * BLOCK
+        return at + tl.where(at < full_first, 0, full_last - full_first)
+    else:
+        return full_first + i * BLOCK
+
+
+@triton.jit
+def load_tile(p_base, o_rows, o_cols, stride_row, m_rows, n_cols, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
+    """A tile ``[rows, cols]`` of a matrix, 0 where ``m_rows`` is False and beyond the last column, neither of which is read.
+
+    Checks cost instructions: CHECK_ROWS and CHECK_COLS only where they can matter.
+    """
+    p_tile = p_base + o_rows.to(tl.int64)[:, None] * stride_row + o_cols[None, :]
     if CHECK_ROWS and CHECK_COLS:
-        return tl.load(p_tile, mask=(o_rows[:, None] < n_rows) & (o_cols[None, :] < n_cols), other=0.0)
+        return tl.load(p_tile, mask=m_rows[:, None] & (o_cols[None, :] < n_cols), other=0.0)
     elif CHECK_ROWS:
-        return tl.load(p_tile, mask=o_rows[:, None] < n_rows, other=0.0)
+        return tl.load(p_tile, mask=m_rows[:, None], other=0.0)
     elif CHECK_COLS:
         return tl.load(p_tile, mask=o_cols[None, :] < n_cols, other=0.0)
     else:
@@ -92,19 +113,37 @@ def store_tile(p_base, b_tile, o_rows, o_cols, stride_row, n_rows, n_cols, CHECK
 
 
 @triton.jit
-def score_units(scale, softcap, SOFTCAP: tl.constexpr):
-    """What one unit of a score tile is worth in base-2 logarithms. exp2 then needs one multiply-add per score."""
+def score_unit(scale, softcap, SOFTCAP: tl.constexpr):
+    """What one unit of a score tile is worth. Tiles hold raw products, so that the factor joins the exp2's multiply-add."""
     if SOFTCAP:
-        return softcap * LOG2_E
+        return softcap
     else:
-        return scale * LOG2_E
+        return scale
 
 
 @triton.jit
 def cap(b_s, scale, softcap, SOFTCAP: tl.constexpr):
-    """Raw products QK^T in the units of :func:`score_units`: as they are, or squashed by the softcap."""
+    """Raw products QK^T in the units of :func:`score_unit`: as they are, or squashed by the softcap."""
     if SOFTCAP:
         return tanh(b_s * (scale / softcap))
+    else:
+        return b_s
+
+
+@triton.jit
+def alibi_slope(p_slopes, at, unit, ALIBI: tl.constexpr):
+    """The slope of one head, in score units."""
+    if ALIBI:
+        return tl.load(p_slopes + at) / unit
+    else:
+        return 0.0
+
+
+@triton.jit
+def add_alibi(b_s, slope, o_rows, o_keys, offset, ALIBI: tl.constexpr):
+    """Take ``slope * |row + offset - key|`` from each score. ``o_rows`` and ``o_keys`` broadcast to the tile."""
+    if ALIBI:
+        return b_s - slope * tl.abs(o_rows + offset - o_keys).to(tl.float32)
     else:
         return b_s
 

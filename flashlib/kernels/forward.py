@@ -1,27 +1,35 @@
 """FlashAttention forward in Triton (Dao 2023, arXiv 2307.08691, algorithm 1).
 
 One program computes ``BLOCK_M`` rows of one query head. The keys that its rows see fall into three stretches of whole tiles:
-partial at the left edge of a window, full in the middle, partial at the right edge. Only the partial ones pay for mask
-arithmetic, and tiles outside are never loaded. Softmax runs in base 2, since the hardware's exponential does.
+partial at the left edge of a window, full in the middle, partial at the right edge. The partial ones come first, and only they
+pay for mask arithmetic; tiles outside are never loaded. Softmax runs in base 2, since the hardware's exponential does.
 """
 
 import triton
 import triton.language as tl
 
 from flashlib.kernels.common import (
-    BAND,
     INTERVALS,
     LN_2,
+    LOG2_E,
+    add_alibi,
+    alibi_slope,
     cap,
+    count_of,
     key_ranges,
     load_tile,
+    nth_tile,
     row_intervals,
-    score_units,
+    score_unit,
     store_tile,
 )
 
 
-@triton.jit
+# A kernel is compiled anew for each type of argument, and Triton also tells integers apart by being 1 or a multiple of 16. For
+# strides that pays, since it decides how wide a load may be. For the rest it would only compile the same code again.
+@triton.jit(
+    do_not_specialize=["stride_interval", "stride_slope", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right"]
+)  # fmt: skip
 def attention_forward(
     p_q,
     p_k,
@@ -30,23 +38,22 @@ def attention_forward(
     p_lse,
     p_start,
     p_stop,
+    p_slopes,
     p_counts,
     stride_qb,
     stride_qh,
     stride_qs,
-    stride_qd,
     stride_kb,
     stride_kh,
     stride_ks,
-    stride_kd,
     stride_vb,
     stride_vh,
     stride_vs,
-    stride_vd,
     stride_ob,
     stride_oh,
     stride_os,
     stride_interval,  # from one batch entry's intervals to the next; 0 if they are shared
+    stride_slope,  # the same for the slopes
     q_heads,
     group_size,
     q_len,
@@ -68,18 +75,21 @@ def attention_forward(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
     COUNT_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Under a causal mask the last rows have the most keys. They start first, so that no long program is left for the end.
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_b, i_h = tl.program_id(1) // q_heads, tl.program_id(1) % q_heads
+    row_blocks = tl.cdiv(q_len, BLOCK_M)
+    i_head = tl.program_id(0) // row_blocks  # of all heads of the batch
+    i_m = row_blocks - 1 - tl.program_id(0) % row_blocks
+    i_b, i_h = i_head // q_heads, i_head % q_heads
     i_kv = i_h // group_size
     p_q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
     p_k += i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh
     p_v += i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh
     p_out += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
-    p_lse += tl.program_id(1).to(tl.int64) * q_len
+    p_lse += i_head.to(tl.int64) * q_len
     if MASK == INTERVALS:
         p_start += i_b.to(tl.int64) * stride_interval
         p_stop += i_b.to(tl.int64) * stride_interval
@@ -88,35 +98,30 @@ def attention_forward(
     start, stop = row_intervals(o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
     first, full_first, full_last, last = key_ranges(start, stop, o_m < q_len, kv_len, BLOCK_N)
     # q [BLOCK_M, BLOCK_D]
-    b_q = load_tile(p_q, o_m, o_d, stride_qs, stride_qd, q_len, head_dim, True, CHECK_D)
+    b_q = load_tile(p_q, o_m, o_d, stride_qs, o_m < q_len, head_dim, True, CHECK_D)
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    unit = score_unit(scale, softcap, SOFTCAP)
+    slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
     n_full, n_partial = 0, 0
-    if HAS_LEFT or MASK > BAND:
-        b_m, b_l, b_acc, n_full, n_partial = attend(
-            b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop,
-            o_m < q_len, first, full_first, kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-            True, SOFTCAP, COUNT_TILES, PRECISION,
-        )  # fmt: skip
     b_m, b_l, b_acc, n_full, n_partial = attend(
-        b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop,
-        o_m < q_len, full_first, full_last, kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-        False, SOFTCAP, COUNT_TILES, PRECISION,
+        b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,
+        full_last, last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,
+        BLOCK_N, True, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
     )  # fmt: skip
     b_m, b_l, b_acc, n_full, n_partial = attend(
-        b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop,
-        o_m < q_len, full_last, last, kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-        True, SOFTCAP, COUNT_TILES, PRECISION,
+        b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,
+        full_last, last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,
+        BLOCK_N, False, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
     )  # fmt: skip
 
     # A row that saw nothing has l = 0: it gives 0, and an LSE of -inf.
     b_out = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
-    o_dv = tl.arange(0, BLOCK_DV)
-    store_tile(p_out, b_out, o_m, o_dv, stride_os, q_len, v_head_dim, CHECK_DV)
-    tl.store(p_lse + o_m, (b_m * score_units(scale, softcap, SOFTCAP) + tl.log2(b_l)) * LN_2, mask=o_m < q_len)
+    store_tile(p_out, b_out, o_m, tl.arange(0, BLOCK_DV), stride_os, q_len, v_head_dim, CHECK_DV)
+    tl.store(p_lse + o_m, b_m * unit + tl.log2(b_l) * LN_2, mask=o_m < q_len)
     if COUNT_TILES:
-        p_count = p_counts + (tl.program_id(1) * tl.num_programs(0) + i_m) * 3
+        p_count = p_counts + (i_head * row_blocks + i_m) * 3
         tl.store(p_count, tl.cdiv(kv_len, BLOCK_N) - n_full - n_partial)
         tl.store(p_count + 1, n_partial)
         tl.store(p_count + 2, n_full)
@@ -124,19 +129,21 @@ def attention_forward(
 
 @triton.jit
 def attend(
-    b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_kd, stride_vs, stride_vd, start, stop, m_rows,
-    first, last, kv_len, scale, softcap, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
-    COUNT_TILES: tl.constexpr, PRECISION: tl.constexpr,
+    b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,
+    full_last, last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, COUNT_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Let the tiles of keys in [first, last) pass by these rows. MASKED if some pairs in them may be hidden."""
+    """Let the partial tiles of keys (MASKED), or the full ones, pass by these rows."""
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    unit = score_units(scale, softcap, SOFTCAP)
-    for n in tl.range(first, last, BLOCK_N):
+    unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
+    for i in tl.range(0, count_of(first, full_first, full_last, last, BLOCK_N, MASKED)):
+        n = nth_tile(i, first, full_first, full_last, BLOCK_N, MASKED)
         o_n = n + tl.arange(0, BLOCK_N)
         # k [BLOCK_N, BLOCK_D], s [BLOCK_M, BLOCK_N]
-        b_k = load_tile(p_k, o_n, o_d, stride_ks, stride_kd, kv_len, head_dim, MASKED, CHECK_D)
+        b_k = load_tile(p_k, o_n, o_d, stride_ks, o_n < kv_len, head_dim, MASKED, CHECK_D)
         b_s = cap(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+        b_s = add_alibi(b_s, slope, o_m[:, None], o_n[None, :], offset, ALIBI)
         if MASKED:
             m_pairs = (o_n[None, :] >= start[:, None]) & (o_n[None, :] < stop[:, None])
             b_s = tl.where(m_pairs, b_s, float("-inf"))
@@ -147,7 +154,7 @@ def attend(
         rescale = tl.exp2((b_m - pivot) * unit)
         b_l = b_l * rescale + tl.sum(b_p, 1)
         b_acc = b_acc * rescale[:, None]
-        b_v = load_tile(p_v, o_n, o_dv, stride_vs, stride_vd, kv_len, v_head_dim, MASKED, CHECK_DV)
+        b_v = load_tile(p_v, o_n, o_dv, stride_vs, o_n < kv_len, v_head_dim, MASKED, CHECK_DV)
         if MASKED:
             # A weight of 0 does not hide a NaN: keys that none of these rows see are blanked.
             m_seen = tl.max(m_pairs.to(tl.int32), 0) > 0
@@ -155,6 +162,7 @@ def attend(
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_m = m_new
         if COUNT_TILES:
+            m_rows = o_m < q_len
             whole = tl.minimum(BLOCK_N, kv_len - n)
             seen = tl.maximum(tl.minimum(stop, n + whole) - tl.maximum(start, n), 0)
             fewest, most = tl.min(tl.where(m_rows, seen, whole)), tl.max(seen)

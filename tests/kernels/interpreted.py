@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from problems import random_problem
 
 from flashlib import attention
-from flashlib.backends import triton as backend
-from flashlib.backends.triton import TileConfig, count_tiles
+from flashlib.backends.triton import count_tiles
+from flashlib.kernels import tiles
+from flashlib.kernels.launch import interpreting
+from flashlib.kernels.tiles import TileConfig
 from flashlib.masks import Tile
 from flashlib.reference import check, check_gradients
 
@@ -54,9 +56,9 @@ def main() -> None:
     parser.add_argument("--problems", type=int, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    assert backend.interpreting(), "set TRITON_INTERPRET=1"
-    backend._WIDE = dict.fromkeys(backend._WIDE, SMALL)
-    backend._SIXTEEN_BIT = {kernel: dict.fromkeys((64, 128, 256), SMALL) for kernel in backend._SIXTEEN_BIT}
+    assert interpreting(), "set TRITON_INTERPRET=1"
+    tiles.FP32 = dict.fromkeys(tiles.FP32, SMALL)
+    tiles.TABLE[9] = {kernel: dict.fromkeys((64, 128, 256), SMALL) for kernel in tiles.TABLE[9]}
     for seed in range(options.seed, options.seed + options.problems):
         run_one(seed)
     print(f"{options.problems} problems within the budget")

@@ -1,0 +1,221 @@
+"""What the compiler makes of a kernel, without the GPU it is made for: registers, spills, shared memory, PTX and SASS.
+
+    report = inspect("forward", arch="sm_90", head_dim=128, causal=True)
+    print(report[0])
+
+``flashlib inspect`` is the same from a shell.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch, interpreting
+from flashlib.kernels.tiles import TileConfig, tile_config
+from flashlib.masks import Window
+from flashlib.spec import AttentionSpec
+
+__all__ = ["ARCHITECTURES", "KernelReport", "compile_launch", "inspect"]
+
+# Shared memory one program may use, in bytes: CUDA C++ Programming Guide, table of technical specifications per compute capability.
+ARCHITECTURES = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448}
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What one compiled kernel needs and holds.
+
+    Attributes:
+        name: of the kernel. arch: such as "sm_90".
+        tiles: its tile sizes; None for a kernel that has none to choose.
+        registers: per thread. spills: bytes stored to and loaded from local memory for want of registers.
+        shared_memory: bytes per program; ``shared_memory_limit`` is what the GPU has.
+        ttgir, ptx, sass: the stages of the compilation, as text.
+        warnings: what the assembler said.
+    """
+
+    name: str
+    arch: str
+    tiles: TileConfig | None
+    num_warps: int
+    registers: int
+    spills: int
+    shared_memory: int
+    ttgir: str = field(repr=False)
+    ptx: str = field(repr=False)
+    cubin: bytes = field(repr=False)
+    warnings: str = ""
+
+    @property
+    def shared_memory_limit(self) -> int:
+        return ARCHITECTURES[self.arch]
+
+    @cached_property
+    def sass(self) -> str:
+        """The machine code, by the nvdisasm that comes with triton."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(self.cubin)
+            return _run([_tool("nvdisasm"), "-c", file.name]).stdout
+
+    @cached_property
+    def instructions(self) -> Counter[str]:
+        """How often each machine instruction occurs, by its name without modifiers."""
+        return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", self.sass, re.MULTILINE))
+
+    @property
+    def tensor_core_instructions(self) -> dict[str, int]:
+        """HGMMA (Hopper, a whole warpgroup), HMMA (one warp) and their like."""
+        return {name: n for name, n in sorted(self.instructions.items()) if name.endswith("MMA") and name != "FMMA"}
+
+    def rows(self) -> list[tuple[str, object]]:
+        """The figures, as rows of a table."""
+        tiles = (
+            "" if self.tiles is None else f"{self.tiles.block_m} x {self.tiles.block_n}, {self.tiles.num_stages} stages"
+        )
+        return [
+            ("kernel", self.name),
+            ("architecture", self.arch),
+            ("tile, stages", tiles),
+            ("warps", self.num_warps),
+            ("registers per thread", self.registers),
+            ("spilled bytes", self.spills),
+            ("shared memory", f"{self.shared_memory:,} of {self.shared_memory_limit:,} bytes"),
+            ("tensor cores", ", ".join(f"{n} {name}" for name, n in self.tensor_core_instructions.items()) or "none"),
+            ("instructions", f"{sum(self.instructions.values()):,}"),
+        ]
+
+    def __str__(self):
+        from tabulate import tabulate
+
+        return tabulate(self.rows(), tablefmt="plain")
+
+    def _repr_html_(self):
+        from tabulate import tabulate
+
+        return tabulate(self.rows(), tablefmt="html")
+
+
+def inspect(
+    kernel: str = "forward",
+    *,
+    arch: str = "sm_90",
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    v_head_dim: int | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    intervals: bool = False,
+    softcap: float = 0.0,
+    alibi: bool = False,
+    tiles: TileConfig | dict[str, TileConfig] | None = None,
+) -> list[KernelReport]:
+    """Compile the kernels of one pass for a GPU that need not be there.
+
+    Args:
+        kernel: "forward", or "backward" (three or four kernels).
+        arch: one of :data:`ARCHITECTURES`.
+        dtype: fp16, bf16 or fp32. head_dim, v_head_dim: at most 256.
+        causal, window, softcap, alibi: features, as in :func:`flashlib.attention`.
+        intervals: compile for a mask given as row intervals, as all but causal masks and windows are.
+        tiles: tile sizes instead of the table's: one for "forward", or by kernel, "forward", "dkdv" and "dq".
+
+    Raises:
+        ValueError: no such kernel or architecture.
+        RuntimeError: Triton's interpreter is on, so nothing would be compiled.
+    """
+    if kernel not in ("forward", "backward"):
+        raise ValueError(f"kernel must be forward or backward; got {kernel!r}")
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted in this process, not compiled; unset it")
+    q = torch.empty(2, 4, 1024, head_dim, dtype=dtype, device="meta")
+    k = torch.empty(2, 2, 1024, head_dim, dtype=dtype, device="meta")
+    v = torch.empty(2, 2, 1024, v_head_dim or head_dim, dtype=dtype, device="meta")
+    spec = AttentionSpec.from_tensors(q, k, v, mask=Window(*window) if window else None, causal=causal, softcap=softcap)
+    options = KernelOptions.from_spec(spec)
+    rows = torch.empty(2, 1024, dtype=torch.int32, device="meta") if intervals else None
+    slopes = torch.empty(1, 4, device="meta") if alibi else None
+    options = KernelOptions(rows, rows, options.left, options.right, slopes, options.scale, softcap)
+    widest, capability = max(head_dim, v.shape[3]), int(arch.removeprefix("sm_")) // 10
+    table = {name: tile_config(name, dtype, widest, capability) for name in ("forward", "dkdv", "dq")}
+    tiles = table | ({kernel: tiles} if isinstance(tiles, TileConfig) else tiles or {})
+    launch, out, lse = forward_launch(q, k, v, options, tiles=tiles["forward"])
+    launches = [launch]
+    if kernel == "backward":
+        launches, _ = backward_launches(q, k, v, out, lse, torch.empty_like(out), None, options, tiles=tiles)
+    return [compile_launch(launch, arch) for launch in launches]
+
+
+def compile_launch(launch: Launch, arch: str) -> KernelReport:
+    """Compile exactly what :meth:`Launch.start` would, for any GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    backend = make_backend(target)
+    kernel = launch.kernel
+    options = {**launch.compile_options, "debug": False}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, rest = bind(**launch.arguments, **options)
+    compile_options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=compile_options.__dict__)
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    registers, spills, warnings = _assemble(ptx, arch)
+    return KernelReport(
+        name=launch.name,
+        arch=arch,
+        tiles=launch.tiles,
+        num_warps=compiled.metadata.num_warps,
+        registers=registers,
+        spills=spills,
+        shared_memory=compiled.metadata.shared,
+        ttgir=compiled.asm["ttgir"],
+        ptx=ptx,
+        cubin=cubin,
+        warnings=warnings,
+    )
+
+
+def _assemble(ptx: str, arch: str) -> tuple[int, int, str]:
+    """Registers, spilled bytes and warnings, from the assembler's own report."""
+    target = arch + "a" if arch == "sm_90" else arch
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        said = _run(
+            [_tool("ptxas"), "-v", f"--gpu-name={target}", str(file), "-o", str(file.with_suffix(".cubin"))]
+        ).stderr
+    registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    warnings = "\n".join(line for line in said.splitlines() if "warning" in line.lower() or "serialized" in line)
+    return registers, spills, warnings
+
+
+def _tool(name: str) -> str:
+    """ptxas or nvdisasm, from the triton package."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    if not path.exists():
+        raise RuntimeError(f"triton {triton.__version__} does not bring {name}: looked for {path}")
+    return os.fspath(path)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed:\n{done.stderr}")
+    return done

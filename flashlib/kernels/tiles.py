@@ -1,0 +1,60 @@
+"""Tile sizes: a table for GPUs that were measured, and a search, kept on disk, for those that were not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["TABLE", "TileConfig", "capability_of", "tile_config"]
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile sizes and launch shape of one kernel: rows, keys, warps per program, stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# By compute capability (major), kernel, and padded head_dim; 16-bit inputs. Those for 9 were the fastest on an H200
+# (benchmarks/tune_triton.py). Those for 8 are cut to the shared memory of an A100, 163 KiB, and of consumer cards, 99 KiB:
+# no such GPU was there to measure them on.
+TABLE = {
+    9: {
+        "forward": {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 64, 8, 2)},
+        "dkdv": {64: TileConfig(128, 64, 4, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 64, 8, 1)},
+        "dq": {64: TileConfig(64, 128, 4, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 32, 8, 1)},
+    },
+    8: {
+        "forward": {64: TileConfig(128, 64, 4, 2), 128: TileConfig(128, 32, 4, 2), 256: TileConfig(64, 32, 4, 1)},
+        "dkdv": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(32, 64, 4, 1), 256: TileConfig(16, 64, 8, 1)},
+        "dq": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 32, 4, 1), 256: TileConfig(64, 16, 8, 1)},
+    },
+}
+# fp32 products are done without tensor cores (IEEE), and its tiles take twice the shared memory.
+FP32 = {
+    "forward": TileConfig(32, 32, 4, 1),
+    "dkdv": TileConfig(32, 32, 4, 1),
+    "dq": TileConfig(32, 32, 4, 1),
+}
+
+
+def tile_config(kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> TileConfig:
+    """Tile sizes of ``kernel`` ("forward", "dkdv" or "dq") from the table.
+
+    Args:
+        head_dim: the wider of D and Dv, at most 256.
+        capability: the major number of the GPU's compute capability (:func:`capability_of`).
+    """
+    if dtype == torch.float32:
+        return FP32[kernel]
+    width = next(width for width in (64, 128, 256) if head_dim <= width)
+    return TABLE[8 if capability < 9 else 9][kernel][width]
+
+
+def capability_of(device: torch.device) -> int:
+    """Major compute capability of a GPU. Where there is none, as in Triton's interpreter, that of a Hopper GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

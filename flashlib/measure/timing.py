@@ -1,15 +1,18 @@
-"""Timing one call, on a CPU by the clock and on a GPU by device events."""
+"""Timing calls, alone or against each other: on a CPU by the clock, on a GPU by device events."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "time_call"]
+__all__ = ["Timing", "capture", "time_call", "time_in_turns"]
+
+BURST_MS = 8.0  # of one call after another before it is the next one's turn: long beside the events around it
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,78 @@ def time_call(
     once(call)  # warm-up: compilation, caches, thread pools
     estimate = once(call)
     repeats = int(min(max_repeats, max(min_repeats, budget_s * 1000 / max(estimate, 1e-3))))
-    times = sorted(once(call) for _ in range(repeats))
-    return Timing(statistics.median(times), times[int(0.2 * repeats)], times[int(0.8 * repeats)], repeats)
+    return _summary([once(call) for _ in range(repeats)])
 
 
-def _cpu_ms(call: Callable[[], object]) -> float:
+def time_in_turns(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device | str = "cpu",
+    budget_s: float = 0.5,
+    min_rounds: int = 5,
+    max_rounds: int = 100,
+    rng: random.Random | None = None,
+) -> dict[str, Timing]:
+    """Time several calls against each other, so that whatever slows the machine down for a while slows all of them down.
+
+    In each round every call has its turn, in an order drawn anew: once untimed, for what the one before left in the caches, and
+    then as often as fills :data:`BURST_MS`. A round's mean is one sample.
+
+    Args:
+        calls: by name; none takes an argument.
+        budget_s: about how long to measure each.
+        rng: where the orders come from; None for a fresh source.
+
+    Returns:
+        by name, the median of the rounds and its spread.
+    """
+    rng, on_gpu = rng or random.Random(), torch.device(device).type == "cuda"
+    burst = _gpu_ms if on_gpu else _cpu_ms
+    repeats, samples = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        burst(call)
+        repeats[name] = max(1, min(50, round(BURST_MS / max(burst(call), 1e-3))))
+    slowest_s = max((burst(calls[name], repeats[name]) * repeats[name] for name in calls), default=0.0) / 1e3
+    rounds = int(min(max_rounds, max(min_rounds, budget_s / max(slowest_s, 1e-6))))
+    for _ in range(rounds):
+        for name in rng.sample(list(calls), len(calls)):
+            calls[name]()
+            samples[name].append(burst(calls[name], repeats[name]))
+    return {name: _summary(times) for name, times in samples.items()}
+
+
+def capture(calls: Sequence[Callable[[], object]], stream: torch.cuda.Stream) -> Callable[[], object]:
+    """One CUDA graph of all the calls, one after the other; the function that launches it.
+
+    With a graph the time is the device's, however long Python takes to launch. The calls must have run before, on ``stream``.
+
+    Raises:
+        RuntimeError: one of the calls cannot be captured, because it waits for the device, for instance.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def _summary(times: list[float]) -> Timing:
+    times, count = sorted(times), len(times)
+    return Timing(statistics.median(times), times[int(0.2 * count)], times[int(0.8 * count)], count)
+
+
+def _cpu_ms(call: Callable[[], object], repeats: int = 1) -> float:
     started = time.perf_counter()
-    call()
-    return (time.perf_counter() - started) * 1e3
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - started) * 1e3 / repeats
 
 
-def _gpu_ms(call: Callable[[], object]) -> float:
+def _gpu_ms(call: Callable[[], object], repeats: int = 1) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    call()
+    for _ in range(repeats):
+        call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end) / repeats

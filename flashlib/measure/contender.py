@@ -1,0 +1,164 @@
+"""One peer on one case, ready to be timed: its inputs, its result held against the oracle, and its calls as one burst."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashlib.masks import Mask
+from flashlib.measure.cases import DTYPES, Case
+from flashlib.measure.peers import Attend, Peer
+from flashlib.measure.timing import capture
+from flashlib.reference import Comparison, check, check_gradients
+
+__all__ = ["Contender", "Inputs", "SampledRows", "Witness", "draw_inputs", "inputs_for"]
+
+ROWS_CHECKED = 256
+CACHES_FULL = 3  # all input sets together are at least so many times the L2 cache
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k, v and the gradient of out, ``[B, H, S, D]``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad_out: Tensor
+
+
+def draw_inputs(case: Case, device: torch.device, generator: torch.Generator) -> list[Inputs]:
+    """Random inputs, in so many sets that on a GPU a set has left the L2 cache before its next turn."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    size = sum(math.prod(shape) for shape in case.shapes) * DTYPES[case.dtype].itemsize
+    count = max(1, math.ceil(CACHES_FULL * cache / size))
+    q, k, v = case.shapes
+
+    def tensor(shape):
+        return torch.randn(shape, generator=generator, device=device).to(DTYPES[case.dtype])
+
+    return [Inputs(*(tensor(shape) for shape in (q, k, v, q))) for _ in range(count)]
+
+
+def inputs_for(peer: Peer, case: Case, drawn: Inputs) -> Inputs:
+    """The same inputs in the peer's own type and layout, with gradients wanted where the backward is timed."""
+
+    def tensor(x: Tensor, wants_grad: bool) -> Tensor:
+        x = x.to(DTYPES[peer.dtype or case.dtype])
+        if peer.rows_first:
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        return x.detach().requires_grad_(wants_grad)
+
+    backward = case.direction == "backward"
+    q, k, v = (tensor(x, backward) for x in (drawn.q, drawn.k, drawn.v))
+    return Inputs(q, k, v, tensor(drawn.grad_out, False))
+
+
+class SampledRows(Mask):
+    """Some rows of a mask, as a mask: row i is row ``rows[i]`` of the one it was taken from, which has ``q_len`` rows."""
+
+    def __init__(self, mask: Mask, rows: Tensor, q_len: int) -> None:
+        self.mask, self.rows, self.q_len = mask, rows, q_len
+
+    def bounds(self, batch, q_len, kv_len, device):
+        whole = self.mask.intervals(batch, self.q_len, kv_len, device)
+        return whole.start[:, self.rows], whole.stop[:, self.rows]
+
+
+class Witness:
+    """Checks results of one case on one batch entry, one KV head with its query heads, and some of their rows.
+
+    Gradients can be checked on a few rows exactly: where the gradient of out is 0 in all others, those rows add nothing to dK
+    and dV. The rows are drawn anew for each case, and all peers are checked on the same ones.
+    """
+
+    def __init__(self, case: Case, rng: random.Random) -> None:
+        (batch, _, tokens, _), group = case.shapes[0], case.q_heads // case.kv_heads
+        self.entry, self.kv_head = rng.randrange(batch), rng.randrange(case.kv_heads)
+        self.heads = slice(self.kv_head * group, (self.kv_head + 1) * group)
+        drawn = rng.sample(range(tokens), min(tokens, ROWS_CHECKED))
+        self.rows = torch.tensor(sorted({0, tokens - 1, *drawn}))
+        self.mask = SampledRows(case.mask_rule(), self.rows, tokens)
+        self.case = case
+
+    def check(self, attend: Attend, inputs: Inputs) -> Comparison:
+        """Run once, and hold what comes out against the float64 oracle within the error budget."""
+        rows = self.rows.to(inputs.q.device)
+        entry, kv = slice(self.entry, self.entry + 1), slice(self.kv_head, self.kv_head + 1)
+
+        def queries(x: Tensor) -> Tensor:
+            return x.detach()[entry, self.heads, rows]
+
+        sampled = (queries(inputs.q), inputs.k.detach()[entry, kv], inputs.v.detach()[entry, kv])
+        if self.case.direction == "forward":
+            with torch.no_grad():
+                out = attend(inputs.q, inputs.k, inputs.v)
+            return check(queries(out), None, *sampled, mask=self.mask)
+        grad_out = torch.zeros_like(inputs.grad_out)
+        grad_out[entry, self.heads, rows] = queries(inputs.grad_out)
+        out = attend(inputs.q, inputs.k, inputs.v)
+        dq, dk, dv = torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), grad_out)
+        gradients = (queries(dq), dk[entry, kv], dv[entry, kv])
+        return check_gradients(gradients, *sampled, queries(grad_out), mask=self.mask)
+
+
+class Contender:
+    """A peer that gave a correct result and can be timed.
+
+    Attributes:
+        comparison: its result against the oracle.
+        burst: runs the case once on each set of inputs.
+        calls: how many runs that is.
+        no_graph: None if a burst is one CUDA graph; else why it is not, so that its time holds Python's launches too.
+
+    Raises:
+        flashlib.measure.peers.PeerUnavailableError: the peer cannot run the case.
+    """
+
+    def __init__(self, peer: Peer, case: Case, drawn: list[Inputs], witness: Witness) -> None:
+        sets = [inputs_for(peer, case, one) for one in drawn]
+        on_gpu = sets[0].q.is_cuda
+        stream = torch.cuda.Stream() if on_gpu else None
+        # Autograd runs a backward on the stream of its forward, so everything runs on the one that is captured.
+        with _on(stream):
+            with torch.set_grad_enabled(case.direction == "backward"):
+                attend = peer.prepare(case, sets[0].q, sets[0].k, sets[0].v)
+            self.comparison = witness.check(attend, sets[0])
+            runs = [_run(attend, case, one) for one in sets]
+            for run in runs:
+                run()
+        self.calls, self.no_graph = len(runs), "no GPU"
+        self.burst: Callable[[], object] = lambda: [run() for run in runs]
+        if on_gpu:
+            self._capture(runs, stream)
+
+    def _capture(self, runs: list[Callable[[], object]], stream: torch.cuda.Stream) -> None:
+        torch.cuda.synchronize()
+        try:
+            self.burst, self.no_graph = capture(runs, stream), None
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            self.no_graph = str(error).splitlines()[0]
+
+
+def _on(stream: torch.cuda.Stream | None):
+    if stream is None:
+        return nullcontext()
+    stream.wait_stream(torch.cuda.current_stream())
+    return torch.cuda.stream(stream)
+
+
+def _run(attend: Attend, case: Case, inputs: Inputs) -> Callable[[], object]:
+    """What is timed: the forward, or, on a graph kept from one forward, the backward alone."""
+    qkv = (inputs.q, inputs.k, inputs.v)
+    if case.direction == "forward":
+        return torch.no_grad()(functools.partial(attend, *qkv))
+    out = attend(*qkv)
+    return functools.partial(torch.autograd.grad, out, qkv, inputs.grad_out.to(out.dtype), retain_graph=True)

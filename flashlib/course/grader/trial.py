@@ -143,6 +143,14 @@ class Trial:
         self._judge(target, answer, args, kwargs)
         return answer
 
+    def judge(self, target: Target, answer: Any, *args: Any, **kwargs: Any) -> None:
+        """Hold an answer that `ask` brought against the oracle, as `check` does.
+
+        Raises:
+            Failure: wrong structure, wrong values or wrong dtype.
+        """
+        self._judge(target, answer, args, kwargs)
+
     def check_inputs_untouched(self, target: Target, *args: Any, **kwargs: Any) -> None:
         """Call the target's function: its arguments must still hold what they held, to the last byte, and the answer be right.
 

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
         "--seeds", type=int, default=1, help="how many times to grade everything, on fresh inputs each time"
     )
     options = parser.parse_args(arguments)
-    published = sections(MATRIX.read_text()) if MATRIX.exists() else {}
+    made: dict[str, str] = {}
     problems: list[str] = []
     for name in options.exercises or exercise_names():
         exercise = load_exercise(name)
@@ -112,8 +112,9 @@ def main(arguments: Sequence[str]) -> int:
             for _ in range(options.seeds):
                 graded = rows(exercise, sandbox)
                 problems += [row.problem for row in graded if row.problem]
-        published[name] = as_markdown(exercise, graded)
-        print(published[name])
+        made[name] = as_markdown(exercise, graded)
+        print(made[name])
+    published = {**(sections(MATRIX.read_text()) if MATRIX.exists() else {}), **made}
     MATRIX.write_text("\n".join([INTRODUCTION, *(published[name] for name in sorted(published))]))
     for problem in problems:
         print("PROBLEM", problem, file=sys.stderr)

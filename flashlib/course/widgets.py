@@ -236,6 +236,26 @@ def online_softmax_stepper(x: Tensor | Sequence[float], block: int = 4) -> Figur
     return explore(draw, blocks_seen=Slider(1, count, count, play=True))
 
 
+def program_explorer(lengths: Sequence[int] = (5, 3, 6, 1), cols: int = 6) -> Figure | Explorer:
+    """Choose a program and a layout, and see which addresses its lanes load. See `figures.program_lanes`.
+
+    Args:
+        lengths: of the rows of a ragged matrix.
+        cols: its columns.
+    """
+    rows = len(lengths)
+    layouts = {
+        "contiguous": (cols, 1),
+        "a slice of a wider matrix": (cols + 3, 1),
+        "transposed": (1, rows),
+    }
+
+    def draw(program: int, layout: str) -> Figure:
+        return figures.program_lanes(lengths, cols, layouts[layout], program, layout=layout)
+
+    return explore(draw, program=Slider(0, rows - 1, 1, play=True), layout=Choice(list(layouts), "contiguous"))
+
+
 def heads_explorer(q_heads: int = 9, kv_heads: int = 3) -> Figure | Explorer:
     """Choose how many KV heads the query heads share. See `figures.layout_heads`."""
     divisors = [count for count in range(1, q_heads + 1) if q_heads % count == 0]

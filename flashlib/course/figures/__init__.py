@@ -7,6 +7,7 @@ from flashlib.course.figures.attention import attention_matrix, online_softmax_t
 from flashlib.course.figures.charts import MEASURED_HERE, bars, line_chart, memory_scaling, recorded
 from flashlib.course.figures.heads import cache_figure, head_gallery, layout_heads, rotary_figure
 from flashlib.course.figures.hierarchy import h200_memory, memory_hierarchy
+from flashlib.course.figures.kernels import program_lanes
 from flashlib.course.figures.scaling import power_laws
 from flashlib.course.figures.tiles import Step, mask_figure, mask_gallery, tile_counts, tile_steps, tile_sweep
 from flashlib.course.figures.traffic import moved_bytes, naive_moved_bytes, tile_budget, tile_bytes
@@ -29,6 +30,7 @@ __all__ = [
     "naive_moved_bytes",
     "online_softmax_trace",
     "power_laws",
+    "program_lanes",
     "recorded",
     "rotary_figure",
     "running_softmax",

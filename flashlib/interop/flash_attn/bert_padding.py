@@ -148,12 +148,10 @@ def _check_mask(name: str, mask: Tensor, hidden_states: Tensor) -> Tensor:
 def _marked(name: str, mask: Tensor, hidden_states: Tensor) -> Tensor:
     """``mask`` as bool. A mask of 0 and -inf, as others add to the scores, would mean the opposite, and is refused."""
     _check_mask(name, mask, hidden_states)
-    marked = mask == 1
-    if not (marked | (mask == 0)).all():
-        raise ValueError(
-            f"{name} must hold 1 for a token and 0 for none; got other values, such as {mask[~marked].min().item()}"
-        )
-    return marked
+    strange = (mask != 0) & (mask != 1)
+    if strange.any():
+        raise ValueError(f"{name} must hold 1 for a token and 0 for none; got {mask[strange][0].item()} too")
+    return mask.bool()
 
 
 def _check_indices(indices: Tensor, count: int) -> Tensor:

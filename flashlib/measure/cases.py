@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 
 import torch
 
 from flashlib.masks import Causal, Mask, Unmasked, Varlen, Window
 
-__all__ = ["DTYPES", "PRESETS", "Case", "parse_grid"]
+__all__ = ["DTYPES", "PRESETS", "Case", "parse_grid", "short_labels"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = {"forward": 1.0, "backward": 2.5, "both": 3.5}  # with their work, in forwards
 FIELDS = {  # of a grid, with the value where a line does not say
     "length": None,
     "head_dim": 128,
@@ -37,7 +38,7 @@ PRESETS = {
     "window": "length=16384 head_dim=64,128 mask=causal,window-1024 direction=forward,backward",
     "varlen": "length=1024,4096 head_dim=64,128 mask=full,packed,causal,packed-causal,ragged-causal direction=forward,backward",
     "grouped": "length=4096,16384 head_dim=128 mask=causal group=4,8 direction=forward,backward",
-    "memory": "length=1024,2048,4096,8192,16384,32768,65536 head_dim=128 mask=causal direction=backward tokens=0",
+    "memory": "length=1024,2048,4096,8192,16384,32768,65536 head_dim=128 mask=causal direction=both tokens=0",
     "quick": "length=4096 head_dim=128 mask=full,causal direction=forward,backward",
 }
 CPU_SHORTER, CPU_NARROWER = 16, 8  # by how much a processor's presets are smaller than a GPU's
@@ -52,7 +53,7 @@ class Case:
         mask: ``"full"``; ``"causal"``; ``"window-N"``, each query sees itself and the N keys before it; ``"packed"`` or
             ``"packed-causal"``, the B sequences laid end to end as one row of B * S tokens; ``"ragged-causal"``, the same
             number of tokens and sequences, but of unequal lengths (S is their mean).
-        direction: ``"forward"``, or ``"backward"`` alone.
+        direction: ``"forward"`` or ``"backward"`` alone, or ``"both"`` one after the other.
         dtype: a name of :data:`DTYPES`.
 
     Raises:
@@ -129,26 +130,60 @@ class Case:
         else:
             squares = sum(n * n for n in self.sequences or (self.length,) * self.batch)
             pairs = squares / 2 if self.causal else float(squares)
-        return 4 * self.q_heads * pairs * self.head_dim * (2.5 if self.direction == "backward" else 1.0)
+        return 4 * self.q_heads * pairs * self.head_dim * DIRECTIONS[self.direction]
 
     @property
     def bytes(self) -> int:
         """The fewest bytes that must cross memory: each operand once. Forward: q, k, v, out. Backward: those, the gradient
-        of out, and the three gradients. (The LSE, 4 bytes a row, is left out.)
+        of out, and the three gradients; both: the sum. (The LSE, 4 bytes a row, is left out.)
         """
         tokens = self.batch * self.length * self.head_dim * DTYPES[self.dtype].itemsize
         q, k = tokens * self.q_heads, tokens * self.kv_heads
-        return 4 * q + 4 * k if self.direction == "backward" else 2 * q + 2 * k
+        forward = 2 * q + 2 * k
+        return {"forward": forward, "backward": 2 * forward, "both": 3 * forward}[self.direction]
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.direction != "forward"
 
     @property
     def label(self) -> str:
+        return " ".join(self._words().values())
+
+    def _words(self) -> dict[str, str]:
         heads = f"{self.q_heads}" if self.q_heads == self.kv_heads else f"{self.q_heads}/{self.kv_heads}"
-        shape = f"B{self.batch} H{heads} S{self.length} D{self.head_dim}"
-        return f"{self.direction} {self.mask} {shape} {self.dtype}"
+        sizes = {
+            "length": f"S{self.length}",
+            "head_dim": f"D{self.head_dim}",
+            "batch": f"B{self.batch}",
+            "heads": f"H{heads}",
+        }
+        return {"direction": self.direction, "mask": self.mask, **sizes, "dtype": self.dtype}
 
     def columns(self) -> dict:
         """The case as columns of a record's row."""
         return asdict(self)
+
+    @classmethod
+    def from_columns(cls, row: dict) -> Case:
+        """The case of a record's row."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
+
+def short_labels(cases: Iterable[Case]) -> tuple[dict[Case, str], str]:
+    """What tells each case from the others, and what they all share: ``({case: "causal S4096"}, "forward D128 bf16")``."""
+    words = {case: case._words() for case in cases}
+    varying = [name for name in next(iter(words.values()), {}) if len({told[name] for told in words.values()}) > 1]
+    without = [name for name in varying if name not in ("batch", "heads")]  # in most grids they follow from S and D
+    if len({tuple(told[name] for name in without) for told in words.values()}) == len(words):
+        varying = without
+    labels = {case: " ".join(told[name] for name in varying) or case.label for case, told in words.items()}
+    shared = [
+        word
+        for word in next(iter(words.values()), {}).values()
+        if all(word in told.values() for told in words.values())
+    ]
+    return labels, " ".join(shared)
 
 
 def parse_grid(text: str, *, device: str = "cuda", preset: bool = False) -> list[Case]:
@@ -166,24 +201,24 @@ def parse_grid(text: str, *, device: str = "cuda", preset: bool = False) -> list
     Raises:
         ValueError: a field or value is not known, or the sizes do not divide each other.
     """
-    fields = _on_cpu(dict(FIELDS)) if device == "cpu" else dict(FIELDS)
+    chosen = _on_cpu(FIELDS) if device == "cpu" else dict(FIELDS)
     for part in text.split():
         name, equals, values = part.partition("=")
-        if not equals or name not in fields:
-            raise ValueError(f"a grid is made of name=value,...; names are {', '.join(fields)}; got {part!r}")
-        fields[name] = values.split(",")
-    if fields["length"] is None:
+        if not equals or name not in chosen:
+            raise ValueError(f"a grid is made of name=value,...; names are {', '.join(chosen)}; got {part!r}")
+        chosen[name] = values.split(",")
+    if chosen["length"] is None:
         raise ValueError(f"a grid needs a length, for instance length=1024,4096; got {text!r}")
-    lists = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in chosen.items()}
     if preset and device == "cpu":
         lists["length"] = [int(length) // CPU_SHORTER for length in lists["length"]]
         lists["mask"] = [_shorter_window(mask) for mask in lists["mask"]]
     return [_case(dict(zip(lists, values, strict=True))) for values in itertools.product(*lists.values())]
 
 
-def _on_cpu(fields: dict) -> dict:
-    smaller = {"tokens": fields["tokens"] // CPU_SHORTER, "width": fields["width"] // CPU_NARROWER}
-    return {**fields, **smaller, "dtype": "fp32"}
+def _on_cpu(defaults: dict) -> dict:
+    smaller = {"tokens": defaults["tokens"] // CPU_SHORTER, "width": defaults["width"] // CPU_NARROWER}
+    return {**defaults, **smaller, "dtype": "fp32"}
 
 
 def _shorter_window(mask: str) -> str:

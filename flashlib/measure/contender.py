@@ -56,8 +56,7 @@ def inputs_for(peer: Peer, case: Case, drawn: Inputs) -> Inputs:
             x = x.transpose(1, 2).contiguous().transpose(1, 2)
         return x.detach().requires_grad_(wants_grad)
 
-    backward = case.direction == "backward"
-    q, k, v = (tensor(x, backward) for x in (drawn.q, drawn.k, drawn.v))
+    q, k, v = (tensor(x, case.needs_grad) for x in (drawn.q, drawn.k, drawn.v))
     return Inputs(q, k, v, tensor(drawn.grad_out, False))
 
 
@@ -97,7 +96,7 @@ class Witness:
             return x.detach()[entry, self.heads, rows]
 
         sampled = (queries(inputs.q), inputs.k.detach()[entry, kv], inputs.v.detach()[entry, kv])
-        if self.case.direction == "forward":
+        if not self.case.needs_grad:
             with torch.no_grad():
                 out = attend(inputs.q, inputs.k, inputs.v)
             return check(queries(out), None, *sampled, mask=self.mask)
@@ -128,7 +127,7 @@ class Contender:
         stream = torch.cuda.Stream() if on_gpu else None
         # Autograd runs a backward on the stream of its forward, so everything runs on the one that is captured.
         with _on(stream):
-            with torch.set_grad_enabled(case.direction == "backward"):
+            with torch.set_grad_enabled(case.needs_grad):
                 attend = peer.prepare(case, sets[0].q, sets[0].k, sets[0].v)
             self.comparison = witness.check(attend, sets[0])
             runs = [_run(attend, case, one) for one in sets]
@@ -143,8 +142,10 @@ class Contender:
         torch.cuda.synchronize()
         try:
             self.burst, self.no_graph = capture(runs, stream), None
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # raises if more is broken than the capture
             self.no_graph = str(error).splitlines()[0]
 
 
@@ -156,9 +157,10 @@ def _on(stream: torch.cuda.Stream | None):
 
 
 def _run(attend: Attend, case: Case, inputs: Inputs) -> Callable[[], object]:
-    """What is timed: the forward, or, on a graph kept from one forward, the backward alone."""
+    """What is timed. A backward alone runs again and again on what one forward kept."""
     qkv = (inputs.q, inputs.k, inputs.v)
     if case.direction == "forward":
         return torch.no_grad()(functools.partial(attend, *qkv))
-    out = attend(*qkv)
-    return functools.partial(torch.autograd.grad, out, qkv, inputs.grad_out.to(out.dtype), retain_graph=True)
+    if case.direction == "both":
+        return lambda: torch.autograd.grad(attend(*qkv), qkv, inputs.grad_out)
+    return functools.partial(torch.autograd.grad, attend(*qkv), qkv, inputs.grad_out, retain_graph=True)

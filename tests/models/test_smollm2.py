@@ -99,6 +99,18 @@ def test_a_batch_padded_on_the_left(smollm2):
         assert row == [step.token for step in generate_greedy(model, tokenizer, text, 8)]
 
 
+def test_texts_packed_into_one_row(smollm2):
+    """Positions that start again keep them apart: each text's logits are those it has alone."""
+    model, tokenizer = smollm2
+    set_attention(model, "tiled")
+    texts = [tokenizer(prompt(kind, tokenizer), return_tensors="pt").input_ids for kind in ("question", "code")]
+    restarting = torch.cat([torch.arange(ids.shape[1]) for ids in texts])[None]
+    with torch.no_grad():
+        together = model(torch.cat(texts, dim=1), position_ids=restarting, use_cache=False).logits
+        alone = torch.cat([model(ids, use_cache=False).logits for ids in texts], dim=1)
+    assert (together - alone).abs().max() <= 1e-3
+
+
 def test_text_of_several_tokens_per_character(smollm2):
     """No token shows half a character. The model is a script here: it writes what it is told."""
     _, tokenizer = smollm2

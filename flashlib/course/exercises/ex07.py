@@ -472,9 +472,9 @@ def memory_traffic(t: Trial) -> None:
     """K and V are read once for each block of queries of each query head, by the kernel alone"""
     q, k, v = draw(t, 40, 24, heads=2)
     k = k.mT.contiguous().mT
-    t.check(forward, q, k, v, None, 32, 32)
-    meter = t.ask("attention_forward", (q, k, v, None, 32, 32), meter={"q": q, "k": k, "v": v}).meter
-    meter = meter if isinstance(meter, dict) else {}
+    reply = t.ask("attention_forward", (q, k, v, None, 32, 32), meter={"q": q, "k": k, "v": v})
+    t.judge(forward, reply.value, q, k, v, None, 32, 32)
+    meter = reply.meter if isinstance(reply.meter, dict) else {}
     if calls := torch_calls(meter):
         mistake = READ_BEFORE if meter.get("launches") else NOT_IN_A_KERNEL
         t.fail_as(mistake, got=", ".join(calls), expected="nothing but allocations beside the kernel")

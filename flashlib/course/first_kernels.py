@@ -7,6 +7,9 @@ on a GPU they run as they are. Names are those of `flashlib.kernels`: ``i_`` the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -132,6 +135,27 @@ def add_kernel(p_a, p_b, p_out, n, BLOCK: tl.constexpr):
     o_x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < n
     tl.store(p_out + o_x, tl.load(p_a + o_x, mask=m_x) + tl.load(p_b + o_x, mask=m_x), mask=m_x)
+
+
+def possible_totals(parts: Sequence[int]) -> set[int]:
+    """Every total that the programs of `total_kernel` can leave in memory, one part each, if they run in any order.
+
+    A program loads the total and later stores it with its own part added. Between the two, others may do the same.
+    """
+
+    @cache
+    def after(total: int, loaded: tuple[int | None, ...], done: frozenset[int]) -> frozenset[int]:
+        if len(done) == len(parts):
+            return frozenset([total])
+        ends: set[int] = set()
+        for i in set(range(len(parts))) - done:
+            if loaded[i] is None:
+                ends |= after(total, (*loaded[:i], total, *loaded[i + 1 :]), done)
+            else:
+                ends |= after(loaded[i] + parts[i], loaded, done | {i})
+        return frozenset(ends)
+
+    return set(after(0, (None,) * len(parts), frozenset()))
 
 
 def as_tf32(x: Tensor) -> Tensor:

@@ -265,7 +265,7 @@ class _Launch:
                 f"the first lies {-(-(nearest.start - first) // itemsize)} elements before the start of {nearest.name}"
             )
         else:
-            where = f"the first lies {(first - nearest.stop) // itemsize + 1} elements past the end of {nearest.name}"
+            where = f"the first lies {_elements((first - nearest.stop) // itemsize + 1)} past the end of {nearest.name}"
         fault = OutOfBoundsLoad if access == "load" else OutOfBoundsStore
         raise fault(
             f"{self.kernel}, program {self.builder.grid_idx}: {len(addresses)} of {lanes} addresses to {access} are outside "
@@ -282,6 +282,10 @@ class _Launch:
     def _place(self, program: int) -> tuple[int, int, int]:
         nx, ny, _ = self.builder.grid_dim
         return (program - 1) % nx, (program - 1) // nx % ny, (program - 1) // (nx * ny)
+
+
+def _elements(count: int) -> str:
+    return "1 element" if count == 1 else f"{count} elements"
 
 
 def _memories(tensors: dict[str, torch.Tensor]) -> list[_Memory]:

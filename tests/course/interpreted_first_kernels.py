@@ -87,6 +87,12 @@ def tf32_keeps_ten_bits() -> None:
     assert 2**-12.5 < error.max() <= 2**-11
 
 
+def totals_of_racing_programs() -> None:
+    assert kernels.possible_totals([5]) == {5}
+    assert kernels.possible_totals([1, 2]) == {1, 2, 3}
+    assert kernels.possible_totals([1, 2, 4]) == set(range(1, 8))
+
+
 def raises(fault: type, kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
     try:
         with KernelWatch(), faults_raised():
@@ -105,4 +111,5 @@ if __name__ == "__main__":
     mistakes_go_wrong_as_told(generator)
     the_interpreter_is_still_wrong_in_bfloat16()
     tf32_keeps_ten_bits()
+    totals_of_racing_programs()
     print("all as expected")

@@ -130,7 +130,7 @@ def test_addresses_outside_of_all_tensors_are_named_with_their_line(child):
     load, store = failure(child, "launch_shifted", 1, 0), failure(child, "launch_shifted", 0, 2)
     assert (load.kind, store.kind) == ("out-of-bounds-load", "out-of-bounds-store")
     assert "program (2, 0, 0): 1 of 3 addresses to load" in str(load)
-    assert "the first lies 1 elements past the end of p_x." in str(load)
+    assert "the first lies 1 element past the end of p_x." in str(load)
     assert "in shifted\n    values = tl.load(p_x + offsets" in load.traceback
 
 

@@ -256,6 +256,22 @@ def program_explorer(lengths: Sequence[int] = (5, 3, 6, 1), cols: int = 6) -> Fi
     return explore(draw, program=Slider(0, rows - 1, 1, play=True), layout=Choice(list(layouts), "contiguous"))
 
 
+def attention_program_explorer(
+    q_heads: int = 4, kv_heads: int = 2, row_blocks: int = 3, key_tiles: int = 5
+) -> Figure | Explorer:
+    """Choose a program of the forward kernel and let the keys pass by. See `figures.attention_programs`."""
+
+    def draw(row_block: int, head: int, tiles_seen: int) -> Figure:
+        return figures.attention_programs(q_heads, kv_heads, row_blocks, key_tiles, (row_block, head), tiles_seen)
+
+    return explore(
+        draw,
+        row_block=Slider(0, row_blocks - 1, 1),
+        head=Slider(0, q_heads - 1, 2),
+        tiles_seen=Slider(0, key_tiles, min(3, key_tiles), play=True),
+    )
+
+
 def heads_explorer(q_heads: int = 9, kv_heads: int = 3) -> Figure | Explorer:
     """Choose how many KV heads the query heads share. See `figures.layout_heads`."""
     divisors = [count for count in range(1, q_heads + 1) if q_heads % count == 0]

@@ -8,6 +8,7 @@ from flashlib.course.figures.charts import MEASURED_HERE, bars, line_chart, memo
 from flashlib.course.figures.heads import cache_figure, head_gallery, layout_heads, rotary_figure
 from flashlib.course.figures.hierarchy import h200_memory, memory_hierarchy
 from flashlib.course.figures.kernels import program_lanes
+from flashlib.course.figures.programs import attention_programs
 from flashlib.course.figures.scaling import power_laws
 from flashlib.course.figures.tiles import Step, mask_figure, mask_gallery, tile_counts, tile_steps, tile_sweep
 from flashlib.course.figures.traffic import moved_bytes, naive_moved_bytes, tile_budget, tile_bytes
@@ -16,6 +17,7 @@ __all__ = [
     "MEASURED_HERE",
     "Step",
     "attention_matrix",
+    "attention_programs",
     "bars",
     "cache_figure",
     "h200_memory",

@@ -1,0 +1,69 @@
+"""Chapter 07's kernel is right at each stage, and the last stage saves the instructions that the chapter says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("interpreted_growing_kernels.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "all as expected"
+
+
+def test_base_2_multiplies_less(monkeypatch):
+    from flashlib.course.growing_kernels import instructions
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as in the notebook: the compiler runs all the same
+    counted = instructions("sm_90")
+    natural, base_2 = counted["over_heads"], counted["in_base_2"]
+
+    def exponentials(count):
+        return sum(n for name, n in count.items() if name.startswith("ex2"))
+
+    assert exponentials(natural) == exponentials(base_2) > 0
+    assert natural["mul.f32"] - base_2["mul.f32"] >= exponentials(base_2)
+    assert natural["sub.f32"] >= exponentials(natural) and base_2["fma.rn.f32"] >= 32 > base_2["sub.f32"]
+
+
+def test_a_compiler_that_fails_is_told():
+    from flashlib.course.growing_kernels import instructions
+
+    with pytest.raises(RuntimeError, match="compiling for sm_1 failed"):
+        instructions("sm_1")
+
+
+def test_programs_of_the_figure():
+    from flashlib.course import figures, widgets
+
+    told = figures.attention_programs(4, 2, 3, 5, (1, 3), 5).alt
+    assert "KV head 1" in told and "5 of the 5 tiles" in told and "has written" in told
+    assert "not yet written" in figures.attention_programs(4, 2, 3, 5, (0, 0), 0).alt
+    for wrong in ((3, 0), (0, 4)):
+        with pytest.raises(ValueError, match="program must be"):
+            figures.attention_programs(4, 2, 3, 5, wrong, 0)
+    with pytest.raises(ValueError, match="tiles_seen"):
+        figures.attention_programs(4, 2, 3, 5, (0, 0), 6)
+    with pytest.raises(ValueError, match="divide"):
+        figures.attention_programs(4, 3, 3, 5, (0, 0), 0)
+    assert "program_id" not in widgets.attention_program_explorer().alt
+
+
+def test_recorded_races_say_so_where_there_are_none(tmp_path, monkeypatch):
+    from flashlib.course import recorded
+
+    monkeypatch.setattr(recorded, "BENCHMARKS", tmp_path)
+    (shown,) = recorded.recorded_races("training-forward")
+    assert "flashlib bench training-forward" in str(shown)

@@ -3,10 +3,13 @@
 #   PYTHON     the interpreter that builds .venv                make lab PYTHON=python3.12
 #   LAB_FLAGS  passed on to JupyterLab                          make lab LAB_FLAGS="--no-browser --port=8899"
 #   PIP_FLAGS  passed on to pip when packages are installed     make lab PIP_FLAGS="--proxy ..."
+#   GPU_SPECS  random problems on the GPU                       make test-gpu GPU_SPECS=2000 GPU_RESULTS=benchmarks/h200
 
 PYTHON ?= python3
 LAB_FLAGS ?=
 PIP_FLAGS ?=
+GPU_SPECS ?= 200
+GPU_RESULTS ?= results
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,10 +23,10 @@ LAB_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install weights lab test lint unit nbcheck format exercises notebooks pins clean
+.PHONY: help install weights lab test test-gpu lint unit nbcheck format exercises notebooks pins clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
@@ -46,6 +49,10 @@ lab: install ## Open the course in JupyterLab, at chapter 00
 
 test: weights ## Run every check: lint, tests, notebooks. All three run; any failure fails the whole
 	@$(MAKE) --no-print-directory --keep-going lint unit nbcheck
+
+test-gpu: install ## Check the kernels on this machine's GPU and write what came out to GPU_RESULTS (results/)
+	@echo "== Tests on the GPU: pytest"
+	FLASHLIB_GPU_SPECS=$(GPU_SPECS) FLASHLIB_GPU_RESULTS=$(GPU_RESULTS) $(BIN)/python -m pytest -q -m gpu tests/gpu
 
 lint: install ## Check style and formatting of code and notebooks
 	@echo "== Style: ruff"

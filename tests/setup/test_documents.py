@@ -13,7 +13,7 @@ from flashlib.cli import app
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
-MAKE_TARGETS = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
 
 
 def _code(document: str) -> str:
@@ -26,7 +26,7 @@ def _code(document: str) -> str:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_make_targets_exist(document: str) -> None:
-    named = set(re.findall(r"^(?:\w+=\S+ )*make ([a-z]+)", _code(document), re.MULTILINE))
+    named = set(re.findall(r"^(?:\w+=\S+ )*make ([a-z-]+)", _code(document), re.MULTILINE))
     assert named and named <= MAKE_TARGETS
 
 

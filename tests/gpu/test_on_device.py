@@ -1,0 +1,52 @@
+"""The Triton kernels on this machine's GPU: `make test-gpu`. Everywhere else these tests are left out, not skipped.
+
+FLASHLIB_GPU_SPECS says how many random problems; FLASHLIB_GPU_RESULTS, where the records go.
+"""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from gpu import device_checks
+
+from flashlib.kernels.launch import interpreting
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device():
+    assert torch.cuda.is_available() or interpreting(), "these tests need a CUDA GPU, or TRITON_INTERPRET=1"
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return Path(os.environ.get("FLASHLIB_GPU_RESULTS") or tmp_path)
+
+
+@pytest.fixture
+def seed() -> int:
+    seed = random.SystemRandom().getrandbits(30)
+    print(f"seed = {seed}")
+    return seed
+
+
+def test_random_specs_are_within_the_budget_forward_and_backward(out, seed):
+    count, workers = int(os.environ.get("FLASHLIB_GPU_SPECS", "200")), max(1, (os.cpu_count() or 1) - 2)
+    (row,) = device_checks.random_specs(count, seed, 1 if interpreting() else workers, out).rows
+    assert not row["failed"]
+    assert row["run"] == count
+
+
+def test_results_are_bitwise_the_same_every_time(out, seed):
+    rows = device_checks.determinism(3 if interpreting() else 100, out, seed).rows
+    assert len(rows) == 8
+    assert not [row for row in rows if row["differ"]]
+
+
+def test_more_elements_than_32_bits_can_count(out, seed):
+    (row,) = device_checks.beyond_32_bits(out, seed, tokens=1024 if interpreting() else None).rows
+    assert row["passed"], row
+    assert interpreting() or row["elements"] > 2**31

@@ -310,6 +310,7 @@ BAD = [
     (lambda: flash_attn_func(Q, K, K, window_size=(4, None)), TypeError, "window_size must be two ints (left, right); got (4, None)"),
     (lambda: flash_attn_func(Q, K, K, softcap=None), TypeError, "softcap must be a number; got None"),
     (lambda: flash_attn_func(Q, K, K, softcap=float("inf")), ValueError, "softcap must be finite; got inf"),
+    (lambda: flash_attn_func(Q, K, K, softcap=float("nan")), ValueError, "softcap must be finite; got nan"),
     (lambda: flash_attn_func(Q, K, K, alibi_slopes=torch.zeros(3)), ValueError, "alibi_slopes has shape (3,); expected (4,) or (2, 4)"),
     (lambda: flash_attn_func(Q, K, K, alibi_slopes=[0.1]), TypeError, "alibi_slopes must be a torch.Tensor or None; got list"),
     (lambda: varlen(alibi_slopes=[0.1]), TypeError, "alibi_slopes must be a torch.Tensor or None; got list"),

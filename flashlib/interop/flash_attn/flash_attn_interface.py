@@ -257,7 +257,7 @@ class _Options:
             right = 0
         # flash_attn says "no limit" and "no softcap" by any number below 0.
         object.__setattr__(self, "window_size", tuple(None if width < 0 else width for width in (left, right)))
-        object.__setattr__(self, "softcap", max(0.0, _number("softcap", self.softcap)))
+        object.__setattr__(self, "softcap", 0.0 if _number("softcap", self.softcap) < 0 else self.softcap)
         if self.softmax_scale is not None and not 0 < _number("softmax_scale", self.softmax_scale) < math.inf:
             raise ValueError(f"softmax_scale must be above 0 and finite, or None; got {self.softmax_scale}")
 

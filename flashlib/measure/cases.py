@@ -213,6 +213,7 @@ def parse_grid(text: str, *, device: str = "cuda", preset: bool = False) -> list
     if preset and device == "cpu":
         lists["length"] = [int(length) // CPU_SHORTER for length in lists["length"]]
         lists["mask"] = [_shorter_window(mask) for mask in lists["mask"]]
+        lists["width"] = [max(*lists["width"], max(map(int, lists["head_dim"])) * max(map(int, lists["group"])))]
     return [_case(dict(zip(lists, values, strict=True))) for values in itertools.product(*lists.values())]
 
 

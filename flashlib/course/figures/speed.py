@@ -152,11 +152,13 @@ def roofline(record: Record) -> Figure:
         ax.annotate(f"matrix product: {format_number(matmul)}", (high, matmul), xytext=(-4, 5), textcoords="offset points", ha="right", fontsize=9)  # fmt: skip
         ax.annotate(
             f"memory: {format_number(record.extra['stream_bytes_per_s'] / 1e9)} GB/s", (low, low * stream),
-            xytext=(10, 2), textcoords="offset points", fontsize=9,
+            xytext=(2, -8), textcoords="offset points", fontsize=9, va="top",
         )  # fmt: skip
-        for peer, line in points.items():
+        for above, (peer, line) in enumerate(points.items()):
             color, marker, _ = _LINES.get(peer, _OTHER)
-            ax.plot(*zip(*line, strict=True), color=color, marker=marker, linestyle="", label=peer, alpha=0.85)
+            ax.plot(
+                *zip(*line, strict=True), color=color, marker=marker, linestyle="", label=peer, zorder=9 - above / 9
+            )
         ax.set_xscale("log")
         ax.set_yscale("log")
         for axis in (ax.xaxis, ax.yaxis):

@@ -272,6 +272,25 @@ def attention_program_explorer(
     )
 
 
+def backward_explorer(tiles: int = 5) -> Figure | Explorer:
+    """Follow one program of a backward kernel through its tiles. See `figures.backward_sweep`.
+
+    Args:
+        tiles: of rows, and of keys.
+    """
+
+    def draw(step: int, program: int, kernel: str) -> Figure:
+        return figures.backward_sweep(kernel, program, step, row_tiles=tiles, key_tiles=tiles)
+
+    kernels = {"dK and dV: owns keys": "dk_dv", "dQ: owns rows": "dq", "all three, dQ by atomics": "one_kernel"}
+    return explore(
+        draw,
+        step=Slider(1, tiles, min(3, tiles), play=True),
+        program=Slider(0, tiles - 1, 1),
+        kernel=Choice(kernels, "dk_dv"),
+    )
+
+
 def heads_explorer(q_heads: int = 9, kv_heads: int = 3) -> Figure | Explorer:
     """Choose how many KV heads the query heads share. See `figures.layout_heads`."""
     divisors = [count for count in range(1, q_heads + 1) if q_heads % count == 0]

@@ -4,6 +4,7 @@ One visual language throughout, kept in `style`: Q blue, K orange, V green, S an
 """
 
 from flashlib.course.figures.attention import attention_matrix, online_softmax_trace, running_softmax
+from flashlib.course.figures.backward import backward_sweep
 from flashlib.course.figures.charts import MEASURED_HERE, bars, line_chart, memory_scaling, recorded
 from flashlib.course.figures.heads import cache_figure, head_gallery, layout_heads, rotary_figure
 from flashlib.course.figures.hierarchy import h200_memory, memory_hierarchy
@@ -18,6 +19,7 @@ __all__ = [
     "Step",
     "attention_matrix",
     "attention_programs",
+    "backward_sweep",
     "bars",
     "cache_figure",
     "h200_memory",

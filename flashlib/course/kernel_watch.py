@@ -238,7 +238,7 @@ class _Launch:
         if self.memories:
             inside &= addresses + np.uint64(itemsize) <= self.stops[which]
         if not inside.all():
-            self._out_of_bounds(access, addresses[~inside], len(addresses), itemsize)
+            self._out_of_bounds(access, addresses, inside, which, itemsize)
         for index in np.unique(which):
             memory, here = self.memories[index], lanes.copy()
             here[lanes] = which == index
@@ -255,22 +255,27 @@ class _Launch:
         everywhere = np.ones(addresses.shape, dtype=bool)
         return bool((interpreter.load(addresses, everywhere, np.zeros_like(bits), bits.dtype) != bits).any())
 
-    def _out_of_bounds(self, access: str, addresses: np.ndarray, lanes: int, itemsize: int) -> None:
-        first = int(addresses[0])
-        nearest = min(self.memories, key=lambda memory: max(memory.start - first, first - memory.stop), default=None)
-        if nearest is None:
-            where = "the kernel was given no memory at all"
-        elif first < nearest.start:
-            where = (
-                f"the first lies {-(-(nearest.start - first) // itemsize)} elements before the start of {nearest.name}"
-            )
-        else:
-            where = f"the first lies {_elements((first - nearest.stop) // itemsize + 1)} past the end of {nearest.name}"
+    def _out_of_bounds(
+        self, access: str, addresses: np.ndarray, inside: np.ndarray, which: np.ndarray, itemsize: int
+    ) -> None:
+        outside, first = int((~inside).sum()), int(addresses[~inside][0])
         fault = OutOfBoundsLoad if access == "load" else OutOfBoundsStore
         raise fault(
-            f"{self.kernel}, program {self.builder.grid_idx}: {len(addresses)} of {lanes} addresses to {access} are outside "
-            f"of every tensor it was given; {where}"
+            f"{self.kernel}, program {self.builder.grid_idx}: {outside} of {len(addresses)} addresses to {access} are outside "
+            f"of every tensor it was given; {self._place_of(first, which[inside], itemsize)}"
         )
+
+    def _place_of(self, address: int, others: np.ndarray, itemsize: int) -> str:
+        """Where an address lies, seen from the tensor that the other lanes are in, or else from the nearest one."""
+        if not self.memories:
+            return "it was given no memory at all"
+        if len(others):
+            memory = self.memories[np.bincount(others).argmax()]
+        else:
+            memory = min(self.memories, key=lambda memory: max(memory.start - address, address - memory.stop))
+        if address < memory.start:
+            return f"the first lies {_elements(-(-(memory.start - address) // itemsize))} before the start of {memory.name}"
+        return f"the first lies {_elements((address - memory.stop) // itemsize + 1)} past the end of {memory.name}"
 
     def _race(self, memory: _Memory, does: str, other: int, did: str) -> None:
         earlier = "several others" if other == _SEVERAL else f"program {self._place(other)}"

@@ -1,9 +1,12 @@
 """Triton exercises: kernels run in the interpreter in a fenced process, and errors in them point at the student's lines."""
 
+import importlib.util
+
 import pytest
 import torch
 
-from flashlib.course.grader.sandbox.session import Limits, Sandbox, StudentError
+from flashlib.course.grader.front_door import check
+from flashlib.course.grader.sandbox.session import REPOSITORY, Limits, Sandbox, StudentError
 
 KERNELS = b"""import torch
 import triton
@@ -149,3 +152,12 @@ def test_meter_counts_the_bytes_of_kernels(child):
 
 def test_memory_that_no_kernel_wrote_holds_nan(child):
     assert child.call("only_allocate", [torch.ones(5)]).value.isnan().all()
+
+
+def test_kernels_written_in_a_notebook_are_copied_with_their_decorator():
+    spec = importlib.util.spec_from_file_location("ex06_here", REPOSITORY / "solutions" / "ex06_ragged_softmax.py")
+    written = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(written)
+    names = ["block_softmax", "padded_kernel", "packed_kernel", "ragged_softmax", "packed_softmax"]
+    report = check("ex06", functions={name: getattr(written, name) for name in names})
+    assert report.passed, report

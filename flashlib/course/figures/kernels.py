@@ -11,7 +11,9 @@ from flashlib.course.figures import style
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LOADED, _MASKED = style.tint(style.Q, 0.75), style.PAPER
+
+def _loaded() -> tuple[float, float, float]:
+    return style.tint(style.Q, 0.75)
 
 
 def program_lanes(
@@ -56,7 +58,7 @@ def _draw_matrix(
         ax.text(-0.3, row + 0.5, f"row {row}", ha="right", va="center", fontsize=9, weight="bold" if here else "normal")
         for col in range(block if here else cols):
             inside = col < length
-            color = _LOADED if here and inside else style.FAINT if inside else _MASKED
+            color = _loaded() if here and inside else style.FAINT if inside else style.PAPER
             _cell(ax, col, row, color, masked=here and not inside, exists=col < cols)
             if col < cols:
                 address = row * strides[0] + col * strides[1]
@@ -77,7 +79,7 @@ def _draw_memory(
     ax.text(0, top - 0.35, "memory: what a lane of this program points to, with the lane's number", fontsize=9.5)
     for address in range(last + 1):
         x, y = address % wide, top + address // wide
-        color = _LOADED if address in loaded else style.FAINT if address in owners else _MASKED
+        color = _loaded() if address in loaded else style.FAINT if address in owners else style.PAPER
         _cell(ax, x, y, color, masked=address in masked, exists=address in owners)
         if address in loaded:
             ax.text(

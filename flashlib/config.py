@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import dacite
-import torch
 import yaml
 
 from flashlib.tiled import Tiling
@@ -113,13 +112,16 @@ class FlashAttentionConfig:
 _current: ContextVar[FlashAttentionConfig | None] = ContextVar("flashlib_config", default=None)
 
 
-@torch.compiler.assume_constant_result
 def current_config() -> FlashAttentionConfig:
     """The configuration in force: that of the innermost :func:`use_config`, or the defaults.
 
     Under ``torch.compile`` it is read once, when the call is traced.
     """
     return _current.get() or FlashAttentionConfig()
+
+
+# What torch.compiler.assume_constant_result does to a function, without importing the compiler for it: half a second and more.
+current_config._dynamo_marked_constant = True
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from flashlib.backends.base import Backend
 from flashlib.kernels.launch import KernelOptions, blocks, forward_launch, interpreting
-from flashlib.kernels.ops import attention_forward
 from flashlib.kernels.tiles import TileConfig, capability_of, tile_config
 from flashlib.spec import AttentionSpec
 
@@ -44,6 +43,8 @@ class TritonBackend(Backend):
         return None
 
     def run(self, q, k, v, spec, config):
+        from flashlib.kernels.ops import attention_forward  # registering operators imports torch's compiler
+
         options = KernelOptions.from_spec(spec, config.triton.fp32_precision)
         return attention_forward(q, k, v, *(getattr(options, field.name) for field in dataclasses.fields(options)))
 

@@ -22,13 +22,13 @@ from flashlib.kernels.common import (
     add_alibi,
     alibi_slope,
     cap,
-    count_of,
     key_ranges,
     load_tile,
-    nth_tile,
+    place,
     row_intervals,
     score_unit,
     store_tile,
+    visits,
 )
 
 
@@ -93,7 +93,7 @@ def backward_row_ranges(
 
 @triton.jit(
     do_not_specialize=[
-        "stride_interval", "stride_slope", "stride_range", "kv_heads", "group_size", "q_len", "kv_len", "offset", "left", "right",
+        "stride_interval", "stride_slope", "stride_range", "kv_heads", "q_len", "kv_len", "offset", "left", "right",
     ]
 )  # fmt: skip
 def backward_dkdv(
@@ -135,12 +135,12 @@ def backward_dkdv(
         b_dk, b_dv = gather_rows(
             b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, stride_qs, stride_gs, o_n,
             first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope, head_dim, v_head_dim,
-            CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI, PRECISION,
+            CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI, PRECISION,
         )  # fmt: skip
         b_dk, b_dv = gather_rows(
             b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, stride_qs, stride_gs, o_n,
             first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope, head_dim, v_head_dim,
-            CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI, PRECISION,
+            CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI, PRECISION,
         )  # fmt: skip
 
     p_dk += i_b.to(tl.int64) * stride_dkb + i_kv.to(tl.int64) * stride_dkh
@@ -199,8 +199,9 @@ def gather_rows(
     """
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
-    for i in tl.range(0, count_of(first, full_first, full_last, last, BLOCK_M, MASKED)):
-        o_m = nth_tile(i, first, full_first, full_last, BLOCK_M, MASKED) + tl.arange(0, BLOCK_M)
+    from_row, to_row = visits(first, full_first, full_last, last, MASKED)
+    for at in tl.range(from_row, to_row, BLOCK_M):
+        o_m = place(at, full_first, full_last, MASKED) + tl.arange(0, BLOCK_M)
         start, stop = row_intervals(
             o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK if MASKED else UNMASKED, HAS_LEFT, HAS_RIGHT
         )
@@ -267,12 +268,12 @@ def backward_dq(
     slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
     b_dq = gather_keys(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
-        kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, SOFTCAP,
+        kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, SOFTCAP,
         ALIBI, PRECISION,
     )  # fmt: skip
     b_dq = gather_keys(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
-        kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, SOFTCAP,
+        kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, SOFTCAP,
         ALIBI, PRECISION,
     )  # fmt: skip
     p_dq += i_b.to(tl.int64) * stride_dqb + i_h.to(tl.int64) * stride_dqh
@@ -289,8 +290,9 @@ def gather_keys(
     """Add what the partial tiles of keys (MASKED), or the full ones, give to dQ of these rows."""
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
-    for i in tl.range(0, count_of(first, full_first, full_last, last, BLOCK_N, MASKED)):
-        n = nth_tile(i, first, full_first, full_last, BLOCK_N, MASKED)
+    from_key, to_key = visits(first, full_first, full_last, last, MASKED)
+    for at in tl.range(from_key, to_key, BLOCK_N):
+        n = place(at, full_first, full_last, MASKED)
         o_n = n + tl.arange(0, BLOCK_N)
         b_k = load_tile(p_k, o_n, o_d, stride_ks, o_n < kv_len, head_dim, MASKED, CHECK_D)
         b_v = load_tile(p_v, o_n, o_dv, stride_vs, o_n < kv_len, v_head_dim, MASKED, CHECK_DV)

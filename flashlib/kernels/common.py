@@ -66,23 +66,21 @@ def key_ranges(start, stop, m_rows, kv_len, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def count_of(first, full_first, full_last, last, BLOCK: tl.constexpr, PARTIAL: tl.constexpr):
-    """How many tiles of [first, last) are partial, or full."""
-    full = (full_last - full_first) // BLOCK
+def visits(first, full_first, full_last, last, PARTIAL: tl.constexpr):
+    """The range of a loop over the partial tiles of [first, last), or over the full ones. :func:`place` says where each lies."""
     if PARTIAL:
-        return (last - first) // BLOCK - full
+        return first, last - (full_last - full_first)
     else:
-        return full
+        return full_first, full_last
 
 
 @triton.jit
-def nth_tile(i, first, full_first, full_last, BLOCK: tl.constexpr, PARTIAL: tl.constexpr):
-    """Where the i-th partial, or full, tile begins. The partial ones lie on both sides of the full ones."""
+def place(at, full_first, full_last, PARTIAL: tl.constexpr):
+    """Where the tile visited at ``at`` begins. The partial tiles lie on both sides of the full ones, which are jumped over."""
     if PARTIAL:
-        at = first + i * BLOCK
         return at + tl.where(at < full_first, 0, full_last - full_first)
     else:
-        return full_first + i * BLOCK
+        return at
 
 
 @triton.jit

@@ -15,13 +15,13 @@ from flashlib.kernels.common import (
     add_alibi,
     alibi_slope,
     cap,
-    count_of,
     key_ranges,
     load_tile,
-    nth_tile,
+    place,
     row_intervals,
     score_unit,
     store_tile,
+    visits,
 )
 
 
@@ -108,12 +108,12 @@ def attention_forward(
     b_m, b_l, b_acc, n_full, n_partial = attend(
         b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,
         full_last, last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,
-        BLOCK_N, True, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
+        BLOCK_N, False, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
     )  # fmt: skip
     b_m, b_l, b_acc, n_full, n_partial = attend(
         b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,
         full_last, last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,
-        BLOCK_N, False, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
+        BLOCK_N, True, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
     )  # fmt: skip
 
     # A row that saw nothing has l = 0: it gives 0, and an LSE of -inf.
@@ -137,8 +137,9 @@ def attend(
     """Let the partial tiles of keys (MASKED), or the full ones, pass by these rows."""
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
-    for i in tl.range(0, count_of(first, full_first, full_last, last, BLOCK_N, MASKED)):
-        n = nth_tile(i, first, full_first, full_last, BLOCK_N, MASKED)
+    from_key, to_key = visits(first, full_first, full_last, last, MASKED)
+    for at in tl.range(from_key, to_key, BLOCK_N):
+        n = place(at, full_first, full_last, MASKED)
         o_n = n + tl.arange(0, BLOCK_N)
         # k [BLOCK_N, BLOCK_D], s [BLOCK_M, BLOCK_N]
         b_k = load_tile(p_k, o_n, o_d, stride_ks, o_n < kv_len, head_dim, MASKED, CHECK_D)

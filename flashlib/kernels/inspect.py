@@ -19,7 +19,14 @@ from pathlib import Path
 
 import torch
 
-from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch, interpreting
+from flashlib.kernels.launch import (
+    KernelOptions,
+    Launch,
+    backward_launches,
+    forward_launch,
+    hopper_launch,
+    interpreting,
+)
 from flashlib.kernels.tiles import TileConfig, tile_config
 from flashlib.masks import Window
 from flashlib.spec import AttentionSpec
@@ -27,6 +34,7 @@ from flashlib.spec import AttentionSpec
 __all__ = ["ARCHITECTURES", "KernelReport", "compile_launch", "inspect"]
 
 # Shared memory one program may use, in bytes: CUDA C++ Programming Guide, table of technical specifications per compute capability.
+KERNELS = ("forward", "hopper", "backward")
 ARCHITECTURES = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448}
 
 
@@ -121,7 +129,8 @@ def inspect(
     """Compile the kernels of one pass for a GPU that need not be there.
 
     Args:
-        kernel: "forward", or "backward" (three or four kernels).
+        kernel: "forward"; "hopper", the forward that Hopper GPUs run (sm_90, 16-bit, head_dim up to 128); or "backward", which is
+            three or four kernels.
         arch: one of :data:`ARCHITECTURES`.
         dtype: fp16, bf16 or fp32. head_dim, v_head_dim: at most 256.
         causal, window, softcap, alibi: features, as in :func:`flashlib.attention`.
@@ -132,15 +141,15 @@ def inspect(
         ValueError: no such kernel or architecture.
         RuntimeError: Triton's interpreter is on, so nothing would be compiled.
     """
-    if kernel not in ("forward", "backward"):
-        raise ValueError(f"kernel must be forward or backward; got {kernel!r}")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted in this process, not compiled; unset it")
     q = torch.empty(2, 4, 1024, head_dim, dtype=dtype, device="meta")
-    k = torch.empty(2, 2, 1024, head_dim, dtype=dtype, device="meta")
-    v = torch.empty(2, 2, 1024, v_head_dim or head_dim, dtype=dtype, device="meta")
+    k = torch.empty(2, 4, 1024, head_dim, dtype=dtype, device="meta")
+    v = torch.empty(2, 4, 1024, v_head_dim or head_dim, dtype=dtype, device="meta")
     spec = AttentionSpec.from_tensors(q, k, v, mask=Window(*window) if window else None, causal=causal, softcap=softcap)
     options = KernelOptions.from_spec(spec)
     rows = torch.empty(2, 1024, dtype=torch.int32, device="meta") if intervals else None
@@ -149,6 +158,8 @@ def inspect(
     widest, capability = max(head_dim, v.shape[3]), int(arch.removeprefix("sm_")) // 10
     table = {name: tile_config(name, dtype, widest, capability) for name in ("forward", "dkdv", "dq")}
     tiles = table | ({kernel: tiles} if isinstance(tiles, TileConfig) else tiles or {})
+    if kernel == "hopper":
+        return [compile_launch(hopper_launch(q, k, v, options, tiles=tiles.get("hopper"))[0], arch)]
     launch, out, lse = forward_launch(q, k, v, options, tiles=tiles["forward"])
     launches = [launch]
     if kernel == "backward":
@@ -161,6 +172,7 @@ def compile_launch(launch: Launch, arch: str) -> KernelReport:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import create_function_from_signature
 
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
@@ -170,7 +182,8 @@ def compile_launch(launch: Launch, arch: str) -> KernelReport:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, rest = bind(**launch.arguments, **options)
     compile_options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
-    source = ASTSource(kernel, signature, constants, attributes)
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=compile_options.__dict__)
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     registers, spills, warnings = _assemble(ptx, arch)

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["TABLE", "TileConfig", "capability_of", "tile_config"]
+__all__ = [
+    "HOPPER",
+    "HOPPER_LEAST_KEYS",
+    "HOPPER_ROWS",
+    "TABLE",
+    "HopperTiles",
+    "TileConfig",
+    "capability_of",
+    "tile_config",
+]
 
 
 @dataclass(frozen=True)
@@ -19,6 +28,30 @@ class TileConfig:
     num_stages: int
 
 
+HOPPER_ROWS = 64  # of one consumer of the warp-specialised kernel, as in flashlib.kernels.hopper
+
+
+@dataclass(frozen=True)
+class HopperTiles:
+    """Shape of the warp-specialised forward: consumers of 64 rows, keys, stages of each ring, registers per consumer's thread."""
+
+    consumers: int
+    block_n: int
+    num_stages: int
+    registers: int
+    num_warps: int = 4  # of one consumer; the others are started by the first
+
+    @property
+    def block_m(self) -> int:
+        return HOPPER_ROWS * self.consumers
+
+
+# By padded head_dim, measured on an H200.
+HOPPER = {64: HopperTiles(3, 128, 2, 160), 128: HopperTiles(2, 128, 2, 240)}
+# With a head_dim up to 64 a program has so little to do that starting it weighs: with fewer keys per row the plain kernel, two
+# programs of which share a multiprocessor, was faster on an H200 (355 against 346 TFLOP/s, causal at 4k; 410 against 430, full).
+HOPPER_LEAST_KEYS = 3072
+
 # By compute capability (major), kernel, and padded head_dim; 16-bit inputs. Those for 9 were the fastest on an H200
 # (benchmarks/tune_triton.py). Those for 8 are cut to the shared memory of an A100, 163 KiB, and of consumer cards, 99 KiB:
 # no such GPU was there to measure them on.
@@ -26,7 +59,7 @@ TABLE = {
     9: {
         "forward": {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 64, 8, 2)},
         "dkdv": {64: TileConfig(128, 64, 4, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 64, 8, 1)},
-        "dq": {64: TileConfig(64, 128, 4, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 32, 8, 1)},
+        "dq": {64: TileConfig(64, 64, 4, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 8, 1)},
     },
     8: {
         "forward": {64: TileConfig(128, 64, 4, 2), 128: TileConfig(128, 32, 4, 2), 256: TileConfig(64, 32, 4, 1)},

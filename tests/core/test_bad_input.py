@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flashlib import AttentionSpec, FlashAttentionConfig, backends, measure, reference
-from flashlib.config import use_config
+from flashlib.config import TritonConfig, use_config
 from flashlib.reference import ErrorBudget
 
 TESTS = Path(__file__).parents[1]
@@ -62,6 +62,7 @@ BAD = [
         "backend: there is no backend 'quick'; backends are reference",
     ),
     (lambda: FlashAttentionConfig(backend="quick"), ValueError, "backend: there is no backend 'quick'"),
+    (lambda: TritonConfig(fp32_precision="half"), ValueError, "must be one of ieee, tf32, tf32x3; got 'half'"),
     (lambda: use_config("tiled").__enter__(), TypeError, "config must be a FlashAttentionConfig; got str"),
     (
         lambda: measure.memory_wall(inputs, [], ["tiled"]),

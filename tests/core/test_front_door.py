@@ -255,7 +255,11 @@ def test_config_reaches_the_backend(monkeypatch):
 
 
 BAD_SETTINGS = [
-    ({"bakend": "auto"}, ValueError, "unknown setting: bakend; top-level settings are backend, order, fa3, fa2, tiled"),
+    (
+        {"bakend": "auto"},
+        ValueError,
+        "unknown setting: bakend; top-level settings are backend, order, fa3, fa2, triton, tiled",
+    ),
     ({"tiled": {"block": 3}}, ValueError, "unknown setting: "),
     ({"tiled": {"block_q": "3"}}, TypeError, "tiled.block_q must be <class 'int'>; got '3'"),
     ({"tiled": {"block_q": 0}}, ValueError, "block_q must be a whole number of at least 1; got 0"),

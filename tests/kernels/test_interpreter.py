@@ -8,18 +8,26 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).with_name("interpreted.py")
+FOLDER = Path(__file__).parent
 
 
-@pytest.mark.parametrize("batch", range(2))
-def test_random_problems(batch):
-    seed = random.SystemRandom().getrandbits(40)
+def interpreted(program: str, *arguments: str) -> str:
     answer = subprocess.run(
-        [sys.executable, str(PROGRAM), "--seed", str(seed), "--problems", "10"],
+        [sys.executable, "-W", "ignore", str(FOLDER / program), *arguments],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert answer.stdout == "10 problems within the budget\n"
+    return answer.stdout
+
+
+@pytest.mark.parametrize("batch", range(2))
+def test_random_problems(batch):
+    seed = random.SystemRandom().getrandbits(40)
+    assert interpreted("interpreted.py", "--seed", str(seed), "--problems", "10") == "10 problems within the budget\n"
+
+
+def test_operators_hold_and_compile_without_a_break():
+    assert interpreted("operators.py") == "operators hold\n"

@@ -144,7 +144,8 @@ def _imported(folder: Path) -> Iterator[tuple[str, Path]]:
 @pytest.mark.parametrize(("folder", "extra"), [("flashlib", "course"), ("tests", "dev")])
 def test_every_import_is_a_declared_dependency(folder: str, extra: str) -> None:
     declared = {canonicalize_name(want.name) for want in _wanted("flashlib", frozenset({"models", "course", extra}))}
-    helpers = {path.stem for path in (REPOSITORY / "tests").rglob("*.py") if not path.stem.startswith("test_")}
+    files = [path for path in (REPOSITORY / "tests").rglob("*.py") if not path.stem.startswith("test_")]
+    helpers = {path.stem for path in files} | {path.parent.name for path in files}
     own = {"flashlib"} | OPTIONAL_IMPORTS | (helpers if folder == "tests" else set())
     distributions = metadata.packages_distributions()
     undeclared = {

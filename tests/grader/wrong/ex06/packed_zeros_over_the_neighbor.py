@@ -32,7 +32,11 @@ def packed_kernel(p_values, p_cu_seqlens, p_out, BLOCK: tl.constexpr):
     o_row = tl.arange(0, BLOCK)
     m_row = o_row < length
     b_x = tl.load(p_values + start + o_row, mask=m_row, other=float("-inf"))
-    tl.store(p_out + start + o_row, block_softmax(b_x, m_row), mask=start + o_row < tl.load(p_cu_seqlens + tl.num_programs(0)))
+    tl.store(
+        p_out + start + o_row,
+        block_softmax(b_x, m_row),
+        mask=start + o_row < tl.load(p_cu_seqlens + tl.num_programs(0)),
+    )
 
 
 def ragged_softmax(x, lengths):

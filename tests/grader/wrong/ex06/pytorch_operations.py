@@ -15,6 +15,6 @@ def ragged_softmax(x, lengths):
 
 def packed_softmax(values, cu_seqlens, max_seqlen):
     out = torch.empty_like(values)
-    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         out[start:stop] = ragged_softmax(values[None, start:stop], torch.tensor([stop - start]))[0]
     return out

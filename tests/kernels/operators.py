@@ -1,0 +1,53 @@
+"""The operators under PyTorch's own checks, and under torch.compile. A program of its own: the interpreter is chosen at import.
+
+TRITON_INTERPRET=1 python tests/kernels/operators.py
+"""
+
+import torch
+
+from flashlib import attention, masks
+from flashlib.kernels.launch import KernelOptions
+from flashlib.kernels.ops import attention_backward, attention_forward
+from flashlib.spec import AttentionSpec
+
+torch.manual_seed(torch.seed())
+q = torch.randn(2, 4, 20, 16, requires_grad=True)
+k = torch.randn(2, 2, 30, 16, requires_grad=True)
+v = torch.randn(2, 2, 30, 8, requires_grad=True)
+
+
+def options_of(**options) -> list:
+    made = KernelOptions.from_spec(AttentionSpec.from_tensors(q, k, v, **options))
+    return [getattr(made, name) for name in made.__dataclass_fields__]
+
+
+def test_operators() -> None:
+    for options in (
+        {"causal": True},
+        {"mask": masks.KeyLengths([9, 30]), "softcap": 2.0, "alibi_slopes": torch.rand(4)},
+    ):
+        given = options_of(**options)
+        torch.library.opcheck(attention_forward, (q, k, v, *given))
+        inputs = [x.detach() for x in (q, k, v)]
+        out, lse = attention_forward(*inputs, *given)
+        for grad_lse in (None, torch.randn_like(lse)):
+            torch.library.opcheck(attention_backward, (*inputs, out, lse, torch.randn_like(out), grad_lse, *given))
+
+
+def test_compiled() -> None:
+    def objective(q, k, v):
+        out, lse = attention(q, k, v, causal=True, return_lse=True, backend="triton")
+        return (out.square().sum() + lse.sin().sum()) * 2
+
+    eager = objective(q, k, v)
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert torch.equal(eager, compiled), (eager, compiled)
+    for ours, expected in zip(
+        torch.autograd.grad(compiled, (q, k, v)), torch.autograd.grad(eager, (q, k, v)), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+test_operators()
+test_compiled()
+print("operators hold")

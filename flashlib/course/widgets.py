@@ -272,6 +272,37 @@ def attention_program_explorer(
     )
 
 
+def visits_explorer(length: int = 64, head_dim: int = 64, itemsize: int = 2) -> Figure | Explorer:
+    """Choose a mask and a block of rows, and see the order in which the forward kernel visits its tiles of keys.
+
+    The kernel's own functions decide, so this needs Triton's interpreter. See `figures.tile_visits`.
+
+    Args:
+        length: queries and keys.
+        head_dim, itemsize: of K and V, for the bytes that are loaded.
+    """
+    from flashlib.course.mask_kernels import visits_of
+
+    def draw(row_block: int, kind: str, size: int, block_q: int, block_k: int) -> Figure:
+        mask, title = _MASKS[kind](size, length, length)
+        intervals = mask.intervals(1, length, length)
+        seen = visits_of(intervals, block_q, block_k)
+        if row_block >= len(seen):
+            raise ValueError(f"with {block_q} rows a block, the last is block {len(seen) - 1}")
+        loops = seen[row_block].full, seen[row_block].partial
+        of_one = 2 * block_k * head_dim * itemsize
+        return figures.tile_visits(intervals, block_q, block_k, row_block, *loops, tile_bytes=of_one, title=title)
+
+    return explore(
+        draw,
+        row_block=Slider(0, length // 8 - 1, 2, play=True),
+        kind=Choice(list(_MASKS), "causal window"),
+        size=Slider(0, length, 29),
+        block_q=Choice([8, 16, 32], 16),
+        block_k=Choice([4, 8, 16, 32], 8),
+    )
+
+
 def backward_explorer(tiles: int = 5) -> Figure | Explorer:
     """Follow one program of a backward kernel through its tiles. See `figures.backward_sweep`.
 

@@ -13,6 +13,7 @@ from flashlib.course.figures.programs import attention_programs
 from flashlib.course.figures.scaling import power_laws
 from flashlib.course.figures.tiles import Step, mask_figure, mask_gallery, tile_counts, tile_steps, tile_sweep
 from flashlib.course.figures.traffic import moved_bytes, naive_moved_bytes, tile_budget, tile_bytes
+from flashlib.course.figures.visits import tile_visits
 
 __all__ = [
     "MEASURED_HERE",
@@ -43,4 +44,5 @@ __all__ = [
     "tile_counts",
     "tile_steps",
     "tile_sweep",
+    "tile_visits",
 ]

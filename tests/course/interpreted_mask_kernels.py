@@ -1,0 +1,68 @@
+"""Chapter 08's looks into the forward kernel, for random masks. Run with TRITON_INTERPRET=1."""
+
+import random
+import warnings
+
+import torch
+
+from flashlib.course import mask_kernels, widgets
+from flashlib.kernels.tiles import TileConfig
+from flashlib.masks import Causal, Documents, KeyLengths, Prefix, Tile, Unmasked, Window
+from flashlib.reference import check
+
+
+def random_mask(rng: random.Random, n: int):
+    return rng.choice(
+        [
+            Unmasked(),
+            Causal(offset=rng.randint(-n, n)),
+            Window(left=rng.randint(0, n), right=rng.randint(0, n)),
+            KeyLengths([rng.randint(0, n)]),
+            Prefix(rng.randint(0, n)),
+            Documents.from_lengths([n // 3, n - n // 3]) & Causal(),
+        ]
+    )
+
+
+def visits_cover_what_is_seen(rng: random.Random) -> None:
+    for _ in range(20):
+        n = rng.randint(1, 90)
+        intervals = random_mask(rng, n).intervals(1, n, n)
+        kinds = intervals.tile_map(16, 8)[0]
+        for row, seen in zip(kinds.tolist(), mask_kernels.visits_of(intervals, 16, 8), strict=True):
+            visited = [*seen.full, *seen.partial]
+            assert len(visited) == len(set(visited))
+            assert {n for n, kind in enumerate(row) if kind != Tile.SKIP} <= set(visited), (row, seen)
+            assert all(row[n] == Tile.FULL for n in seen.full), (row, seen)
+            assert all(seen.first <= 8 * n < seen.last for n in visited)
+
+
+def poison_finds_what_is_not_skipped(rng: random.Random) -> None:
+    n, tiles = 64, TileConfig(32, 16, 4, 1)
+    q, k, v = torch.randn(3, 1, 1, n, 16)
+    mask = random_mask(rng, n)
+    comparison = check(*mask_kernels.forward(q, k, v, mask, tiles), q, k, v, mask=mask)
+    assert comparison.passed, comparison.message
+    noticed = mask_kernels.poisoned_blocks(q, k, v, mask, tiles)
+    assert torch.equal(noticed, mask.intervals(1, n, n).tile_map(32, 16)[0] != Tile.SKIP), mask
+
+
+def the_widget_shows_the_visits() -> None:
+    told = str(widgets.visits_explorer(32))
+    assert "Block 2 of 2" not in told and "Block" in told, told
+
+
+def main() -> None:
+    seed = random.SystemRandom().getrandbits(31)
+    print("seed", seed)
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    warnings.simplefilter("ignore", RuntimeWarning)  # the interpreter computes in NumPy, which warns of NaN
+    visits_cover_what_is_seen(rng)
+    for _ in range(4):
+        poison_finds_what_is_not_skipped(rng)
+    print("all as expected")
+
+
+if __name__ == "__main__":
+    main()

@@ -56,9 +56,9 @@ def product_shapes(report: KernelReport) -> list[tuple[int, int, int]]:
 
 
 def lines_with(code: str, text: str, count: int = 1) -> str:
-    """The first lines of PTX or SASS that contain a text, without addresses and semicolons."""
+    """The first lines of PTX or SASS that contain a text, without addresses, semicolons and tabs."""
     found = [line for line in code.splitlines() if text in line][:count]
-    return "\n".join(re.sub(r"/\*[0-9a-f]+\*/", "", line).strip(" \t;") for line in found)
+    return "\n".join(" ".join(re.sub(r"/\*[0-9a-f]+\*/|;", "", line).split()) for line in found)
 
 
 def _inspect(arguments: Mapping[str, Any]) -> list[KernelReport]:

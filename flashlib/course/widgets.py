@@ -295,7 +295,7 @@ def visits_explorer(length: int = 64, head_dim: int = 64, itemsize: int = 2) -> 
 
     return explore(
         draw,
-        row_block=Slider(0, length // 8 - 1, 2, play=True),
+        row_block=Slider(0, length // 8 - 1, length // 32, play=True),
         kind=Choice(list(_MASKS), "causal window"),
         size=Slider(0, length, 29),
         block_q=Choice([8, 16, 32], 16),

@@ -57,9 +57,9 @@ def _mark_visits(ax, intervals: RowIntervals, block_q: int, block_k: int, row_bl
 
     top = row_block * block_q
     height = min(block_q, intervals.q_len - top)
-    ax.add_patch(Rectangle((0, top), intervals.kv_len, height, fill=False, edgecolor=style.O, linewidth=2.5))
+    ax.add_patch(Rectangle((0, top), intervals.kv_len, height, fill=False, edgecolor=style.O, linewidth=3, zorder=4))
     for turn, tile in enumerate(order, start=1):
         left, right = tile * block_k, min((tile + 1) * block_k, intervals.kv_len)
         label = {"boxstyle": "circle,pad=0.25", "facecolor": style.PAPER, "edgecolor": style.O}
         middle = (left + right) / 2, top + height / 2
-        ax.text(*middle, str(turn), ha="center", va="center", fontsize=9, fontweight="bold", bbox=label)
+        ax.text(*middle, str(turn), ha="center", va="center", fontsize=9, fontweight="bold", bbox=label, zorder=5)

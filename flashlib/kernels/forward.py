@@ -1,8 +1,8 @@
 """FlashAttention forward in Triton (Dao 2023, arXiv 2307.08691, algorithm 1).
 
 One program computes ``BLOCK_M`` rows of one query head. The keys that its rows see fall into three stretches of whole tiles:
-partial at the left edge of a window, full in the middle, partial at the right edge. The partial ones come first, and only they
-pay for mask arithmetic; tiles outside are never loaded. Softmax runs in base 2, since the hardware's exponential does.
+partial at the left edge of a window, full in the middle, partial at the right edge. The full ones come first; only the partial
+ones pay for mask arithmetic; tiles outside are never loaded. Softmax runs in base 2, since the hardware's exponential does.
 """
 
 import triton

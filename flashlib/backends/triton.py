@@ -6,7 +6,6 @@ how they are written and debugged on a laptop. Only then do they take CPU tensor
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 
 import torch
@@ -46,7 +45,7 @@ class TritonBackend(Backend):
         from flashlib.kernels.ops import attention_forward  # registering operators imports torch's compiler
 
         options = KernelOptions.from_spec(spec, config.triton.fp32_precision)
-        return attention_forward(q, k, v, *(getattr(options, field.name) for field in dataclasses.fields(options)))
+        return attention_forward(q, k, v, *options.values())
 
 
 def count_tiles(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tiles: TileConfig | None = None) -> Tensor:

@@ -15,11 +15,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-# As in flashlib.kernels.common, whose functions are Triton's and cannot be called from Gluon.
-BAND = gl.constexpr(1)
-INTERVALS = gl.constexpr(2)
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
+from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
+
+# Of flashlib.kernels.common only the constants serve here: its functions are Triton's and cannot be called from Gluon.
 ROWS = gl.constexpr(64)  # of one consumer: what one warpgroup's instruction takes
 
 

@@ -7,7 +7,7 @@ compiles it for a GPU that need not be there.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -79,6 +79,10 @@ class KernelOptions:
         if self.start is not None:
             return INTERVALS
         return UNMASKED if self.left is None and self.right is None else BAND
+
+    def values(self) -> tuple[Any, ...]:
+        """All attributes in order, as the operators of :mod:`flashlib.kernels.ops` take them after the tensors."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
         """The arguments that all attention kernels share, by name."""
@@ -164,8 +168,7 @@ def forward_launch(
     q, k, v = (readable(x) for x in (q, k, v))
     batch, q_heads, q_len, _ = q.shape
     tiles = tiles or tile_config("forward", q.dtype, max(q.shape[3], v.shape[3]), capability_of(q.device))
-    out = torch.empty(batch, q_heads, q_len, v.shape[3], dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
+    out, lse = empty_results(q, v)
     arguments = {
         **{"p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_counts": counts},
         **strides(q=q, k=k, v=v, o=out),
@@ -233,8 +236,7 @@ def hopper_launch(
     )
     table = HOPPER[64 if max(head_dim, v.shape[3]) <= 64 else 128]
     tiles = tiles or (table if plain else HOPPER_ROOMY)
-    out = torch.empty(batch, q_heads, q_len, v.shape[3], dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, q_heads, q_len, dtype=torch.float32, device=q.device)
+    out, lse = empty_results(q, v)
     arguments = options.arguments(q, k, v)
     for name in ("head_dim", "CHECK_D", "PRECISION"):
         del arguments[name]
@@ -340,6 +342,12 @@ def backward_launches(
         Launch(backward_dq, (blocks(q_len, tiles["dq"].block_m) * batch * q_heads,), arguments, tiles["dq"])
     )
     return launches, (dq, dk, dv)
+
+
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` for a forward to write: ``[B, Hq, Sq, Dv]`` in the dtype of q, and fp32 ``[B, Hq, Sq]``."""
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:

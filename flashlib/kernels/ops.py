@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashlib.kernels.launch import KernelOptions, launch_backward, launch_forward
+from flashlib.kernels.launch import KernelOptions, empty_results, launch_backward, launch_forward
 
 __all__ = ["attention_backward", "attention_forward"]
 
@@ -25,8 +25,7 @@ def attention_forward(
 
 @attention_forward.register_fake
 def _(q, k, v, start, stop, left, right, alibi_slopes, scale, softcap, precision):
-    shape = (*q.shape[:3], v.shape[3])
-    return q.new_empty(shape), q.new_empty(shape[:3], dtype=torch.float32)
+    return empty_results(q, v)
 
 
 @torch.library.custom_op("flashlib::attention_backward", mutates_args=())

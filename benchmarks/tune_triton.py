@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from flashlib import AttentionSpec
-from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch, hopper_launch
+from flashlib.kernels.hopper_launch import hopper_launch
+from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch
 from flashlib.kernels.tiles import HopperTiles, TileConfig, capability_of, tile_config
 from flashlib.measure import time_call
 

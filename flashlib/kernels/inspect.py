@@ -19,14 +19,8 @@ from pathlib import Path
 
 import torch
 
-from flashlib.kernels.launch import (
-    KernelOptions,
-    Launch,
-    backward_launches,
-    forward_launch,
-    hopper_launch,
-    interpreting,
-)
+from flashlib.kernels.hopper_launch import hopper_launch
+from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch, interpreting
 from flashlib.kernels.tiles import TileConfig, tile_config
 from flashlib.masks import Window
 from flashlib.spec import AttentionSpec

@@ -7,36 +7,24 @@ compiles it for a GPU that need not be there.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashlib.kernels.tiles import (
-    HOPPER,
-    HOPPER_LEAST_KEYS,
-    HOPPER_ROOMY,
-    HOPPER_ROWS,
-    HopperTiles,
-    TileConfig,
-    capability_of,
-    tile_config,
-)
-from flashlib.masks import RowIntervals
+from flashlib.kernels.tiles import HopperTiles, TileConfig, capability_of, tile_config
 from flashlib.spec import AttentionSpec
 
 __all__ = [
     "INTERVALS",
+    "BackwardTensors",
     "KernelOptions",
     "Launch",
     "backward_launches",
     "forward_launch",
-    "hopper_launch",
-    "hopper_runs",
     "interpreting",
-    "launch_backward",
-    "launch_forward",
 ]
 
 UNMASKED, BAND, INTERVALS = 0, 1, 2  # as in flashlib.kernels.common
@@ -140,14 +128,6 @@ class Launch:
             self.kernel[self.grid](**self.arguments, **self.compile_options)
 
 
-def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> tuple[Tensor, Tensor]:
-    """Start the forward kernel: ``(out, lse)``, ``[B, Hq, Sq, Dv]`` in the dtype of q and fp32 ``[B, Hq, Sq]``."""
-    make = hopper_launch if hopper_runs(q, k, v, options) else forward_launch
-    launch, out, lse = make(q, k, v, options)
-    launch.start()
-    return out.to(q.dtype), lse
-
-
 def forward_launch(
     q: Tensor,
     k: Tensor,
@@ -178,170 +158,109 @@ def forward_launch(
     return Launch(attention_forward, (blocks(q_len, tiles.block_m) * batch * q_heads,), arguments, tiles), out, lse
 
 
-def hopper_runs(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> bool:
-    """Whether the warp-specialised kernel takes a problem: on a Hopper GPU, 16-bit, and within the rules of its copy engine."""
-    return (
-        q.device.type == "cuda"
-        and capability_of(q.device) == 9
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and max(q.shape[3], v.shape[3]) <= 128
-        and all(copy_engine_reads(x) for x in (q, k, v))
-        and keys_per_row(q.shape[2], k.shape[2], options)
-        > (HOPPER_LEAST_KEYS if max(q.shape[3], v.shape[3]) <= 64 else 0)
-    )
+@dataclass(frozen=True)
+class BackwardTensors:
+    """What the backward kernels read, ``q, k, v, grad_out, lse, delta``, and what they write, ``dq, dk, dv``."""
 
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad_out: Tensor
+    lse: Tensor
+    delta: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
 
-def keys_per_row(q_len: int, kv_len: int, options: KernelOptions) -> int:
-    """About how many keys a row sees under a band; all of them under row intervals, which are not looked at."""
-    seen = len(seen_range(q_len, kv_len, options))
-    if options.right is not None and options.left is None:
-        return seen - min(q_len, seen) // 2
-    return seen if options.left is None else min(seen, options.left + 1 + (options.right or 0))
-
-
-def copy_engine_reads(x: Tensor) -> bool:
-    """Whether rows lie where the Tensor Memory Accelerator can fetch them: 16-byte steps, channels next to each other."""
-    steps = 16 // x.element_size()
-    aligned = all(stride % steps == 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and aligned
-
-
-def seen_range(q_len: int, kv_len: int, options: KernelOptions) -> range:
-    """The keys that some row sees under a band; all of them under row intervals."""
-    offset = kv_len - q_len
-    first = 0 if options.left is None else max(0, offset - options.left)
-    last = kv_len if options.right is None else min(kv_len, q_len + offset + options.right)
-    return range(first, last)
-
-
-def hopper_launch(
-    q: Tensor, k: Tensor, v: Tensor, options: KernelOptions, *, tiles: HopperTiles | None = None
-) -> tuple[Launch, Tensor, Tensor]:
-    """The launch of the warp-specialised forward, and the ``out`` and ``lse`` that it will write.
-
-    It multiplies whole tiles of V by weights, and a weight of 0 does not hide a NaN. So it is given only keys that some row
-    sees: a band's are a range, and under row intervals the others are blanked in a copy of V.
-    """
-    from flashlib.kernels.hopper import hopper_forward
-
-    batch, q_heads, q_len, head_dim = q.shape
-    seen = seen_range(q_len, k.shape[2], options)
-    offset = k.shape[2] - q_len - seen.start
-    k, v = (x[:, :, seen.start : seen.stop] for x in (k, v))
-    if options.mask_kind == INTERVALS:
-        unseen = ~RowIntervals(options.start.long(), options.stop.long(), k.shape[2]).seen_keys()
-        v = v.masked_fill(unseen[:, None, :, None], 0.0)
-    plain = (
-        options.mask_kind != INTERVALS and options.left is None and not options.softcap and options.alibi_slopes is None
-    )
-    table = HOPPER[64 if max(head_dim, v.shape[3]) <= 64 else 128]
-    tiles = tiles or (table if plain else HOPPER_ROOMY)
-    out, lse = empty_results(q, v)
-    arguments = options.arguments(q, k, v)
-    for name in ("head_dim", "CHECK_D", "PRECISION"):
-        del arguments[name]
-    block_d, block_dv = (max(64, arguments[name]) for name in ("BLOCK_D", "BLOCK_DV"))
-    arguments |= {
-        **{"desc_q": tile_descriptor(q, HOPPER_ROWS, block_d), "desc_k": tile_descriptor(k, tiles.block_n, block_d)},
-        **{"desc_v": tile_descriptor(v, tiles.block_n, block_dv), "p_out": out, "p_lse": lse, "offset": offset},
-        **strides(o=out),
-        **{"q_heads": q_heads, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "CHECK_DV": v.shape[3] != block_dv},
-        **{"BLOCK_N": tiles.block_n, "CONSUMERS": tiles.consumers, "STAGES": tiles.num_stages},
-        **{"CONSUMER_REGISTERS": tiles.registers},
-    }
-    return Launch(hopper_forward, (blocks(q_len, tiles.block_m) * batch * q_heads,), arguments, tiles), out, lse
-
-
-def tile_descriptor(x: Tensor, rows: int, channels: int) -> Any:
-    """What the copy engine must know of a tensor ``[B, H, S, D]`` to bring tiles of ``rows x channels`` of one head."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    # A dimension of size 1 may have any stride; the engine accepts only multiples of 16 bytes.
-    step = 16 // x.element_size()
-    x_strides = [x.shape[3] * step if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    x_strides[3] = 1
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
-    return TensorDescriptor(x, list(x.shape), x_strides, [1, 1, rows, channels], layout)
-
-
-def launch_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, options: KernelOptions
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Start the backward kernels: ``(dq, dk, dv)``, shaped and typed like q, k, v."""
-    launches, gradients = backward_launches(q, k, v, out, lse, grad_out, grad_lse, options)
-    for launch in launches:
-        launch.start()
-    return tuple(gradient.to(x.dtype) for gradient, x in zip(gradients, (q, k, v), strict=True))
+    def inputs(self, options: KernelOptions) -> dict[str, Any]:
+        """The arguments that the kernels of dK/dV and of dQ share, by name."""
+        return {
+            **{"p_q": self.q, "p_k": self.k, "p_v": self.v, "p_do": self.grad_out, "p_lse": self.lse, "p_delta": self.delta},
+            **strides(q=self.q, k=self.k, v=self.v, g=self.grad_out),
+            **options.arguments(self.q, self.k, self.v),
+        }  # fmt: skip
 
 
 def backward_launches(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
-    options: KernelOptions, *, tiles: dict[str, TileConfig] | None = None,
+    options: KernelOptions, *, tiles: dict[str, TileConfig] | None = None, dkdv: Callable[..., list[Launch]] | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """The launches of the backward, in order, and the ``(dq, dk, dv)`` that they will write.
 
     Args:
         tiles: tile sizes of "dkdv" and "dq"; None for the table's.
+        dkdv: makes the launches of dK and dV, as :func:`dkdv_launches`, which is what None stands for.
     """
-    from flashlib.kernels.backward import backward_delta, backward_dkdv, backward_dq, backward_row_ranges
-
     q, k, v, out, grad_out = (readable(x) for x in (q, k, v, out, grad_out))
-    batch, q_heads, q_len, _ = q.shape
-    _, kv_heads, kv_len, v_head_dim = v.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty_like(lse)
-    shared = options.arguments(q, k, v)
-    widest = max(q.shape[3], v_head_dim)
-    capability = capability_of(q.device)
+    tensors = BackwardTensors(q, k, v, grad_out, lse, torch.empty_like(lse), dq, dk, dv)
+    widest, capability = max(q.shape[3], v.shape[3]), capability_of(q.device)
     tiles = tiles or {kernel: tile_config(kernel, q.dtype, widest, capability) for kernel in ("dkdv", "dq")}
-    key_blocks = blocks(kv_len, tiles["dkdv"].block_n)
-
-    delta_rows = 64
-    arguments = {
-        **{
-            "p_out": out,
-            "p_do": grad_out,
-            "p_dlse": None if grad_lse is None else grad_lse.contiguous(),
-            "p_delta": delta,
-        },
-        **strides(o=out, g=grad_out),
-        **{"q_heads": q_heads, "q_len": q_len, "v_head_dim": v_head_dim},
-        **{"BLOCK_DV": shared["BLOCK_DV"], "BLOCK_M": delta_rows, "HAS_DLSE": grad_lse is not None},
-    }
-    launches = [Launch(backward_delta, (blocks(q_len, delta_rows) * batch * q_heads,), arguments)]
-
-    ranges = None
-    if options.mask_kind == INTERVALS:
-        entries = options.start.shape[0]
-        ranges = torch.empty(entries, key_blocks, 4, dtype=torch.int32, device=q.device)
-        arguments = {name: shared[name] for name in ("p_start", "p_stop", "stride_interval", "q_len", "kv_len")}
-        arguments |= {"p_ranges": ranges, "BLOCK_N": tiles["dkdv"].block_n, "CHUNK": RANGES_CHUNK}
-        launches.append(Launch(backward_row_ranges, (key_blocks, entries), arguments))
-
-    inputs = {
-        **{"p_q": q, "p_k": k, "p_v": v, "p_do": grad_out, "p_lse": lse, "p_delta": delta},
-        **strides(q=q, k=k, v=v, g=grad_out),
-        **shared,
-    }
-    arguments = {
-        **inputs,
-        **{"p_dk": dk, "p_dv": dv, "p_ranges": ranges, "stride_range": batch_stride(ranges), "kv_heads": kv_heads},
-        **strides(dk=dk, dv=dv),
-        **{"BLOCK_M": tiles["dkdv"].block_m, "BLOCK_N": tiles["dkdv"].block_n},
-    }
-    launches.append(Launch(backward_dkdv, (key_blocks * batch * kv_heads,), arguments, tiles["dkdv"]))
-
-    arguments = {
-        **inputs,
-        **{"p_dq": dq, "q_heads": q_heads},
-        **strides(dq=dq),
-        **{"BLOCK_M": tiles["dq"].block_m, "BLOCK_N": tiles["dq"].block_n},
-    }
-    launches.append(
-        Launch(backward_dq, (blocks(q_len, tiles["dq"].block_m) * batch * q_heads,), arguments, tiles["dq"])
-    )
+    launches = [
+        delta_launch(out, grad_out, grad_lse, tensors.delta),
+        *(dkdv or dkdv_launches)(tensors, options, tiles["dkdv"]),
+        dq_launch(tensors, options, tiles["dq"]),
+    ]
     return launches, (dq, dk, dv)
+
+
+def delta_launch(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Launch:
+    """The launch of ``delta = rowsum(dO * O) - dLSE``."""
+    from flashlib.kernels.backward import backward_delta
+
+    batch, q_heads, q_len, v_head_dim = out.shape
+    rows = 64
+    arguments = {
+        **{"p_out": out, "p_do": grad_out, "p_dlse": None if grad_lse is None else grad_lse.contiguous()},
+        **{"p_delta": delta, **strides(o=out, g=grad_out)},
+        **{"q_heads": q_heads, "q_len": q_len, "v_head_dim": v_head_dim},
+        **{"BLOCK_DV": padded(v_head_dim), "BLOCK_M": rows, "HAS_DLSE": grad_lse is not None},
+    }
+    return Launch(backward_delta, (blocks(q_len, rows) * batch * q_heads,), arguments)
+
+
+def row_ranges_launch(tensors: BackwardTensors, options: KernelOptions, block_n: int) -> tuple[Launch, Tensor]:
+    """The launch that looks up which rows see each block of keys, and the int32 ``[B or 1, blocks, 4]`` that it writes."""
+    from flashlib.kernels.backward import backward_row_ranges
+
+    shared = options.arguments(tensors.q, tensors.k, tensors.v)
+    entries, key_blocks = options.start.shape[0], blocks(tensors.k.shape[2], block_n)
+    ranges = torch.empty(entries, key_blocks, 4, dtype=torch.int32, device=tensors.q.device)
+    arguments = {name: shared[name] for name in ("p_start", "p_stop", "stride_interval", "q_len", "kv_len")}
+    arguments |= {"p_ranges": ranges, "BLOCK_N": block_n, "CHUNK": RANGES_CHUNK}
+    return Launch(backward_row_ranges, (key_blocks, entries), arguments), ranges
+
+
+def dkdv_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig) -> list[Launch]:
+    """The launches of dK and dV: one, or under row intervals two."""
+    from flashlib.kernels.backward import backward_dkdv
+
+    launches, ranges = [], None
+    if options.mask_kind == INTERVALS:
+        launch, ranges = row_ranges_launch(tensors, options, tiles.block_n)
+        launches.append(launch)
+    batch, kv_heads, kv_len, _ = tensors.k.shape
+    arguments = {
+        **tensors.inputs(options),
+        **{"p_dk": tensors.dk, "p_dv": tensors.dv, **strides(dk=tensors.dk, dv=tensors.dv)},
+        **{"p_ranges": ranges, "stride_range": batch_stride(ranges), "kv_heads": kv_heads},
+        **{"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
+    }
+    grid = (blocks(kv_len, tiles.block_n) * batch * kv_heads,)
+    return [*launches, Launch(backward_dkdv, grid, arguments, tiles)]
+
+
+def dq_launch(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig) -> Launch:
+    """The launch of dQ."""
+    from flashlib.kernels.backward import backward_dq
+
+    batch, q_heads, q_len, _ = tensors.q.shape
+    arguments = {
+        **tensors.inputs(options),
+        **{"p_dq": tensors.dq, **strides(dq=tensors.dq), "q_heads": q_heads},
+        **{"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
+    }
+    return Launch(backward_dq, (blocks(q_len, tiles.block_m) * batch * q_heads,), arguments, tiles)
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashlib.kernels.launch import KernelOptions, empty_results, launch_backward, launch_forward
+from flashlib.kernels.launch import KernelOptions, empty_results
+from flashlib.kernels.run import launch_backward, launch_forward
 
 __all__ = ["attention_backward", "attention_forward"]
 

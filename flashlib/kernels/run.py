@@ -1,0 +1,28 @@
+"""Which kernels run a problem: the warp-specialised ones where they can, the plain ones everywhere else."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flashlib.kernels.hopper_launch import hopper_launch, hopper_runs
+from flashlib.kernels.launch import KernelOptions, backward_launches, forward_launch
+
+__all__ = ["launch_backward", "launch_forward"]
+
+
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> tuple[Tensor, Tensor]:
+    """Start the forward kernel: ``(out, lse)``, ``[B, Hq, Sq, Dv]`` in the dtype of q and fp32 ``[B, Hq, Sq]``."""
+    make = hopper_launch if hopper_runs(q, k, v, options) else forward_launch
+    launch, out, lse = make(q, k, v, options)
+    launch.start()
+    return out.to(q.dtype), lse
+
+
+def launch_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, options: KernelOptions
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Start the backward kernels: ``(dq, dk, dv)``, shaped and typed like q, k, v."""
+    launches, gradients = backward_launches(q, k, v, out, lse, grad_out, grad_lse, options)
+    for launch in launches:
+        launch.start()
+    return tuple(gradient.to(x.dtype) for gradient, x in zip(gradients, (q, k, v), strict=True))

@@ -2,7 +2,7 @@
 
 The probabilities are recomputed from the saved LSE. Three kernels:
 
-* ``backward_delta``: delta = rowsum(dO * O) - dLSE, once per row.
+* ``backward_delta``: delta = rowsum(dO * O) - dLSE and the LSE in base 2, once per row.
 * ``backward_dkdv``: one program owns ``BLOCK_N`` keys of one KV head and lets all rows of its query heads pass by.
 * ``backward_dq``: one program owns ``BLOCK_M`` rows and lets the keys pass by, as the forward does.
 
@@ -34,23 +34,27 @@ from flashlib.kernels.common import (
 
 @triton.jit(do_not_specialize=["q_heads", "q_len"])
 def backward_delta(
-    p_out, p_do, p_dlse, p_delta, stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs,
+    p_out, p_do, p_lse, p_dlse, p_lse2, p_delta, stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_row,
     q_heads, q_len, v_head_dim, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O) - dLSE, fp32 ``[B, Hq, Sq]``."""
-    row_blocks = tl.cdiv(q_len, BLOCK_M)
+    """Two numbers per row, fp32 ``[B, Hq, stride_row]``: delta = rowsum(dO * O) - dLSE, and the LSE in base 2.
+
+    Both are 0 from row ``q_len`` to ``stride_row``, a multiple of every tile, so that the other kernels load them unchecked.
+    """
+    row_blocks = stride_row // BLOCK_M
     i_head, i_m = tl.program_id(0) // row_blocks, tl.program_id(0) % row_blocks
     i_b, i_h = i_head // q_heads, i_head % q_heads
     p_out += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
     p_do += i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
-    row = i_head.to(tl.int64) * q_len
+    row, padded_row = i_head.to(tl.int64) * q_len, i_head.to(tl.int64) * stride_row
     o_m, o_dv = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
     b_out = load_tile(p_out, o_m, o_dv, stride_os, o_m < q_len, v_head_dim, True, True).to(tl.float32)
     b_do = load_tile(p_do, o_m, o_dv, stride_gs, o_m < q_len, v_head_dim, True, True).to(tl.float32)
     b_delta = tl.sum(b_out * b_do, 1)
     if HAS_DLSE:
         b_delta -= tl.load(p_dlse + row + o_m, mask=o_m < q_len, other=0.0)
-    tl.store(p_delta + row + o_m, b_delta, mask=o_m < q_len)
+    tl.store(p_delta + padded_row + o_m, b_delta)
+    tl.store(p_lse2 + padded_row + o_m, tl.load(p_lse + row + o_m, mask=o_m < q_len, other=0.0) * LOG2_E)
 
 
 @triton.jit(do_not_specialize=["stride_interval", "q_len", "kv_len"])
@@ -100,7 +104,7 @@ def backward_dkdv(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_start, p_stop, p_ranges, p_slopes,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
-    stride_interval, stride_slope, stride_range, kv_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
+    stride_row, stride_interval, stride_slope, stride_range, kv_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
     head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
@@ -128,7 +132,7 @@ def backward_dkdv(
     )
     for g in range(group_size):
         i_h = i_kv * group_size + g
-        row = (i_b * kv_heads * group_size + i_h).to(tl.int64) * q_len
+        row = (i_b * kv_heads * group_size + i_h).to(tl.int64) * stride_row
         p_qh = p_q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
         p_doh = p_do + i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
         slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
@@ -209,8 +213,8 @@ def gather_rows(
         # q [BLOCK_M, BLOCK_D], dO [BLOCK_M, BLOCK_DV], s and everything after it [BLOCK_N, BLOCK_M]
         b_q = load_tile(p_q, o_m, o_d, stride_qs, start < stop, head_dim, MASKED, CHECK_D)
         b_do = load_tile(p_do, o_m, o_dv, stride_gs, start < stop, v_head_dim, MASKED, CHECK_DV)
-        b_lse = tl.load(p_lse + o_m, mask=o_m < q_len, other=0.0) * LOG2_E
-        b_delta = tl.load(p_delta + o_m, mask=o_m < q_len, other=0.0)
+        b_lse = tl.load(p_lse + o_m)
+        b_delta = tl.load(p_delta + o_m)
         b_t = cap(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scale, softcap, SOFTCAP)
         b_s = add_alibi(b_t, slope, o_m[None, :], o_n[:, None], offset, ALIBI)
         if MASKED:
@@ -235,7 +239,7 @@ def gather_rows(
 def backward_dq(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_start, p_stop, p_slopes,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_interval, stride_slope,
+    stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_row, stride_interval, stride_slope,
     q_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
     head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
@@ -254,15 +258,15 @@ def backward_dq(
     if MASK == INTERVALS:
         p_start += i_b.to(tl.int64) * stride_interval
         p_stop += i_b.to(tl.int64) * stride_interval
-    row = i_head.to(tl.int64) * q_len
+    row = i_head.to(tl.int64) * stride_row
 
     o_m, o_d, o_dv = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     start, stop = row_intervals(o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
     first, full_first, full_last, last = key_ranges(start, stop, o_m < q_len, kv_len, BLOCK_N)
     b_q = load_tile(p_q, o_m, o_d, stride_qs, o_m < q_len, head_dim, True, CHECK_D)
     b_do = load_tile(p_do, o_m, o_dv, stride_gs, o_m < q_len, v_head_dim, True, CHECK_DV)
-    b_lse = tl.load(p_lse + row + o_m, mask=o_m < q_len, other=0.0) * LOG2_E
-    b_delta = tl.load(p_delta + row + o_m, mask=o_m < q_len, other=0.0)
+    b_lse = tl.load(p_lse + row + o_m)
+    b_delta = tl.load(p_delta + row + o_m)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     unit = score_unit(scale, softcap, SOFTCAP)
     slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)

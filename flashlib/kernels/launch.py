@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 UNMASKED, BAND, INTERVALS = 0, 1, 2  # as in flashlib.kernels.common
+ROW_PADDING = 128  # a multiple of every kernel's tile of rows
 RANGES_CHUNK = 1024  # rows that backward_row_ranges looks at together
 
 
@@ -160,13 +161,17 @@ def forward_launch(
 
 @dataclass(frozen=True)
 class BackwardTensors:
-    """What the backward kernels read, ``q, k, v, grad_out, lse, delta``, and what they write, ``dq, dk, dv``."""
+    """What the backward kernels read and what they write, ``dq, dk, dv``.
+
+    Attributes:
+        lse2, delta: fp32 ``[B, Hq, Sq padded to ROW_PADDING]``, as ``backward_delta`` writes them.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     grad_out: Tensor
-    lse: Tensor
+    lse2: Tensor
     delta: Tensor
     dq: Tensor
     dk: Tensor
@@ -175,8 +180,9 @@ class BackwardTensors:
     def inputs(self, options: KernelOptions) -> dict[str, Any]:
         """The arguments that the kernels of dK/dV and of dQ share, by name."""
         return {
-            **{"p_q": self.q, "p_k": self.k, "p_v": self.v, "p_do": self.grad_out, "p_lse": self.lse, "p_delta": self.delta},
+            **{"p_q": self.q, "p_k": self.k, "p_v": self.v, "p_do": self.grad_out, "p_lse": self.lse2, "p_delta": self.delta},
             **strides(q=self.q, k=self.k, v=self.v, g=self.grad_out),
+            "stride_row": self.delta.shape[2],
             **options.arguments(self.q, self.k, self.v),
         }  # fmt: skip
 
@@ -193,30 +199,33 @@ def backward_launches(
     """
     q, k, v, out, grad_out = (readable(x) for x in (q, k, v, out, grad_out))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    tensors = BackwardTensors(q, k, v, grad_out, lse, torch.empty_like(lse), dq, dk, dv)
+    padded_rows = blocks(q.shape[2], ROW_PADDING) * ROW_PADDING
+    lse2, delta = (lse.new_empty(*lse.shape[:2], padded_rows) for _ in range(2))
+    tensors = BackwardTensors(q, k, v, grad_out, lse2, delta, dq, dk, dv)
     widest, capability = max(q.shape[3], v.shape[3]), capability_of(q.device)
     tiles = tiles or {kernel: tile_config(kernel, q.dtype, widest, capability) for kernel in ("dkdv", "dq")}
     launches = [
-        delta_launch(out, grad_out, grad_lse, tensors.delta),
+        delta_launch(out, lse, grad_lse, tensors),
         *(dkdv or dkdv_launches)(tensors, options, tiles["dkdv"]),
         dq_launch(tensors, options, tiles["dq"]),
     ]
     return launches, (dq, dk, dv)
 
 
-def delta_launch(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Launch:
-    """The launch of ``delta = rowsum(dO * O) - dLSE``."""
+def delta_launch(out: Tensor, lse: Tensor, grad_lse: Tensor | None, tensors: BackwardTensors) -> Launch:
+    """The launch that prepares two numbers per row: ``delta`` and ``lse2``."""
     from flashlib.kernels.backward import backward_delta
 
     batch, q_heads, q_len, v_head_dim = out.shape
     rows = 64
     arguments = {
-        **{"p_out": out, "p_do": grad_out, "p_dlse": None if grad_lse is None else grad_lse.contiguous()},
-        **{"p_delta": delta, **strides(o=out, g=grad_out)},
+        **{"p_out": out, "p_do": tensors.grad_out, **strides(o=out, g=tensors.grad_out)},
+        **{"p_lse": lse.contiguous(), "p_dlse": None if grad_lse is None else grad_lse.contiguous()},
+        **{"p_lse2": tensors.lse2, "p_delta": tensors.delta, "stride_row": tensors.delta.shape[2]},
         **{"q_heads": q_heads, "q_len": q_len, "v_head_dim": v_head_dim},
         **{"BLOCK_DV": padded(v_head_dim), "BLOCK_M": rows, "HAS_DLSE": grad_lse is not None},
     }
-    return Launch(backward_delta, (blocks(q_len, rows) * batch * q_heads,), arguments)
+    return Launch(backward_delta, (tensors.delta.shape[2] // rows * batch * q_heads,), arguments)
 
 
 def row_ranges_launch(tensors: BackwardTensors, options: KernelOptions, block_n: int) -> tuple[Launch, Tensor]:

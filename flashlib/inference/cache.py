@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flashlib.inference.checks import check_dtype, check_new_tokens, check_size, checked_counts, integers
 from flashlib.masks import Causal, KeyLengths, Mask
-
-_CACHE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class CacheFullError(RuntimeError):
@@ -64,9 +63,8 @@ class KVCache:
         minimum = {"batch": 0, "kv_heads": 1, "capacity": 0, "head_dim": 1, "v_head_dim": 1}
         sizes = (batch, kv_heads, capacity, head_dim, v_head_dim)
         for (name, least), size in zip(minimum.items(), sizes, strict=True):
-            _check_size(name, size, least)
-        if dtype not in _CACHE_DTYPES:
-            raise TypeError(f"dtype must be torch.float64, float32, float16 or bfloat16; got {dtype}")
+            check_size(name, size, least)
+        check_dtype(dtype)
         self.key_buffer = torch.empty(batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
         self.value_buffer = torch.empty(batch, kv_heads, capacity, v_head_dim, dtype=dtype, device=device)
         # On the CPU whatever the device: a slice needs its length there, and asking a GPU for it would stall the GPU.
@@ -118,15 +116,15 @@ class KVCache:
         Returns:
             A mask for ``[B, Hq, q_len, D]`` queries and ``keys`` of ``max_length``.
         """
-        _check_size("q_len", q_len, 0)
-        new = _counts(counts, self.batch, q_len, "q_len")
+        check_size("q_len", q_len, 0)
+        new = checked_counts(counts, self.batch, q_len, "q_len")
         if self.is_uniform and counts is None:
             return Causal()
         return KeyLengths(self.lengths) & Causal(offset=self._lengths - new)
 
     def next_positions(self, count: int) -> Tensor:
         """The positions that the next ``count`` tokens will have: int64 ``[B, count]``, as ``apply_rotary`` wants them."""
-        _check_size("count", count, 0)
+        check_size("count", count, 0)
         return (self._lengths[:, None] + torch.arange(count)).to(self.device)
 
     # How it changes
@@ -146,11 +144,8 @@ class KVCache:
             ValueError: a shape, device or count does not fit, or a gradient would be lost.
             In each case nothing was written.
         """
-        self._check_new("k", k, self.key_buffer)
-        self._check_new("v", v, self.value_buffer)
-        if k.shape[2] != v.shape[2]:
-            raise ValueError(f"k and v must hold equally many tokens; got k {list(k.shape)} and v {list(v.shape)}")
-        new = _counts(counts, self.batch, k.shape[2], "S")
+        check_new_tokens(k, v, self.batch, self.key_buffer, self.value_buffer)
+        new = checked_counts(counts, self.batch, k.shape[2], "S")
         ends = self._lengths + new
         if (ends > self.capacity).any():
             request = int((ends > self.capacity).nonzero()[0])
@@ -178,7 +173,7 @@ class KVCache:
             ValueError: a request holds fewer tokens than that.
         """
         wanted = [lengths] * self.batch if isinstance(lengths, int) and not isinstance(lengths, bool) else lengths
-        wanted = _integers("lengths", wanted, self.batch)
+        wanted = integers("lengths", wanted, self.batch)
         if (wanted < 0).any() or (wanted > self._lengths).any():
             raise ValueError(
                 f"lengths must lie between 0 and what each request holds, {self._lengths.tolist()}; got {wanted.tolist()}"
@@ -197,7 +192,7 @@ class KVCache:
         Raises:
             ValueError: there is no such request.
         """
-        chosen = _integers("requests", requests)
+        chosen = integers("requests", requests)
         if ((chosen < 0) | (chosen >= self.batch)).any():
             raise ValueError(f"requests must lie between 0 and {self.batch - 1}; got {chosen.tolist()}")
         _, kv_heads, capacity, head_dim = self.key_buffer.shape
@@ -244,46 +239,3 @@ class KVCache:
     def nbytes_used(self) -> int:
         """Bytes that hold tokens: ``sum(lengths) * bytes_per_token``. The rest is the price of one block per request."""
         return int(self._lengths.sum()) * self.bytes_per_token
-
-    def _check_new(self, name: str, tensor: Tensor, buffer: Tensor) -> None:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
-        if tensor.dtype != buffer.dtype:
-            raise TypeError(f"{name} must be {buffer.dtype}, as the cache is; got {tensor.dtype}")
-        batch, kv_heads, _, head_dim = buffer.shape
-        if tensor.dim() != 4 or tensor.shape[:2] != (batch, kv_heads) or tensor.shape[3] != head_dim:
-            raise ValueError(f"{name} must be [{batch}, {kv_heads}, S, {head_dim}]; got {list(tensor.shape)}")
-        if tensor.device != buffer.device:
-            raise ValueError(f"{name} must be on {buffer.device}, where the cache is; got {tensor.device}")
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires a gradient, which a cache cannot carry: append under torch.no_grad()")
-
-
-def _check_size(name: str, size: int, least: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"{name} must be an int; got {type(size).__name__}")
-    if size < least:
-        raise ValueError(f"{name} must be at least {least}; got {size}")
-
-
-def _integers(name: str, values: Tensor | Sequence[int], length: int | None = None) -> Tensor:
-    """``values`` as int64 ``[B]`` on the CPU."""
-    try:
-        values = torch.as_tensor(values).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be integers, one per request; got {type(values).__name__}") from error
-    if values.numel() and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
-        raise TypeError(f"{name} must be integers; got {values.dtype}")
-    if values.dim() != 1 or (length is not None and len(values) != length):
-        raise ValueError(f"{name} must be [{'B' if length is None else length}]; got {list(values.shape)}")
-    return values.to(torch.int64)
-
-
-def _counts(counts: Tensor | Sequence[int] | None, batch: int, most: int, limit: str) -> Tensor:
-    """How many tokens are new in each request: int64 ``[B]``."""
-    if counts is None:
-        return torch.full((batch,), most, dtype=torch.int64)
-    counts = _integers("counts", counts, batch)
-    if (counts < 0).any() or (counts > most).any():
-        raise ValueError(f"counts must lie between 0 and {limit} = {most}; got {counts.tolist()}")
-    return counts

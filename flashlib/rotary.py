@@ -113,10 +113,20 @@ def apply_rotary(x: Tensor, positions: Tensor, frequencies: Tensor, *, interleav
         )
 
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = rotary_table(positions.to(x.device), frequencies, compute_dtype)  # [S, R] or [B, S, R]
-    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # one axis for the heads
+    return turn_pairs(x, *rotary_table(positions.to(x.device), frequencies, compute_dtype), interleaved=interleaved)
 
-    turning, still = x.split([rotary_dim, head_dim - rotary_dim], dim=-1)
+
+def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Turn the channel pairs of each token of ``x`` ``[B, H, S, D]`` by angles whose cosine and sine are given.
+
+    Args:
+        cos, sin: ``[S, R]`` or ``[B, S, R]``, as from :func:`rotary_table`, with ``2 R <= D``.
+        interleaved: as in :func:`apply_rotary`, and so are the result and its arithmetic.
+    """
+    compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = (table.to(compute_dtype).unsqueeze(-3) for table in (cos, sin))  # one axis for the heads
+    rotary_dim = 2 * cos.shape[-1]
+    turning, still = x.split([rotary_dim, x.shape[-1] - rotary_dim], dim=-1)
     pairs = (-1, 2) if interleaved else (2, -1)
     pair_axis = -1 if interleaved else -2
     first, second = turning.to(compute_dtype).unflatten(-1, pairs).unbind(pair_axis)  # each [B, H, S, R]

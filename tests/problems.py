@@ -17,6 +17,9 @@ LENGTHS = (0, 1, 2, 3, 7, 16, 17, 31, 33, 64, 65, 100)
 HEAD_DIMS = (1, 8, 40, 59, 64, 111, 128)
 HEADS = ((1, 1), (2, 2), (4, 2), (6, 2), (3, 1), (9, 3))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+BATCHES = (1, 1, 2, 3)
+LAYOUTS = ("heads_first", "rows_first", "sliced", "transposed")
+SOFTCAPS = (*(0.0,) * 7, 0.5, 5.0, 30.0)
 
 
 @dataclass
@@ -39,36 +42,60 @@ class Problem:
         )
 
 
-def random_problem(rng: random.Random, *, dtypes=DTYPES, lengths=LENGTHS, head_dims=HEAD_DIMS, device="cpu") -> Problem:
+def random_problem(
+    rng: random.Random,
+    *,
+    dtypes=DTYPES,
+    lengths=LENGTHS,
+    kv_lengths=None,
+    head_dims=HEAD_DIMS,
+    v_head_dims=None,
+    batches=BATCHES,
+    heads=HEADS,
+    layouts=(LAYOUTS,) * 3,
+    rule=None,
+    softcaps=SOFTCAPS,
+    alibi=(False, False, False, False, True),
+    device="cpu",
+) -> Problem:
+    """A problem whose every choice is drawn from the list given for it. What is not listed here is free.
+
+    Args:
+        kv_lengths, v_head_dims: None for those of the queries, and often the very same number.
+        layouts: names of :data:`LAYOUTS` for q, k and v.
+        rule: gives the options ``mask`` and ``causal`` from ``(rng, batch, q_len, kv_len)``; None for any.
+    """
     generator = torch.Generator(device=device).manual_seed(rng.getrandbits(48))
     dtype = rng.choice(dtypes)
-    batch, (q_heads, kv_heads) = rng.choice((1, 1, 2, 3)), rng.choice(HEADS)
-    q_len = rng.choice(lengths)
-    kv_len = q_len if rng.random() < 0.4 else rng.choice(lengths)
-    head_dim = rng.choice(head_dims)
-    v_head_dim = head_dim if rng.random() < 0.7 else rng.choice(head_dims)
+    batch, (q_heads, kv_heads) = rng.choice(batches), rng.choice(heads)
+    q_len, head_dim = rng.choice(lengths), rng.choice(head_dims)
+    kv_len = q_len if kv_lengths is None and rng.random() < 0.4 else rng.choice(kv_lengths or lengths)
+    v_head_dim = head_dim if v_head_dims is None and rng.random() < 0.7 else rng.choice(v_head_dims or head_dims)
     size = rng.choice((1.0, 1.0, 1.0, 0.0, 5.0))  # 0: all scores equal; 5: a few keys take all the weight
 
-    def tensor(heads, length, dim):
+    def tensor(heads, length, dim, layouts):
         x = size * torch.randn(batch, heads, length, dim, generator=generator, device=device)
-        return _strided(x.to(dtype), rng)
+        return laid_out(x.to(dtype), rng.choice(layouts))
 
-    q = tensor(q_heads, q_len, head_dim)
-    k = tensor(kv_heads, kv_len, head_dim)
-    v = tensor(kv_heads, kv_len, v_head_dim)
-    mask = random_mask(rng, batch, q_len, kv_len)
-    options = {"mask": mask, "causal": rng.random() < 0.3}
+    q = tensor(q_heads, q_len, head_dim, layouts[0])
+    k = tensor(kv_heads, kv_len, head_dim, layouts[1])
+    v = tensor(kv_heads, kv_len, v_head_dim, layouts[2])
+    options = (rule or random_rule)(rng, batch, q_len, kv_len)
     if rng.random() < 0.3:
         options["scale"] = rng.choice((0.05, 1.0))
-    if rng.random() < 0.3:
-        options["softcap"] = rng.choice((0.5, 5.0, 30.0))
-    if rng.random() < 0.2:
+    options["softcap"] = rng.choice(softcaps)
+    if rng.choice(alibi):
         shape = (q_heads,) if rng.random() < 0.5 else (batch, q_heads)
         options["alibi_slopes"] = torch.rand(shape, generator=generator, device=device)
     problem = Problem(q, k, v, options)
     if rng.random() < 0.6:
         poison(problem, rng)
     return problem
+
+
+def random_rule(rng: random.Random, batch: int, q_len: int, kv_len: int) -> dict:
+    """Any mask, or none, and causal or not, as options of ``attention``."""
+    return {"mask": random_mask(rng, batch, q_len, kv_len), "causal": rng.random() < 0.3}
 
 
 def random_mask(rng: random.Random, batch: int, q_len: int, kv_len: int) -> masks.Mask | None:
@@ -134,17 +161,17 @@ def _random_ids(rng: random.Random, names: list[int], length: int) -> list[int]:
     return ids
 
 
-def _strided(x: Tensor, rng: random.Random) -> Tensor:
-    """The same values under other strides: as [B, S, H, D], as a slice of a larger tensor, or transposed."""
-    choice = rng.randrange(4)
-    if choice == 1:
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values under other strides, by a name of :data:`LAYOUTS`."""
+    if layout == "rows_first":  # [B, S, H, D], as flash_attn has it
         return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if choice == 2:
-        larger = torch.full((*x.shape[:3], x.shape[3] + 3), float("nan"), dtype=x.dtype, device=x.device)
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    if layout in ("sliced", "sliced_16"):  # channels of a wider tensor, by 3 or by 16
+        wider = x.shape[3] + (3 if layout == "sliced" else 16)
+        larger = torch.full((*x.shape[:3], wider), float("nan"), dtype=x.dtype, device=x.device)
         larger[..., : x.shape[3]] = x
         return larger[..., : x.shape[3]]
-    if choice == 3:
-        return x.mT.contiguous().mT
     return x
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU against the oracle: random problems, determinism, and more elements than 32 bits can count.
 
-python tests/gpu/device_checks.py all --specs 2000 --workers 12 --out results
+python tests/gpu/device_checks.py all --specs 2000 --workers 14 --out results
 
 Each check writes its record as it goes, so a run that is killed keeps what it has done. Without a GPU everything runs small in
 Triton's interpreter (TRITON_INTERPRET=1).
@@ -17,35 +17,33 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
 
-from problems import Problem, random_problem
+from feature_sets import FeatureSet, coverage
+from problems import Problem
 
 from flashlib import attention, masks
+from flashlib.kernels.launch import Launch
 from flashlib.measure.bench import kernel_sources
 from flashlib.measure.record import Record, new_record, save_record
 from flashlib.reference import check, check_gradients
 
 BACKEND = "triton"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
-# A kernel is compiled for each width and set of features, so these are few. Lengths and the numbers in masks are free.
-HEAD_DIMS = ((64,), (64,), (128,), (128,), (40,), (59, 128), (256,))
-LENGTHS = {"cuda": (*range(1, 140), 0, 191, 192, 255, 256, 257, 384, 511, 640), "cpu": (0, 1, 17, 33, 64)}
+PROBLEMS_IN_A_SET = 10
 SAVE_EVERY_S = 5
 CHECKED_ON = ["spec.py", "masks.py", "reference.py", "attention.py", *kernel_sources()]
-
-
-def drawn_problem(seed: int) -> Problem:
-    rng = random.Random(seed)
-    return random_problem(rng, dtypes=DTYPES, lengths=LENGTHS[DEVICE], head_dims=rng.choice(HEAD_DIMS), device=DEVICE)
 
 
 def leaves(problem: Problem) -> list[Tensor]:
@@ -61,20 +59,45 @@ def forward_and_backward(problem: Problem, seed: int) -> tuple[tuple[Tensor, ...
     return results, given, torch.autograd.grad(results, (q, k, v), given)
 
 
-def one_spec(seed: int) -> dict:
-    """A random problem forward and backward, as a row: largest error as a fraction of its budget, by result."""
-    problem = drawn_problem(seed)
-    (out, lse), given, gradients = forward_and_backward(problem, seed)
+def one_spec(problem: Problem, seed: int) -> dict:
+    """A problem forward and backward: largest error as a fraction of its budget, by result, and which kernels ran."""
+    started, kernels = time.monotonic(), Counter()
+    with _started_kernels(kernels):
+        (out, lse), given, gradients = forward_and_backward(problem, seed)
+    computed = _now()
     inputs = (problem.q, problem.k, problem.v)
     forward = check(out, lse, *inputs, **problem.options)
     backward = check_gradients(gradients, *inputs, *given, **problem.options)
-    row = {"seed": seed, "passed": forward.passed and backward.passed}
     used = {}
     for comparison in (forward, backward):
         used |= {name: _fraction(error, comparison.budget[name]) for name, error in comparison.error.items()}
-    if not row["passed"]:
-        row["message"] = f"{problem!r}: {forward.message} | {backward.message}"
-    return {**row, "of_budget": used}
+    passed = forward.passed and backward.passed
+    return {
+        "passed": passed,
+        "of_budget": used,
+        "message": None if passed else f"{problem!r}: {forward.message} | {backward.message}",
+        "kernels": dict(kernels),
+        "seconds": [computed - started, _now() - computed],
+    }
+
+
+def _now() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+@contextmanager
+def _started_kernels(counts: Counter[str]):
+    """Counts the kernels that are started inside, by name."""
+    start = Launch.start
+
+    def counted(launch: Launch) -> None:
+        counts[launch.name] += 1
+        start(launch)
+
+    with mock.patch.object(Launch, "start", counted):
+        yield
 
 
 def _fraction(error: float, budget: float) -> float:
@@ -84,16 +107,18 @@ def _fraction(error: float, budget: float) -> float:
 
 
 def random_specs(count: int, seed: int, workers: int, out: Path, limit_s: float = float("inf")) -> Record:
-    """``count`` problems in so many processes, which compile side by side and share Triton's cache on disk.
+    """``count`` problems in so many processes, each of which takes one set of problems after the other.
 
     The record is written every few seconds. A process that dies (an illegal access takes its process along) leaves the problem
     that it had begun as failed.
+
+    Args:
+        limit_s: seconds after which no set is begun.
     """
     started, context = time.monotonic(), multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{worker}.jsonl" for worker in range(workers)]
-        jobs = [(range(seed + n, seed + count, workers), file, limit_s) for n, file in enumerate(files)]
-        processes = [context.Process(target=_work, args=job) for job in jobs]
+        files, next_set = [Path(folder) / f"{worker}.jsonl" for worker in range(workers)], context.Value("i", 0)
+        processes = [context.Process(target=_work, args=(seed, count, next_set, file, limit_s)) for file in files]
         for process in processes:
             process.start()
         while True:
@@ -109,37 +134,55 @@ def random_specs(count: int, seed: int, workers: int, out: Path, limit_s: float 
 
 
 def _specs_record(rows: list[dict], asked: int, **extra) -> Record:
-    failed = [row for row in rows if not row["passed"]]
     worst = {
         name: max((row["of_budget"].get(name, 0.0) for row in rows if row["passed"]), default=0.0)
         for name in ("out", "lse", "dq", "dk", "dv")
     }
-    summary = {"check": "random specs", "asked": asked, "run": len(rows), "failed": failed, "worst_of_budget": worst}
-    note = "Random problems (tests/problems.py), forward, LSE and backward, against float64 within the error budget."
-    return new_record("triton_specs", [summary], CHECKED_ON, note, **extra)
+    kernels = sum((Counter(row["kernels"].keys()) for row in rows), Counter())
+    summary = {
+        **{"check": "random specs", "asked": asked, "run": len(rows), "worst_of_budget": worst},
+        "failed": [{"seed": row["seed"], "message": row["message"]} for row in rows if not row["passed"]],
+        "problems_with": coverage(FeatureSet.draw(row["set"]).told() for row in rows),
+        "problems_that_ran": dict(sorted(kernels.items())),
+    }
+    spent = [round(sum(row["seconds"][part] for row in rows), 1) for part in (0, 1)]
+    note = "Random problems (tests/gpu/feature_sets.py), forward, LSE and backward, against float64 within the error budget."
+    return new_record("triton_specs", [summary], CHECKED_ON, note, process_seconds={"kernels": spent[0], "oracle": spent[1]}, **extra)  # fmt: skip
 
 
-def _work(seeds: range, file: Path, limit_s: float) -> None:
+def _work(seed: int, count: int, next_set, file: Path, limit_s: float) -> None:
     started = time.monotonic()
+    torch.set_num_threads(1)
     with file.open("w", encoding="utf-8") as lines:
-        for seed in seeds:
-            if time.monotonic() - started > limit_s:
-                return
-            lines.write(json.dumps({"begun": seed}) + "\n")
-            lines.flush()
-            try:
-                row = one_spec(seed)
-            except torch.AcceleratorError:
-                raise  # this process has lost the device; the problem stands as begun
-            except Exception as error:
-                row = {
-                    "seed": seed,
-                    "passed": False,
-                    "message": f"{type(error).__name__}: {error}"[:400],
-                    "of_budget": {},
-                }
+
+        def write(row: dict) -> None:
             lines.write(json.dumps(row) + "\n")
             lines.flush()
+
+        while time.monotonic() - started < limit_s:
+            with next_set.get_lock():
+                first = next_set.value
+                next_set.value += PROBLEMS_IN_A_SET
+            if first >= count:
+                return
+            features = FeatureSet.draw(seed + first)
+            for number in range(seed + first, seed + min(first + PROBLEMS_IN_A_SET, count)):
+                known = {"set": seed + first, "seed": number}
+                write({"begun": known})
+                write({**known, **_outcome(features, number)})
+
+
+def _outcome(features: FeatureSet, seed: int) -> dict:
+    try:
+        return one_spec(features.problem(seed, DEVICE), seed)
+    except torch.AcceleratorError:
+        raise  # this process has lost the device; the problem stands as begun
+    except Exception as error:
+        return _failed(f"{type(error).__name__}: {error}"[:400])
+
+
+def _failed(message: str) -> dict:
+    return {"passed": False, "message": message, "of_budget": {}, "kernels": {}, "seconds": [0.0, 0.0]}
 
 
 def _read(file: Path, finished: bool) -> Iterator[dict]:
@@ -154,13 +197,14 @@ def _read(file: Path, finished: bool) -> Iterator[dict]:
             begun = None
             yield row
     if finished and begun is not None:
-        yield {"seed": begun, "passed": False, "message": "the process died in it", "of_budget": {}}
+        yield {**begun, **_failed("the process died in it")}
 
 
 def determinism(repeats: int, out: Path, seed: int) -> Record:
     """The same problem again and again, forward and backward, bit by bit."""
     rows = []
-    length, dtype = (1500, torch.bfloat16) if DEVICE == "cuda" else (40, torch.float32)
+    # long enough for the kernel for Hopper with either head_dim, but for windows with 64
+    length, dtype = (7000, torch.bfloat16) if DEVICE == "cuda" else (40, torch.float32)
     packed = masks.Varlen([0, length // 3, length // 3, length - 1])
     cases = {
         "full": None,

@@ -1,0 +1,127 @@
+"""Random problems in sets that share their compiled kernels, so that a GPU spends its time on problems and not on compilers.
+
+Triton compiles a kernel anew for each dtype, width, feature and kind of mask, and whenever a stride begins or ceases to be a
+multiple of 16. A set fixes these. Lengths, batch, heads, the numbers in masks, scales, values, and all strides that are multiples
+of 16 are drawn anew for each problem.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from problems import BATCHES, HEADS, Problem, random_problem, random_rule
+
+from flashlib import masks
+
+DTYPES = (*[torch.bfloat16] * 5, *[torch.float16] * 3, *[torch.float32] * 2)
+HEAD_DIMS = (*[(64, 64)] * 4, *[(128, 128)] * 5, (256, 256), (96, 96), (64, 128), (128, 32), (40, 40), (59, 128), (128, 111), (192, 40))  # fmt: skip
+MASKS = ("intervals",) * 8 + ("right",) * 5 + ("none",) * 3 + ("both",) * 2 + ("left",) * 2
+LENGTHS = {"cuda": (*range(1, 140), 0, 191, 192, 255, 256, 257, 384, 511, 640), "cpu": (0, 1, 17, 33, 64)}
+SIXTEENS = {"cuda": (16, 32, 48, 64, 112, 128, 144, 192, 256, 272, 512, 640), "cpu": (16, 32, 48)}
+ODD = {"cuda": (*range(3, 140, 2), 191, 255, 257, 511, 641), "cpu": (3, 17, 33)}
+MANY_KEYS = {"cuda": range(3300, 4300), "cpu": (65, 128)}  # with a head_dim up to 64, enough for the kernel for Hopper
+ALIGNED = ("heads_first", "rows_first", "transposed", "sliced_16")
+WIDTHS = (0, 1, 5, 40, 200, 3500)
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """What the kernels of some problems are compiled for.
+
+    Attributes:
+        mask: the kind that a kernel knows: "none", "left", "right" or "both" (a band with those ends), or "intervals".
+        softcap, alibi: whether there is one. grouped: whether query heads share keys.
+        strides: "aligned", all multiples of 16; "rows odd", those of rows are not, but those of heads and batch entries are;
+            "odd", none of some tensor's is.
+        layouts: of q, k and v, in memory; any that keep strides aligned where they are.
+        heads: (Hq, Hkv), where strides depend on them; else None.
+        many_keys: thousands of keys for a few rows.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    mask: str
+    softcap: bool
+    alibi: bool
+    grouped: bool
+    strides: str
+    layouts: tuple[str, str, str] | None
+    heads: tuple[int, int] | None
+    many_keys: bool
+
+    @classmethod
+    def draw(cls, seed: int) -> FeatureSet:
+        rng = random.Random(seed)
+        dtype, (head_dim, v_head_dim) = rng.choice(DTYPES), rng.choice(HEAD_DIMS)
+        strides = "aligned"
+        if (head_dim | v_head_dim) % 16 or rng.random() < 0.2:
+            strides = rng.choice(("rows odd", "odd"))
+        heads, layouts, grouped = None, None, rng.random() < 0.5
+        if strides != "aligned":
+            heads = rng.choice(HEADS) if strides == "rows odd" else rng.choice(((3, 3), (9, 3)))
+            grouped = heads[0] > heads[1]
+            # With widths that are multiples of 16 only a slice of something wider has other strides.
+            layouts = tuple(rng.choice(("heads_first", "rows_first", "transposed", "sliced")) for _ in "qkv")
+        few = dtype != torch.float32 and max(head_dim, v_head_dim) <= 64
+        features = {"mask": rng.choice(MASKS), "softcap": rng.random() < 0.25, "alibi": rng.random() < 0.2}
+        many_keys = few and strides == "aligned" and rng.random() < 0.4
+        return cls(dtype, head_dim, v_head_dim, **features, grouped=grouped, strides=strides, layouts=layouts, heads=heads,
+                   many_keys=many_keys)  # fmt: skip
+
+    def problem(self, seed: int, device: str) -> Problem:
+        """A problem with these features."""
+        lengths = {"aligned": LENGTHS, "rows odd": SIXTEENS, "odd": ODD}[self.strides][device]
+        heads = (self.heads,) if self.heads else [pair for pair in HEADS if (pair[0] > pair[1]) == self.grouped]
+        return random_problem(
+            random.Random(seed),
+            dtypes=(self.dtype,),
+            lengths=lengths,
+            kv_lengths=MANY_KEYS[device] if self.many_keys else None,
+            head_dims=(self.head_dim,),
+            v_head_dims=(self.v_head_dim,),
+            batches=(2, 3) if self.strides == "odd" else BATCHES,
+            heads=heads,
+            layouts=[(name,) for name in self.layouts] if self.layouts else (ALIGNED,) * 3,
+            rule=self._rule,
+            softcaps=(0.5, 5.0, 30.0) if self.softcap else (0.0,),
+            alibi=(self.alibi,),
+            device=device,
+        )
+
+    def _rule(self, rng: random.Random, batch: int, q_len: int, kv_len: int) -> dict:
+        left, right = rng.choice(WIDTHS), rng.choice(WIDTHS)
+        if self.mask == "none":
+            return {"mask": None}
+        if self.mask == "left":
+            return {"mask": masks.Window(left, None)}
+        if self.mask == "right":
+            return rng.choice(({"causal": True}, {"mask": masks.Causal()}, {"mask": masks.Window(None, right)}))
+        if self.mask == "both":
+            return {"mask": masks.Window(left, right)} | rng.choice(({}, {"causal": True}))
+        while True:
+            options = random_rule(rng, batch, q_len, kv_len)
+            if options["mask"] is not None and options["mask"].band() is None:
+                return options
+
+    def told(self) -> dict[str, str]:
+        """The features by name, in words that a record can count."""
+        head_dims = f"{self.head_dim}" if self.head_dim == self.v_head_dim else f"{self.head_dim}/{self.v_head_dim}"
+        return {
+            **{"dtype": str(self.dtype).removeprefix("torch."), "head_dim": head_dims, "mask": self.mask},
+            **{name: "yes" if getattr(self, name) else "no" for name in ("softcap", "alibi", "grouped", "many_keys")},
+            "strides": self.strides,
+        }
+
+
+def coverage(told: Iterable[dict[str, str]]) -> dict[str, dict[str, int]]:
+    """How many problems had which value of each feature."""
+    counts: dict[str, Counter[str]] = {}
+    for features in told:
+        for name, value in features.items():
+            counts.setdefault(name, Counter())[value] += 1
+    return {name: dict(sorted(values.items())) for name, values in counts.items()}

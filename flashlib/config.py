@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 
 import dacite
@@ -21,8 +23,17 @@ import yaml
 
 from flashlib.tiled import Tiling
 
-__all__ = ["FA2Config", "FA3Config", "FlashAttentionConfig", "TritonConfig", "current_config", "use_config"]
+__all__ = [
+    "FA2Config",
+    "FA3Config",
+    "FlashAttentionConfig",
+    "InjectionConfig",
+    "TritonConfig",
+    "current_config",
+    "use_config",
+]
 
+INJECTION_MODES = ("blend", "gate")
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
@@ -56,6 +67,38 @@ class TritonConfig:
 
 
 @dataclass(frozen=True)
+class InjectionConfig:
+    """How :class:`flashlib.inference.injection.KVInjector` injects a memory, unless a call says otherwise.
+
+    Attributes:
+        mode: ``"blend"`` weighs the outputs with alpha, ``"gate"`` the memory's exponentials inside the softmax.
+        alpha: how much the memory counts: 0 for not at all, 1 for as much as keys in the prompt.
+        chunk_size: keys per chunk where a memory is looked at piece by piece.
+    """
+
+    mode: str = "blend"
+    alpha: float = 1.0
+    chunk_size: int = 1024
+
+    def __post_init__(self):
+        if self.mode not in INJECTION_MODES:
+            raise ValueError(f"mode must be one of {', '.join(INJECTION_MODES)}; got {self.mode!r}")
+        check_alpha(self.alpha, self.mode)
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1; got {self.chunk_size}")
+
+
+def check_alpha(alpha: float, mode: str) -> None:
+    """TypeError or ValueError unless ``alpha`` is a number that the mode of injection can use."""
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise TypeError(f"alpha must be a number or a tensor; got {type(alpha).__name__}")
+    largest = 1.0 if mode == "blend" else math.inf
+    if not (0 <= alpha <= largest and math.isfinite(alpha)):
+        allowed = "between 0 and 1" if mode == "blend" else "finite and at least 0"
+        raise ValueError(f"alpha must be {allowed} in mode {mode!r}; got {alpha}")
+
+
+@dataclass(frozen=True)
 class FlashAttentionConfig:
     """How :func:`flashlib.attention` runs.
 
@@ -63,6 +106,7 @@ class FlashAttentionConfig:
         backend: name of a backend, or ``"auto"`` for the first in the order of choice that can run the problem.
         order: backends for ``"auto"`` to try, in this order; empty for :data:`flashlib.backends.PREFERENCES`.
         fa3, fa2, triton, tiled: settings of single backends.
+        injection: how memories are injected.
     """
 
     backend: str = "auto"
@@ -71,6 +115,7 @@ class FlashAttentionConfig:
     fa2: FA2Config = field(default_factory=FA2Config)
     triton: TritonConfig = field(default_factory=TritonConfig)
     tiled: Tiling = field(default_factory=Tiling)
+    injection: InjectionConfig = field(default_factory=InjectionConfig)
 
     def __post_init__(self):
         from flashlib.backends import check_name

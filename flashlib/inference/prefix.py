@@ -1,0 +1,201 @@
+"""Shared prefixes: many requests that begin alike read their common keys once.
+
+A system prompt, a document asked about many times, the examples before a task: B requests begin with the same P tokens. Kept as
+B caches, these tokens are held B times and read B times for every new token. But attention over a set of keys can be computed
+in pieces (:mod:`flashlib.partial`), and the piece over the prefix is the same problem for every request, only with other
+queries. So the queries of all requests are stacked as the rows of one long query, which passes over the prefix once; each
+request attends to its own keys; and the two pieces are merged::
+
+    rows     = B * group * Sq query rows per KV head
+    prefix   = attention(rows, k_prefix, v_prefix)             one pass, P keys read once
+    own      = attention(q, k, v), causal                      B short problems
+    out      = merge(prefix, own)
+
+Every row sees all of a prefix, since a prefix lies in every row's past: no mask is needed there. Several levels work the same
+way (a system prompt for everyone, below it a document for each group of requests): one pass per level, and one merge.
+
+Keys carry their positions (RoPE is applied when they are cached), so nothing here knows about positions: the prefix's keys are
+those at positions 0 .. P - 1, and a request's own keys begin at P.
+
+Sources: Juravsky et al. 2024, "Hydragen" (arXiv 2402.05099), sections 3.1 and 3.2; Zheng et al. 2023, "SGLang" (arXiv
+2312.07104), section 3, for trees of prefixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashlib.attention import attention
+from flashlib.masks import Causal, KeyLengths, Mask
+from flashlib.partial import Partial, fold
+
+__all__ = ["SharedPrefix", "shared_prefix_attention"]
+
+
+class SharedPrefix:
+    """One level of sharing: P prefixes, and which one each request begins with.
+
+    Args:
+        k: ``[P, Hkv, S, D]``, the keys of P prefixes of up to S tokens. v: ``[P, Hkv, S, Dv]``. They are used where they lie.
+        members: for each of the B requests the number of its prefix, ints ``[B]`` in any order. None if there is one prefix,
+            which all have.
+        lengths: integers ``[P]``, how many tokens of each prefix are real; what lies behind them is never read. None if all
+            S are. A request without a prefix at this level has one of length 0.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit, ``members`` names a prefix that is not there, or is missing where P is not 1.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        *,
+        members: Sequence[int] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        for name, tensor in (("k", k), ("v", v)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+            if tensor.dim() != 4:
+                raise ValueError(f"{name} must be [P, Hkv, S, head_dim]; got {list(tensor.shape)}")
+        if k.shape[:3] != v.shape[:3]:
+            raise ValueError(f"k and v must agree in all but head_dim; got k {list(k.shape)} and v {list(v.shape)}")
+        if 0 in k.shape[:2]:
+            raise ValueError(f"k must hold at least one prefix and one head; got {list(k.shape)}")
+        if members is None and k.shape[0] != 1:
+            raise ValueError(f"members must say which of the {k.shape[0]} prefixes each request has; got None")
+        self.k, self.v = k, v
+        self.mask = None if lengths is None else KeyLengths(lengths)
+        if self.mask is not None and len(self.mask.lengths) != k.shape[0]:
+            raise ValueError(f"lengths must be one per prefix, [{k.shape[0]}]; got {list(self.mask.lengths.shape)}")
+        self.members = None if members is None else _members(members, k.shape[0])
+        if self.members is not None:
+            self._request_at, self._slot_of = (x.to(k.device) for x in _places(self.members, k.shape[0]))
+
+    def attend(self, q: Tensor, *, scale: float | None = None, softcap: float = 0.0, backend: str = "auto") -> Partial:
+        """Attention of every request's queries over its prefix, in one pass over the prefixes.
+
+        Args:
+            q: ``[B, Hq, Sq, D]``.
+            scale, softcap, backend: as in :func:`flashlib.attention`.
+
+        Returns:
+            out ``[B, Hq, Sq, Dv]`` in the dtype of q, lse ``[B, Hq, Sq]``.
+
+        Raises:
+            TypeError, ValueError: as :func:`flashlib.attention`; or there are not B members.
+        """
+        _check_queries(q, self.k)
+        if self.members is not None and len(self.members) != q.shape[0]:
+            raise ValueError(f"members are {len(self.members)}, but q has batch {q.shape[0]}; expected one per request")
+        rows = self._pack(q)
+        options = {"scale": q.shape[3] ** -0.5 if scale is None else scale, "softcap": softcap, "backend": backend}
+        out, lse = attention(rows, self.k, self.v, mask=self.mask, return_lse=True, **options)
+        return Partial(self._unpack(out, q), self._unpack(lse[..., None], q)[..., 0])
+
+    def _pack(self, q: Tensor) -> Tensor:
+        """``[B, Hq, Sq, D]`` -> ``[P, Hkv, n * G * Sq, D]``: n requests per prefix, with the G heads of a group as rows."""
+        grouped = q.unflatten(1, (self.k.shape[1], -1))  # [B, Hkv, G, Sq, D]
+        by_prefix = grouped[None] if self.members is None else grouped[self._request_at]  # [P, n, Hkv, G, Sq, D]
+        return by_prefix.transpose(1, 2).flatten(2, 4)
+
+    def _unpack(self, rows: Tensor, q: Tensor) -> Tensor:
+        """The way back: ``[P, Hkv, n * G * Sq, Dv]`` -> ``[B, Hq, Sq, Dv]``."""
+        group, q_len = q.shape[1] // self.k.shape[1], q.shape[2]
+        requests = q.shape[0] if self.members is None else self._request_at.shape[1]
+        by_prefix = rows.unflatten(2, (requests, group, q_len)).transpose(1, 2)  # [P, n, Hkv, G, Sq, Dv]
+        grouped = by_prefix.flatten(0, 1)
+        if self.members is not None:
+            grouped = grouped[self._slot_of]
+        return grouped.flatten(1, 2)
+
+
+def shared_prefix_attention(
+    q: Tensor,
+    prefixes: SharedPrefix | Sequence[SharedPrefix],
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of B requests, each over its shared prefixes followed by its own keys. Exact, and differentiable.
+
+    The result is that of attention over ``cat([prefix of level 0, prefix of level 1, ..., own keys])`` for each request, which
+    is never made: every prefix is read once per call, for all the requests that share it.
+
+    Args:
+        q: the newest tokens' queries ``[B, Hq, Sq, D]``.
+        prefixes: one :class:`SharedPrefix`, or one for each level.
+        k: each request's own keys ``[B, Hkv, S, D]``, the Sq newest included. v: ``[B, Hkv, S, Dv]``.
+        lengths: integers ``[B]``: how many own tokens each request has, the Sq newest included. What lies behind them is
+            never read. None if all S.
+        scale, softcap, return_lse, backend: as in :func:`flashlib.attention`.
+
+    Returns:
+        out ``[B, Hq, Sq, Dv]``, dtype of q; with ``return_lse`` also lse ``[B, Hq, Sq]``, natural log.
+
+    Raises:
+        TypeError, ValueError: bad arguments; the message names the argument, what came and what was expected.
+    """
+    levels = [prefixes] if isinstance(prefixes, SharedPrefix) else list(prefixes)
+    for level in levels:
+        if not isinstance(level, SharedPrefix):
+            raise TypeError(f"prefixes must be SharedPrefix objects; got {type(level).__name__}")
+    options = {"scale": scale, "softcap": softcap, "backend": backend}
+    own = Partial(*attention(q, k, v, mask=_own_mask(q, lengths), return_lse=True, **options))
+    parts = [level.attend(q, **options) for level in levels]
+    whole = fold(Partial(part.out.to(part.lse.dtype), part.lse) for part in [*parts, own])
+    out = whole.out.to(q.dtype)
+    return (out, whole.lse) if return_lse else out
+
+
+def _own_mask(q: Tensor, lengths: Tensor | Sequence[int] | None) -> Mask:
+    if lengths is None:
+        return Causal()
+    filled = KeyLengths(lengths)
+    return filled & Causal(offset=filled.lengths - q.shape[2])
+
+
+def _check_queries(q: Tensor, k: Tensor) -> None:
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must be a torch.Tensor; got {type(q).__name__}")
+    if q.dim() != 4:
+        raise ValueError(f"q must be [B, Hq, Sq, D]; got {list(q.shape)}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads and k has {k.shape[1]}; expected a multiple of the KV heads")
+
+
+def _members(members: Sequence[int], prefixes: int) -> list[int]:
+    chosen = members.tolist() if isinstance(members, Tensor) else list(members)
+    for number in chosen:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"members must be ints, one per request; got {number!r}")
+        if not 0 <= number < prefixes:
+            raise ValueError(f"members must lie between 0 and {prefixes - 1}, the prefixes there are; got {number}")
+    return chosen
+
+
+def _places(members: list[int], prefixes: int) -> tuple[Tensor, Tensor]:
+    """Where each request's rows go when requests are sorted by prefix.
+
+    Returns:
+        request_at ``[P, n]``: the request in each place; places behind a prefix's last member hold request 0, and what is
+        computed there is not looked at. slot_of ``[B]``: each request's place, counted over all prefixes.
+    """
+    by_prefix = [[b for b, own in enumerate(members) if own == prefix] for prefix in range(prefixes)]
+    most = max(map(len, by_prefix))
+    request_at = torch.tensor([group + [0] * (most - len(group)) for group in by_prefix], dtype=torch.int64)
+    slot_of = torch.empty(len(members), dtype=torch.int64)
+    for prefix, group in enumerate(by_prefix):
+        for slot, request in enumerate(group):
+            slot_of[request] = prefix * most + slot
+    return request_at, slot_of

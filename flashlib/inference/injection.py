@@ -363,7 +363,9 @@ def _gate(local: Partial, memory: Partial, alpha: Alpha) -> tuple[Tensor, Tensor
     share = _share(memory, injected)
     if not isinstance(alpha, Tensor) and alpha == 1:
         return injected.out, share
-    own = _share(local, injected).clamp_min(torch.finfo(share.dtype).tiny)  # 0 only by underflow; 0 / 0 must not arise
+    # A share below the floor, 4e-31 in fp32, is there only by underflow. The floor keeps 0 / 0 away, and the gradient at
+    # alpha = 0 (true value: exp of the difference of two LSEs) within what its dtype can hold.
+    own = _share(local, injected).clamp_min(torch.finfo(share.dtype).tiny ** 0.8)
     share = alpha * share / (own + alpha * share)
     return torch.lerp(local.out, memory.out, share[..., None]), share
 

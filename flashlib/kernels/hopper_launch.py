@@ -7,11 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashlib.kernels.launch import INTERVALS, KernelOptions, Launch, blocks, empty_results, strides
-from flashlib.kernels.tiles import HOPPER, HOPPER_LEAST_KEYS, HOPPER_ROOMY, HOPPER_ROWS, HopperTiles, capability_of
+from flashlib.kernels.launch import (
+    INTERVALS,
+    BackwardTensors,
+    KernelOptions,
+    Launch,
+    batch_stride,
+    blocks,
+    empty_results,
+    row_ranges_launch,
+    strides,
+)
+from flashlib.kernels.tiles import (
+    HOPPER,
+    HOPPER_BACKWARD,
+    HOPPER_BACKWARD_ROOMY,
+    HOPPER_LEAST_KEYS,
+    HOPPER_ROOMY,
+    HOPPER_ROWS,
+    HopperBackwardTiles,
+    HopperTiles,
+    capability_of,
+)
 from flashlib.masks import RowIntervals
 
-__all__ = ["hopper_launch", "hopper_runs"]
+__all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_launch", "hopper_runs"]
 
 
 def hopper_runs(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> bool:
@@ -88,6 +108,71 @@ def hopper_launch(
     return Launch(hopper_forward, (blocks(q_len, tiles.block_m) * batch * q_heads,), arguments, tiles), out, lse
 
 
+def hopper_backward_runs(tensors: BackwardTensors) -> bool:
+    """Whether the warp-specialised kernel of dK and dV takes a problem."""
+    q, k, v = tensors.q, tensors.k, tensors.v
+    return (
+        q.device.type == "cuda"
+        and capability_of(q.device) == 9
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and max(q.shape[3], v.shape[3]) <= 128
+        and all(copy_engine_reads(x) for x in (q, k, v, tensors.grad_out))
+    )
+
+
+def hopper_dkdv_launches(
+    tensors: BackwardTensors, options: KernelOptions, tiles: HopperBackwardTiles | None = None
+) -> list[Launch]:
+    """The launches of the warp-specialised dK and dV: one, or under row intervals two.
+
+    It multiplies whole tiles of Q and dO by weights, and a weight of 0 does not hide a NaN. So rows that see nothing must not
+    be given to it: under a band they are the first ones, and under row intervals they are blanked in copies.
+    """
+    from flashlib.kernels.hopper_backward import hopper_dkdv
+
+    q, grad_out = tensors.q, tensors.grad_out
+    batch, kv_heads, kv_len, _ = tensors.k.shape
+    q_len, v_head_dim = q.shape[2], tensors.v.shape[3]
+    extras = options.mask_kind == INTERVALS or options.softcap or options.alibi_slopes is not None
+    table = HOPPER_BACKWARD_ROOMY if extras else HOPPER_BACKWARD
+    tiles = tiles or table[64 if max(q.shape[3], v_head_dim) <= 64 else 128]
+    launches, ranges, unseeing = [], None, 0
+    if options.mask_kind == INTERVALS:
+        launch, ranges = row_ranges_launch(tensors, options, tiles.block_n)
+        launches.append(launch)
+        blind = (options.start >= options.stop)[:, None, :, None]
+        q, grad_out = q.masked_fill(blind, 0.0), grad_out.masked_fill(blind, 0.0)
+    elif options.right is not None:
+        unseeing = min(max(0, q_len - kv_len - options.right), q_len - 1)
+        q, grad_out = q[:, :, unseeing:], grad_out[:, :, unseeing:]
+    arguments = tensors.inputs(options)
+    block_d, block_dv = (max(64, arguments[name]) for name in ("BLOCK_D", "BLOCK_DV"))
+    for name in (
+        "p_q",
+        "p_k",
+        "p_v",
+        "p_do",
+        "p_lse",
+        "p_delta",
+        "stride_row",
+        "PRECISION",
+        *strides(q=q, k=q, v=q, g=q),
+    ):
+        del arguments[name]
+    arguments |= {
+        **{"desc_q": tile_descriptor(q, tiles.block_m, block_d), "desc_do": tile_descriptor(grad_out, tiles.block_m, block_dv)},
+        **{"desc_k": tile_descriptor(tensors.k, HOPPER_ROWS, block_d), "desc_rows": row_descriptor(tensors.rows, tiles.block_m)},
+        **{"desc_v": tile_descriptor(tensors.v, HOPPER_ROWS, block_dv)},
+        **{"p_dk": tensors.dk, "p_dv": tensors.dv},
+        **{"p_ranges": ranges, "stride_range": batch_stride(ranges), "kv_heads": kv_heads, "unseeing": unseeing},
+        **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_M": tiles.block_m, "CONSUMERS": tiles.consumers},
+        **{"CHECK_D": q.shape[3] != block_d, "CHECK_DV": v_head_dim != block_dv},
+        **{"STAGES": tiles.num_stages, "CONSUMER_REGISTERS": tiles.registers},
+    }  # fmt: skip
+    grid = (blocks(kv_len, tiles.block_n) * batch * kv_heads,)
+    return [*launches, Launch(hopper_dkdv, grid, arguments, tiles)]
+
+
 def tile_descriptor(x: Tensor, rows: int, channels: int) -> Any:
     """What the copy engine must know of a tensor ``[B, H, S, D]`` to bring tiles of ``rows x channels`` of one head."""
     from triton.experimental.gluon.language import NVMMASharedLayout
@@ -99,3 +184,13 @@ def tile_descriptor(x: Tensor, rows: int, channels: int) -> Any:
     x_strides[3] = 1
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
     return TensorDescriptor(x, list(x.shape), x_strides, [1, 1, rows, channels], layout)
+
+
+def row_descriptor(x: Tensor, rows: int) -> Any:
+    """The same of the numbers that the backward keeps for each row, fp32 ``[2, B, H, S]``."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    heads = x.flatten(1, 2)
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    return TensorDescriptor(heads, list(heads.shape), list(heads.stride()), [1, 1, rows], layout)

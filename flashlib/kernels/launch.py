@@ -164,15 +164,14 @@ class BackwardTensors:
     """What the backward kernels read and what they write, ``dq, dk, dv``.
 
     Attributes:
-        lse2, delta: fp32 ``[B, Hq, Sq padded to ROW_PADDING]``, as ``backward_delta`` writes them.
+        rows: fp32 ``[2, B, Hq, Sq padded to ROW_PADDING]``, the LSE in base 2 and delta, as ``backward_delta`` writes them.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     grad_out: Tensor
-    lse2: Tensor
-    delta: Tensor
+    rows: Tensor
     dq: Tensor
     dk: Tensor
     dv: Tensor
@@ -180,9 +179,9 @@ class BackwardTensors:
     def inputs(self, options: KernelOptions) -> dict[str, Any]:
         """The arguments that the kernels of dK/dV and of dQ share, by name."""
         return {
-            **{"p_q": self.q, "p_k": self.k, "p_v": self.v, "p_do": self.grad_out, "p_lse": self.lse2, "p_delta": self.delta},
+            **{"p_q": self.q, "p_k": self.k, "p_v": self.v, "p_do": self.grad_out, "p_lse": self.rows[0], "p_delta": self.rows[1]},
             **strides(q=self.q, k=self.k, v=self.v, g=self.grad_out),
-            "stride_row": self.delta.shape[2],
+            "stride_row": self.rows.shape[3],
             **options.arguments(self.q, self.k, self.v),
         }  # fmt: skip
 
@@ -200,8 +199,8 @@ def backward_launches(
     q, k, v, out, grad_out = (readable(x) for x in (q, k, v, out, grad_out))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     padded_rows = blocks(q.shape[2], ROW_PADDING) * ROW_PADDING
-    lse2, delta = (lse.new_empty(*lse.shape[:2], padded_rows) for _ in range(2))
-    tensors = BackwardTensors(q, k, v, grad_out, lse2, delta, dq, dk, dv)
+    rows = lse.new_empty(2, *lse.shape[:2], padded_rows)
+    tensors = BackwardTensors(q, k, v, grad_out, rows, dq, dk, dv)
     widest, capability = max(q.shape[3], v.shape[3]), capability_of(q.device)
     tiles = tiles or {kernel: tile_config(kernel, q.dtype, widest, capability) for kernel in ("dkdv", "dq")}
     launches = [
@@ -213,19 +212,19 @@ def backward_launches(
 
 
 def delta_launch(out: Tensor, lse: Tensor, grad_lse: Tensor | None, tensors: BackwardTensors) -> Launch:
-    """The launch that prepares two numbers per row: ``delta`` and ``lse2``."""
+    """The launch that prepares two numbers per row: the LSE in base 2, and delta."""
     from flashlib.kernels.backward import backward_delta
 
     batch, q_heads, q_len, v_head_dim = out.shape
-    rows = 64
+    block_m = 64
     arguments = {
         **{"p_out": out, "p_do": tensors.grad_out, **strides(o=out, g=tensors.grad_out)},
         **{"p_lse": lse.contiguous(), "p_dlse": None if grad_lse is None else grad_lse.contiguous()},
-        **{"p_lse2": tensors.lse2, "p_delta": tensors.delta, "stride_row": tensors.delta.shape[2]},
+        **{"p_lse2": tensors.rows[0], "p_delta": tensors.rows[1], "stride_row": tensors.rows.shape[3]},
         **{"q_heads": q_heads, "q_len": q_len, "v_head_dim": v_head_dim},
-        **{"BLOCK_DV": padded(v_head_dim), "BLOCK_M": rows, "HAS_DLSE": grad_lse is not None},
+        **{"BLOCK_DV": padded(v_head_dim), "BLOCK_M": block_m, "HAS_DLSE": grad_lse is not None},
     }
-    return Launch(backward_delta, (tensors.delta.shape[2] // rows * batch * q_heads,), arguments)
+    return Launch(backward_delta, (tensors.rows.shape[3] // block_m * batch * q_heads,), arguments)
 
 
 def row_ranges_launch(tensors: BackwardTensors, options: KernelOptions, block_n: int) -> tuple[Launch, Tensor]:

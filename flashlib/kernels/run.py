@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashlib.kernels.hopper_launch import hopper_launch, hopper_runs
-from flashlib.kernels.launch import KernelOptions, backward_launches, forward_launch
+from flashlib.kernels.hopper_launch import hopper_backward_runs, hopper_dkdv_launches, hopper_launch, hopper_runs
+from flashlib.kernels.launch import (
+    BackwardTensors,
+    KernelOptions,
+    Launch,
+    backward_launches,
+    dkdv_launches,
+    forward_launch,
+)
+from flashlib.kernels.tiles import TileConfig
 
 __all__ = ["launch_backward", "launch_forward"]
 
@@ -22,7 +30,14 @@ def launch_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, options: KernelOptions
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Start the backward kernels: ``(dq, dk, dv)``, shaped and typed like q, k, v."""
-    launches, gradients = backward_launches(q, k, v, out, lse, grad_out, grad_lse, options)
+    launches, gradients = backward_launches(q, k, v, out, lse, grad_out, grad_lse, options, dkdv=best_dkdv_launches)
     for launch in launches:
         launch.start()
     return tuple(gradient.to(x.dtype) for gradient, x in zip(gradients, (q, k, v), strict=True))
+
+
+def best_dkdv_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig) -> list[Launch]:
+    """The launches of dK and dV; ``tiles`` are those of the plain kernel."""
+    if hopper_backward_runs(tensors):
+        return hopper_dkdv_launches(tensors, options)
+    return dkdv_launches(tensors, options, tiles)

@@ -8,9 +8,12 @@ import torch
 
 __all__ = [
     "HOPPER",
+    "HOPPER_BACKWARD",
+    "HOPPER_BACKWARD_ROOMY",
     "HOPPER_LEAST_KEYS",
     "HOPPER_ROWS",
     "TABLE",
+    "HopperBackwardTiles",
     "HopperTiles",
     "TileConfig",
     "capability_of",
@@ -46,7 +49,25 @@ class HopperTiles:
         return HOPPER_ROWS * self.consumers
 
 
+@dataclass(frozen=True)
+class HopperBackwardTiles:
+    """Shape of the warp-specialised dK/dV: rows, consumers of 64 keys, stages of the ring, registers per consumer's thread."""
+
+    block_m: int
+    consumers: int
+    num_stages: int
+    registers: int
+    num_warps: int = 4
+
+    @property
+    def block_n(self) -> int:
+        return HOPPER_ROWS * self.consumers
+
+
 # By padded head_dim, measured on an H200.
+HOPPER_BACKWARD = {64: HopperBackwardTiles(128, 2, 2, 240), 128: HopperBackwardTiles(64, 2, 2, 240)}
+# With row intervals, a softcap or ALiBi, whose values take registers too.
+HOPPER_BACKWARD_ROOMY = {64: HopperBackwardTiles(64, 2, 3, 240), 128: HopperBackwardTiles(32, 2, 3, 240)}
 HOPPER = {64: HopperTiles(3, 128, 2, 160), 128: HopperTiles(2, 128, 2, 240)}
 # For all but plain and causal attention: three consumers have 160 registers a thread, too few for where each row starts as well.
 HOPPER_ROOMY = HopperTiles(2, 128, 2, 240)

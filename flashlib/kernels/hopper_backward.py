@@ -1,0 +1,261 @@
+"""dK and dV for Hopper GPUs, warp-specialised, in Gluon (Dao 2023, arXiv 2307.08691, algorithm 2; Shah et al. 2024, arXiv 2407.08608).
+
+A program owns 64 keys per consumer; their K and V stay in shared memory, their dK and dV in registers. The producer brings Q and
+dO of one tile of rows after another. Scores are formed transposed, keys first, so that P and dS come out of one matrix product
+in the very registers in which the next one takes them: nothing but Q, dO, K and V ever lies in shared memory.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from flashlib.kernels.common import BAND, INTERVALS, LOG2_E, UNMASKED
+
+KEYS = gl.constexpr(64)  # of one consumer: what one warpgroup's instruction takes
+
+
+@gluon.jit(do_not_specialize=["stride_interval", "stride_slope", "stride_range", "kv_heads", "group_size", "q_len", "kv_len", "unseeing", "offset", "left", "right"])  # fmt: skip
+def hopper_dkdv(
+    desc_q, desc_k, desc_v, desc_do, desc_rows, p_dk, p_dv, p_start, p_stop, p_ranges, p_slopes,
+    stride_interval, stride_slope, stride_range, kv_heads, group_size, q_len, kv_len, unseeing, offset, left, right, scale, softcap, head_dim, v_head_dim, CHECK_D: gl.constexpr,
+    CHECK_DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+):  # fmt: skip
+    """``64 * CONSUMERS`` keys of one KV head: every row of every query head of the group passes by, in a fixed order."""
+    BLOCK_N: gl.constexpr = KEYS * CONSUMERS
+    key_blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
+    i_head, i_n = gl.program_id(0) // key_blocks, gl.program_id(0) % key_blocks
+    i_b, i_kv = i_head // kv_heads, i_head % kv_heads
+    n = i_n * BLOCK_N
+    if MASK == INTERVALS:
+        p_start += i_b.to(gl.int64) * stride_interval
+        p_stop += i_b.to(gl.int64) * stride_interval
+        p_ranges += i_b * stride_range + i_n * 4
+    first, full_first, n_full, n_tiles = row_tiles(
+        n, q_len, kv_len, offset, left, right, p_ranges, BLOCK_M, BLOCK_N, MASK, HAS_LEFT, HAS_RIGHT
+    )
+
+    smem_k = gl.allocate_shared_memory(desc_k.dtype, [CONSUMERS, 1, 1, KEYS, BLOCK_D], desc_k.layout)
+    smem_v = gl.allocate_shared_memory(desc_v.dtype, [CONSUMERS, 1, 1, KEYS, BLOCK_DV], desc_v.layout)
+    smem_q = gl.allocate_shared_memory(desc_q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], desc_q.layout)
+    smem_do = gl.allocate_shared_memory(desc_do.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DV], desc_do.layout)
+    smem_lse = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], desc_rows.layout)
+    smem_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], desc_rows.layout)
+    ready_kv = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ready_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready_do = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready_kv, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready_q.index(i), count=1)
+        mbarrier.init(ready_do.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+
+    if ALIBI:
+        p_slopes += i_b * stride_slope + i_kv * group_size
+    key = i_head.to(gl.int64) * kv_len + n  # dK and dV are contiguous
+    p_dk += key * (head_dim if CHECK_D else BLOCK_D)
+    p_dv += key * (v_head_dim if CHECK_DV else BLOCK_DV)
+    gl.warp_specialize([
+        (consume, (0, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, p_dk, p_dv, p_start, p_stop,
+                   p_slopes, n, first, full_first, n_full, n_tiles, group_size, q_len,
+                   kv_len, offset, left, right, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M,
+                   STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
+        (consume, (1, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, p_dk, p_dv, p_start, p_stop,
+                   p_slopes, n, first, full_first, n_full, n_tiles, group_size, q_len,
+                   kv_len, offset, left, right, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M,
+                   STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
+        (produce, (desc_q, desc_k, desc_v, desc_do, desc_rows, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, i_b, i_kv, kv_heads, n,
+                   unseeing, first, full_first, n_full, n_tiles, group_size, CONSUMERS, BLOCK_M, STAGES, HAS_LEFT or MASK == INTERVALS)),
+    ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
+
+
+@gluon.jit
+def row_tiles(
+    n, q_len, kv_len, offset, left, right, p_ranges, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Which tiles of rows see these keys: ``(first row, first row of the full ones, how many are full, how many in all)``.
+
+    Rows past the end and keys past the end need no mask: the copy engine brings zeros for them, which add nothing.
+    """
+    first, last = 0, q_len
+    full_first, full_last = 0, q_len
+    end = gl.minimum(n + BLOCK_N, kv_len)
+    if MASK == INTERVALS:
+        first, full_first = gl.load(p_ranges), gl.load(p_ranges + 1)
+        full_last, last = gl.load(p_ranges + 2), gl.load(p_ranges + 3)
+    if MASK == BAND:
+        if HAS_RIGHT:
+            first = gl.maximum(first, n - offset - right)
+            full_first = gl.maximum(full_first, end - 1 - offset - right)
+        if HAS_LEFT:
+            last = gl.minimum(last, end - offset + left)
+            full_last = gl.minimum(full_last, n - offset + left + 1)
+    first = first // BLOCK_M
+    last = gl.maximum((gl.maximum(last, 0) + BLOCK_M - 1) // BLOCK_M, first)
+    full_first = gl.minimum((full_first + BLOCK_M - 1) // BLOCK_M, last)
+    full_last = gl.where(full_last >= q_len, last, gl.maximum(full_last, 0) // BLOCK_M)
+    n_full = gl.maximum(gl.minimum(full_last, last) - full_first, 0)
+    return first * BLOCK_M, full_first * BLOCK_M, n_full, last - first
+
+
+@gluon.jit
+def row_of(j, first, full_first, n_full, BLOCK_M: gl.constexpr, TWO_SIDED: gl.constexpr):
+    """Where the ``j``-th tile visited begins: the full tiles come first, then the partial ones.
+
+    The latter lie on both sides of the full ones (TWO_SIDED), or, without a limit on the left, only in front of them.
+    """
+    partial = first + (j - n_full) * BLOCK_M
+    if TWO_SIDED:
+        partial += gl.where(partial < full_first, 0, n_full * BLOCK_M)
+    return gl.where(j < n_full, full_first + j * BLOCK_M, partial)
+
+
+@gluon.jit
+def produce(
+    desc_q, desc_k, desc_v, desc_do, desc_rows, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, i_b, i_kv, kv_heads, n, unseeing,
+    first, full_first, n_full, n_tiles, group_size, CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    TWO_SIDED: gl.constexpr,
+):  # fmt: skip
+    """The warp that moves data: K and V once, then Q and dO as stages of the ring come free.
+
+    The first ``unseeing`` rows are not in the tensors given, because what they hold may be NaN: zeros come in their place.
+    """
+    mbarrier.expect(ready_kv, CONSUMERS * (desc_k.block_type.nbytes + desc_v.block_type.nbytes))
+    for i in gl.static_range(CONSUMERS):
+        tma.async_copy_global_to_shared(desc_k, [i_b, i_kv, n + i * KEYS, 0], ready_kv, smem_k.index(i))
+        tma.async_copy_global_to_shared(desc_v, [i_b, i_kv, n + i * KEYS, 0], ready_kv, smem_v.index(i))
+    for i in range(group_size * n_tiles):
+        i_h = i_kv * group_size + i // n_tiles
+        head = (i_b * kv_heads + i_kv) * group_size + i // n_tiles
+        row = row_of(i % n_tiles, first, full_first, n_full, BLOCK_M, TWO_SIDED)
+        stage, phase = i % STAGES, i // STAGES & 1
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(ready_q.index(stage), desc_q.block_type.nbytes + desc_rows.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc_q, [i_b, i_h, row - unseeing, 0], ready_q.index(stage), smem_q.index(stage))
+        tma.async_copy_global_to_shared(desc_rows, [0, head, row], ready_q.index(stage), smem_lse.index(stage))
+        mbarrier.expect(ready_do.index(stage), desc_do.block_type.nbytes + desc_rows.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc_do, [i_b, i_h, row - unseeing, 0], ready_do.index(stage), smem_do.index(stage))
+        tma.async_copy_global_to_shared(desc_rows, [1, head, row], ready_do.index(stage), smem_delta.index(stage))
+
+
+@gluon.jit
+def consume(
+    which, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, p_dk, p_dv, p_start, p_stop, p_slopes,
+    n, first, full_first, n_full, n_tiles, group_size, q_len, kv_len, offset, left, right, scale,
+    softcap, head_dim, v_head_dim, CHECK_D: gl.constexpr, CHECK_DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+):  # fmt: skip
+    """Four warps that compute dK and dV of 64 keys."""
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    b_dk = gl.zeros([KEYS, BLOCK_D], gl.float32, dk_layout)
+    b_dv = gl.zeros([KEYS, BLOCK_DV], gl.float32, dv_layout)
+    k = smem_k.index(which).reshape([KEYS, BLOCK_D])
+    v = smem_v.index(which).reshape([KEYS, BLOCK_DV])
+    slope = 0.0
+    mbarrier.wait(ready_kv, 0)
+    for g in range(group_size):
+        if ALIBI:
+            slope = gl.load(p_slopes + g)
+        b_dk, b_dv = gather_rows(
+            0, n_full, g * n_tiles, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start, p_stop,
+            n + which * KEYS, first, full_first, n_full, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV,
+            BLOCK_M, STAGES, UNMASKED, False, False, SOFTCAP, ALIBI, dk_layout, dv_layout,
+        )  # fmt: skip
+        if MASK != UNMASKED:
+            b_dk, b_dv = gather_rows(
+                n_full, n_tiles, g * n_tiles, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start,
+                p_stop, n + which * KEYS, first, full_first, n_full, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D,
+                BLOCK_DV, BLOCK_M, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, dk_layout, dv_layout,
+            )  # fmt: skip
+    store(p_dk, b_dk * scale, which * KEYS, kv_len - n, head_dim, CHECK_D, BLOCK_D)
+    store(p_dv, b_dv, which * KEYS, kv_len - n, v_head_dim, CHECK_DV, BLOCK_DV)
+
+
+@gluon.jit
+def gather_rows(
+    from_tile, to_tile, before, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start, p_stop, n, first,
+    full_first, n_full, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, dk_layout: gl.constexpr, dv_layout: gl.constexpr,
+):  # fmt: skip
+    """Add what the rows of one head give: the ``from_tile``-th tile visited and those up to ``to_tile``; ``before`` came earlier."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    unit = (softcap if SOFTCAP else scale) * LOG2_E
+    for j in range(from_tile, to_tile):
+        stage, phase = (before + j) % STAGES, (before + j) // STAGES & 1
+        row = row_of(j, first, full_first, n_full, BLOCK_M, HAS_LEFT or MASK == INTERVALS)
+        o_m = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
+        q = smem_q.index(stage).reshape([BLOCK_M, BLOCK_D])
+        do = smem_do.index(stage).reshape([BLOCK_M, BLOCK_DV])
+        zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, s_layout)
+        mbarrier.wait(ready_q.index(stage), phase)
+        b_s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(ready_do.index(stage), phase)
+        b_dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        b_s = warpgroup_mma_wait(1, deps=(b_s,))
+        o_n = n + gl.arange(0, KEYS, layout=gl.SliceLayout(1, s_layout))
+        if SOFTCAP:
+            b_t = 1.0 - 2.0 / (gl.exp2(b_s * (scale / softcap * 2.0 * LOG2_E)) + 1.0)
+            b_s = b_t
+        if ALIBI:
+            b_s = b_s - slope / (softcap if SOFTCAP else scale) * gl.abs(o_m[None, :] + offset - o_n[:, None]).to(
+                gl.float32
+            )
+        b_lse = smem_lse.index(stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, s_layout))
+        b_p = gl.exp2(b_s * unit - b_lse[None, :])
+        b_p = hide(b_p, o_n, o_m, q_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
+        b_dv = warpgroup_mma(
+            gl.convert_layout(b_p.to(smem_do.dtype), gl.DotOperandLayout(0, dv_layout, 2)), do, b_dv, is_async=True
+        )
+        # A barrier that is already complete ends the basic block, without which the assembler moves the next wait above the exp2s.
+        mbarrier.wait(ready_do.index(stage), phase)
+        b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
+        b_delta = smem_delta.index(stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, s_layout))
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        if SOFTCAP:
+            b_ds = b_ds * (1.0 - b_t * b_t)
+        if MASK != UNMASKED:
+            b_ds = gl.where(b_p == 0.0, 0.0, b_ds)  # a key that nobody sees may hold NaN, and so may its dP
+        b_dk = warpgroup_mma(
+            gl.convert_layout(b_ds.to(smem_q.dtype), gl.DotOperandLayout(0, dk_layout, 2)), q, b_dk, is_async=True
+        )
+        b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
+        mbarrier.arrive(empty.index(stage), count=1)
+    return b_dk, b_dv
+
+
+@gluon.jit
+def hide(
+    b_p, o_n, o_m, q_len, offset, left, right, p_start, p_stop, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr
+):  # fmt: skip
+    """The weights, 0 for pairs that the mask hides. Rows past the end may keep theirs: their Q and dO are zeros."""
+    if MASK == INTERVALS:
+        start = gl.load(p_start + o_m, mask=o_m < q_len, other=0)
+        stop = gl.load(p_stop + o_m, mask=o_m < q_len, other=0)
+        b_p = gl.where((o_n[:, None] >= start[None, :]) & (o_n[:, None] < stop[None, :]), b_p, 0.0)
+    if MASK == BAND:
+        if HAS_LEFT:
+            b_p = gl.where(o_n[:, None] >= o_m[None, :] + (offset - left), b_p, 0.0)
+        if HAS_RIGHT:
+            b_p = gl.where(o_n[:, None] <= o_m[None, :] + (offset + right), b_p, 0.0)
+    return b_p
+
+
+@gluon.jit
+def store(p_out, b_tile, n, keys, width, CHECK: gl.constexpr, BLOCK: gl.constexpr):
+    """Write 64 keys of a gradient, from the ``n``-th of the program on, of which there are ``keys``."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
+    b_tile = gl.convert_layout(b_tile.to(p_out.dtype.element_ty), layout)
+    o_n = n + gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+    m_tile = o_n[:, None] < keys
+    if CHECK:
+        m_tile = m_tile & (o_d[None, :] < width)
+        gl.store(p_out + o_n[:, None] * width + o_d[None, :], b_tile, mask=m_tile)
+    else:
+        gl.store(p_out + o_n[:, None] * BLOCK + o_d[None, :], b_tile, mask=m_tile)

@@ -1,0 +1,202 @@
+"""Split-KV decoding in Triton (flash-decoding; Dao, Haziza, Massa and Sizov 2023, pytorch.org/blog/flash-decoding).
+
+With one query token there is one row of work per head, and a GPU of 132 multiprocessors would stand idle while 8 of them read the
+keys. So the keys of each request are cut into splits, one program each, and the partial results are merged.
+
+One program computes one split for all query rows that share a KV head: the heads of the group times the query tokens, packed into
+one tile, so that K and V are read once for all of them. Everything is transposed: ``S^T = K Q^T`` and ``O^T = V^T P^T``. A tensor
+core's instruction is tall (64 rows on Hopper) and may be narrow, and here the keys are many and the query rows few.
+"""
+
+import triton
+import triton.language as tl
+
+from flashlib.kernels.combine import merge_splits, store_rows
+from flashlib.kernels.common import LN_2, LOG2_E, cap, load_tile, score_unit
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_heads", "kv_heads", "q_len", "n_rows", "capacity", "num_splits", "split_size", "left", "right", "stride_table",
+    ]
+)  # fmt: skip
+def decode_split(
+    p_q, p_k, p_v, p_out, p_lse, p_partial_out, p_partial_lse, p_arrivals, p_lengths, p_table,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_table,
+    q_heads, kv_heads, q_len, n_rows, capacity, num_splits, split_size, left, right, scale, softcap, head_dim, v_head_dim,
+    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    WHOLE_TILES: tl.constexpr, FIXED_SIZE: tl.constexpr, MERGE: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One split of the keys of one request and KV head, for ``BLOCK_M`` of the query rows that see them.
+
+    PAGE_SIZE is 0 for a contiguous cache. WHOLE_TILES says that no tile of keys lies in more than one page. With MERGE the last program
+    to finish merges the splits; without it they are left for :func:`flashlib.kernels.combine.combine`.
+    """
+    row_blocks = tl.cdiv(q_heads // kv_heads * q_len, BLOCK_M)
+    i_m, i = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
+    i_kv, i = i % kv_heads, i // kv_heads
+    i_split, i_b = i % num_splits, i // num_splits
+
+    o_head, o_token, o_rows = query_rows(i_b, i_kv, i_m * BLOCK_M, q_heads, kv_heads, q_len, BLOCK_M)
+    m_rows = o_token < q_len
+    length = capacity
+    if p_lengths is not None:
+        length = tl.minimum(tl.load(p_lengths + i_b).to(tl.int32), capacity)
+    start, stop = visible_keys(o_token, m_rows, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
+    first = tl.min(tl.where(start < stop, start, capacity))
+    last = tl.max(tl.where(start < stop, stop, 0))
+    begin, size, n_live = splits_of(first, last, num_splits, split_size, BLOCK_N, FIXED_SIZE)
+    if MERGE and i_split >= n_live:
+        return
+    begin += i_split * size
+    end = tl.minimum(begin + size, last)
+    begin = tl.maximum(begin, first // BLOCK_N * BLOCK_N)
+
+    p_k += i_kv.to(tl.int64) * stride_kh
+    p_v += i_kv.to(tl.int64) * stride_vh
+    if PAGE_SIZE > 0:
+        p_table += i_b.to(tl.int64) * stride_table
+    o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    page = pages_of(p_table, i_b, begin, o_n, first, end, PAGE_SIZE, WHOLE_TILES)
+    # q [BLOCK_D, BLOCK_M]
+    o_q = o_head.to(tl.int64) * stride_qh + o_token.to(tl.int64) * stride_qs
+    b_q = tl.trans(load_tile(p_q + i_b.to(tl.int64) * stride_qb, o_q, o_d, 1, m_rows, head_dim, True, CHECK_D))
+    b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_l = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # summed over the keys once, at the end
+    b_acc = tl.zeros([BLOCK_DV, BLOCK_M], tl.float32)
+    unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
+    for n in tl.range(begin, end, BLOCK_N):
+        o_keys = n + o_n
+        # Keys that none of these rows see are not read: they count as 0.
+        m_keys = (o_keys >= first) & (o_keys < end)
+        # k [BLOCK_N, BLOCK_D], s [BLOCK_N, BLOCK_M]
+        b_k = load_keys(p_k, page, n, o_n, o_d, stride_kb, stride_ks, m_keys, head_dim, PAGE_SIZE, WHOLE_TILES, CHECK_D)
+        b_s = cap(tl.dot(b_k, b_q, input_precision=PRECISION), scale, softcap, SOFTCAP)
+        m_pairs = (o_keys[:, None] >= start[None, :]) & (o_keys[:, None] < tl.minimum(stop, end)[None, :])
+        b_s = tl.where(m_pairs, b_s, float("-inf"))
+        m_new = tl.maximum(b_m, tl.max(b_s, 0))
+        # A row that has seen nothing keeps m = -inf, and -inf - -inf is NaN: subtract 0 there.
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new * unit)
+        b_p = tl.exp2(b_s * unit - pivot[None, :])
+        rescale = tl.exp2(b_m * unit - pivot)
+        b_l = b_l * rescale[None, :] + b_p
+        b_v = load_keys(
+            p_v, page, n, o_n, o_dv, stride_vb, stride_vs, m_keys, v_head_dim, PAGE_SIZE, WHOLE_TILES, CHECK_DV
+        )
+        # The next tile's pages are looked up while this one is worked on.
+        page = pages_of(p_table, i_b, n + BLOCK_N, o_n, first, end, PAGE_SIZE, WHOLE_TILES)
+        b_acc = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_acc * rescale[None, :], input_precision=PRECISION)
+        b_m = m_new
+
+    # A row that saw nothing has l = 0: it gives 0, and an LSE of -inf.
+    b_l = tl.sum(b_l, 0)
+    b_out = tl.trans(b_acc / tl.where(b_l == 0.0, 1.0, b_l)[None, :])
+    b_lse = (b_m * unit + tl.log2(b_l)) * LN_2
+    p_split_out = p_partial_out + i_split.to(tl.int64) * n_rows * v_head_dim
+    p_split_lse = p_partial_lse + i_split.to(tl.int64) * n_rows
+    if not MERGE:
+        store_rows(p_split_out, p_split_lse, b_out, b_lse, o_rows, m_rows, v_head_dim, BLOCK_DV)
+    elif n_live == 1:
+        store_rows(p_out, p_lse, b_out, b_lse, o_rows, m_rows, v_head_dim, BLOCK_DV)
+    else:
+        store_rows(p_split_out, p_split_lse, b_out, b_lse, o_rows, m_rows, v_head_dim, BLOCK_DV)
+        p_arrival = p_arrivals + (i_b * kv_heads + i_kv) * row_blocks + i_m
+        if arrives_last(p_arrival, n_live):
+            merge_tile(
+                p_partial_out, p_partial_lse, p_out, p_lse, i_b, i_kv, i_m * BLOCK_M, q_heads, kv_heads, q_len, n_rows, n_live,
+                v_head_dim, MERGE_ROWS, BLOCK_DV, MERGE_SPLITS,
+            )  # fmt: skip
+
+
+@triton.jit
+def arrives_last(p_arrival, n_programs):
+    """Whether all other programs of a set have come here before, so that what they wrote can be read. Counts in a 0, and leaves a 0."""
+    # One thread counts for all of its program: each of them must have written its share by then.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(p_arrival, 1, sem="acq_rel") == n_programs - 1
+    if is_last:
+        tl.store(p_arrival, 0)
+    return is_last
+
+
+@triton.jit
+def merge_tile(
+    p_partial_out, p_partial_lse, p_out, p_lse, i_b, i_kv, first_row, q_heads, kv_heads, q_len, n_rows, n_splits, v_head_dim,
+    ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of one tile of packed rows, its padding left out."""
+    _, o_token, o_rows = query_rows(i_b, i_kv, first_row, q_heads, kv_heads, q_len, ROWS)
+    merge_splits(
+        p_partial_out, p_partial_lse, p_out, p_lse, o_rows, o_token < q_len, n_rows, n_splits, v_head_dim, ROWS, BLOCK_DV, SPLITS
+    )  # fmt: skip
+
+
+@triton.jit
+def query_rows(i_b, i_kv, first, q_heads, kv_heads, q_len, ROWS: tl.constexpr):
+    """Head, token, and row of out ``[B, Hq, Sq, Dv]``, of ``ROWS`` packed rows. Neighbours are heads of one group: they see the same keys."""
+    group_size = q_heads // kv_heads
+    o_m = first + tl.arange(0, ROWS)
+    o_token, o_head = o_m // group_size, i_kv * group_size + o_m % group_size
+    return o_head, o_token, (i_b.to(tl.int64) * q_heads + o_head) * q_len + o_token
+
+
+@triton.jit
+def visible_keys(
+    o_token, m_rows, q_len, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+):  # fmt: skip
+    """First visible key, and one past the last, of each row; the last token sits at the last key of the request."""
+    position = o_token + length - q_len
+    start = tl.zeros_like(o_token)
+    stop = tl.where(m_rows, length, 0)
+    if HAS_LEFT:
+        start = tl.maximum(start, position - left)
+    if HAS_RIGHT:
+        stop = tl.minimum(stop, position + right + 1)
+    return start, stop
+
+
+@triton.jit
+def splits_of(first, last, num_splits, split_size, BLOCK_N: tl.constexpr, FIXED_SIZE: tl.constexpr):
+    """Where the splits of keys [first, last) begin, how many keys each has, and how many of them there are, at least 1.
+
+    With FIXED_SIZE, boundaries are multiples of ``split_size``. Otherwise ``num_splits`` share the tiles evenly.
+    """
+    if FIXED_SIZE:
+        size = split_size
+        begin = first // size * size
+    else:
+        begin = first // BLOCK_N * BLOCK_N
+        size = tl.maximum(tl.cdiv(tl.cdiv(last - begin, BLOCK_N), num_splits), 1) * BLOCK_N
+    return begin, size, tl.maximum(tl.cdiv(last - begin, size), 1)
+
+
+@triton.jit
+def pages_of(p_table, i_b, n, o_n, first, end, PAGE_SIZE: tl.constexpr, WHOLE_TILES: tl.constexpr):
+    """The page of the tile of keys that begins at ``n``, or the page of each of its keys, if they may lie in several.
+
+    A contiguous cache is one page per request. Entries for keys that are not visible are not read: their pages may be gone.
+    """
+    if PAGE_SIZE == 0:
+        return i_b
+    elif WHOLE_TILES:
+        return tl.load(p_table + n // PAGE_SIZE, mask=n < end, other=0)
+    else:
+        o_keys = n + o_n
+        return tl.load(p_table + o_keys // PAGE_SIZE, mask=(o_keys >= first) & (o_keys < end), other=0)
+
+
+@triton.jit
+def load_keys(
+    p_base, page, n, o_n, o_cols, stride_page, stride_key, m_keys, n_cols, PAGE_SIZE: tl.constexpr, WHOLE_TILES: tl.constexpr,
+    CHECK_COLS: tl.constexpr,
+):  # fmt: skip
+    """A tile ``[keys, cols]`` of K or V, 0 where ``m_keys`` is False and beyond the last column, neither of which is read."""
+    if WHOLE_TILES:
+        slot = n if PAGE_SIZE == 0 else n % PAGE_SIZE
+        p_tile = p_base + page.to(tl.int64) * stride_page + slot.to(tl.int64) * stride_key
+        return load_tile(p_tile, o_n, o_cols, stride_key, m_keys, n_cols, True, CHECK_COLS)
+    else:
+        o_keys = page.to(tl.int64) * stride_page + ((n + o_n) % PAGE_SIZE).to(tl.int64) * stride_key
+        return load_tile(p_base, o_keys, o_cols, 1, m_keys, n_cols, True, CHECK_COLS)

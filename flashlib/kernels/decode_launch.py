@@ -1,0 +1,205 @@
+"""From a decoding step to kernel launches: how many splits, which tiles, and the memory in which splits meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from flashlib.kernels.launch import Launch, blocks, padded, readable, strides
+from flashlib.kernels.tiles import TileConfig, capability_of
+
+__all__ = [
+    "DECODE_TABLE",
+    "DecodeOptions",
+    "combine_launch",
+    "decode_launches",
+    "decode_tiles",
+    "launch_decode",
+    "tiles_for",
+]
+
+LEAST_ROWS = 16  # of a tile of query rows; the rest of it is padding
+MOST_ROWS = 64
+MERGED_AT_ONCE = 8192  # numbers of the partial outputs that one program holds while it merges
+
+# By compute capability (major) and padded head_dim, 16-bit inputs: keys of a tile, warps, stages. Rows are those of the problem.
+DECODE_TABLE = {
+    9: {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
+    8: {64: (64, 4, 3), 128: (32, 4, 3), 256: (16, 4, 3)},
+}
+DECODE_FP32 = (32, 4, 1)
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """What the kernel must know besides q, k and v; as in :func:`flashlib.inference.decode_attention`.
+
+    Attributes:
+        lengths: int32 or int64 ``[B]``, or None for a full cache.
+        block_table: int32 ``[B, max_pages]``, or None for a contiguous cache.
+        left, right: how many keys before and after its own position a row sees; None for no limit.
+        num_splits: splits per request and KV head, at most. split_size: keys per split; None to share the tiles evenly.
+        merge_in_kernel: whether the last program to finish merges, or a second kernel.
+    """
+
+    lengths: Tensor | None
+    block_table: Tensor | None
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float
+    num_splits: int
+    split_size: int | None = None
+    merge_in_kernel: bool = True
+    precision: str = "ieee"
+
+
+def launch_decode(q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions) -> tuple[Tensor, Tensor]:
+    """Start the kernels: ``(out, lse)``, ``[B, Hq, Sq, Dv]`` in the dtype of q and fp32 ``[B, Hq, Sq]``."""
+    launches, out, lse = decode_launches(q, k, v, options)
+    for launch in launches:
+        launch.start()
+    return out.to(q.dtype), lse
+
+
+def decode_launches(
+    q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions, *, tiles: TileConfig | None = None
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """The launches, in order, and the ``out`` and ``lse`` that they will write.
+
+    Args:
+        tiles: tile sizes; None for the table's.
+    """
+    from flashlib.kernels.decode import decode_split
+
+    q, k, v = (readable(x) for x in (q, k, v))
+    batch, q_heads, q_len, head_dim = q.shape
+    _, kv_heads, page_size, v_head_dim = v.shape
+    rows = q_heads // kv_heads * q_len
+    tiles = tiles or tiles_for(q, v)
+    row_blocks = blocks(rows, tiles.block_m)
+    table = options.block_table
+    capacity = page_size if table is None else table.shape[1] * page_size
+    aligned = options.split_size is None or options.split_size % tiles.block_n == 0
+    out = q.new_empty(batch, q_heads, q_len, v_head_dim)
+    lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
+    splits_kept = options.num_splits if options.num_splits > 1 or not options.merge_in_kernel else 0
+    partial_out = q.new_empty((splits_kept, *out.shape), dtype=torch.float32)
+    partial_lse = q.new_empty((splits_kept, *lse.shape), dtype=torch.float32)
+    merge_rows = min(tiles.block_m, 1 << (rows - 1).bit_length())
+    arguments = {
+        **{"p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse},
+        **{"p_partial_out": partial_out, "p_partial_lse": partial_lse},
+        "p_arrivals": arrivals(batch * kv_heads * row_blocks, q.device) if options.merge_in_kernel else None,
+        **{"p_lengths": options.lengths, "p_table": table, "stride_table": 0 if table is None else table.stride(0)},
+        **strides(q=q, k=k, v=v),
+        **{"q_heads": q_heads, "kv_heads": kv_heads, "q_len": q_len, "n_rows": batch * q_heads * q_len},
+        **{"capacity": capacity, "num_splits": options.num_splits, "split_size": options.split_size or 0},
+        **{"left": options.left or 0, "right": options.right or 0, "scale": options.scale, "softcap": options.softcap},
+        **{"head_dim": head_dim, "v_head_dim": v_head_dim},
+        **{"CHECK_D": head_dim != padded(head_dim), "CHECK_DV": v_head_dim != padded(v_head_dim)},
+        **{"BLOCK_D": padded(head_dim), "BLOCK_DV": padded(v_head_dim)},
+        **{"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
+        **{
+            "HAS_LEFT": options.left is not None,
+            "HAS_RIGHT": options.right is not None,
+            "SOFTCAP": options.softcap > 0,
+        },
+        "PAGE_SIZE": 0 if table is None else page_size,
+        "WHOLE_TILES": table is None or (page_size % tiles.block_n == 0 and aligned),
+        **{"FIXED_SIZE": options.split_size is not None, "MERGE": options.merge_in_kernel},
+        **{"MERGE_ROWS": merge_rows, "MERGE_SPLITS": merged_at_once(merge_rows, v_head_dim)},
+        "PRECISION": options.precision,
+    }
+    grid = (batch * options.num_splits * kv_heads * row_blocks,)
+    launches = [Launch(decode_split, grid, arguments, tiles)]
+    if not options.merge_in_kernel:
+        launches.append(combine_launch(partial_out, partial_lse, out, lse))
+    return launches, out, lse
+
+
+def combine_launch(partial_out: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> Launch:
+    """The launch that merges fp32 ``[splits, B, Hq, Sq, Dv]`` and ``[splits, B, Hq, Sq]`` into ``out`` and ``lse``; all contiguous."""
+    from flashlib.kernels.combine import combine
+
+    rows, v_head_dim = lse.numel(), out.shape[3]
+    at_once = 1  # rows of a program: one, so that many programs share the reading
+    arguments = {
+        **{"p_partial_out": partial_out, "p_partial_lse": partial_lse, "p_out": out, "p_lse": lse},
+        **{"n_rows": rows, "n_splits": partial_lse.shape[0], "v_head_dim": v_head_dim},
+        **{"ROWS": at_once, "BLOCK_DV": padded(v_head_dim), "SPLITS": merged_at_once(at_once, v_head_dim)},
+    }
+    return Launch(combine, (blocks(rows, at_once),), arguments)
+
+
+def merged_at_once(rows: int, v_head_dim: int) -> int:
+    """How many splits of ``rows`` rows one program folds together. It depends on nothing else, so that no result does."""
+    return max(1, min(32, MERGED_AT_ONCE // (rows * padded(v_head_dim))))
+
+
+def decode_tiles(rows: int, dtype: torch.dtype, head_dim: int, capability: int) -> TileConfig:
+    """Tile sizes for ``rows`` query rows per KV head (group times query tokens), from the table.
+
+    Args:
+        head_dim: the wider of D and Dv, at most 256.
+        capability: the major number of the GPU's compute capability.
+    """
+    width = next(width for width in (64, 128, 256) if head_dim <= width)
+    keys, warps, stages = DECODE_FP32 if dtype == torch.float32 else DECODE_TABLE[8 if capability < 9 else 9][width]
+    block_m = min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), MOST_ROWS)
+    return TileConfig(block_m, keys, warps, stages)
+
+
+def tiles_for(q: Tensor, v: Tensor) -> TileConfig:
+    """:func:`decode_tiles` of these queries, and values (or pages of values)."""
+    rows = q.shape[1] // v.shape[1] * q.shape[2]
+    return decode_tiles(rows, q.dtype, max(q.shape[3], v.shape[3]), capability_of(q.device))
+
+
+class ArrivalCounters:
+    """Zeros in which the programs of a launch count who has arrived; the kernel leaves zeros behind, so they are written once.
+
+    Launches that may run at the same time must not share counters. Those of one stream follow one another, and share theirs. One
+    captured into a CUDA graph may be replayed on any stream, so it has its own, cut from a reserve and never given back.
+    """
+
+    RESERVE = 1 << 18
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.of_stream: dict[int, Tensor] = {}
+        self.reserve = torch.empty(0, dtype=torch.int32, device=device)
+
+    def take(self, count: int) -> Tensor:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self._own(count)
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        counters = self.of_stream.get(stream)
+        if counters is None or len(counters) < count:
+            counters = self.of_stream[stream] = self._zeros(max(count, 1024))
+            if len(self.reserve) < self.RESERVE // 2:
+                self.reserve = self._zeros(self.RESERVE)
+        return counters
+
+    def _own(self, count: int) -> Tensor:
+        if len(self.reserve) < count:
+            return self._zeros(count)  # zeroed by the graph, each time it is replayed: right, but one more node
+        aligned = blocks(count, 4) * 4  # a pointer that is no multiple of 16 bytes would have the kernel compiled again
+        own, self.reserve = self.reserve[:count], self.reserve[aligned:]
+        return own
+
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=self.device)
+
+
+@cache
+def _counters_of(device: torch.device) -> ArrivalCounters:
+    return ArrivalCounters(device)
+
+
+def arrivals(count: int, device: torch.device) -> Tensor:
+    """At least ``count`` counters that are zero, int32, for one launch on the current stream."""
+    return _counters_of(device).take(count)

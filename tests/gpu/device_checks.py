@@ -1,4 +1,5 @@
-"""The Triton kernels on a GPU against the oracle: random problems, determinism, and more elements than 32 bits can count.
+"""The Triton kernels on a GPU: random problems against the oracle, determinism, more elements than 32 bits can count, CUDA graphs
+and torch.compile.
 
 python tests/gpu/device_checks.py all --specs 2000 --workers 14 --out results
 
@@ -17,8 +18,9 @@ import random
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -272,9 +274,100 @@ def beyond_32_bits(out: Path, seed: int, *, tokens: int | None = None) -> Record
     return record
 
 
+def graphs(out: Path, seed: int, replays: int = 3) -> Record:
+    """Forward and backward captured once in a CUDA graph and replayed on fresh inputs: bitwise what is computed without a graph?
+
+    Without a GPU there is nothing to capture, and the "graph" is the call itself.
+    """
+    generator, rows = torch.Generator(device=DEVICE).manual_seed(seed), []
+    length, dtype = (700, torch.bfloat16) if DEVICE == "cuda" else (40, torch.float32)
+    packed = masks.Varlen(torch.tensor([0, length // 3, length - 1], device=DEVICE))
+    slopes = torch.rand(4, generator=generator, device=DEVICE)
+    cases = {
+        "causal": {"causal": True},
+        "window, softcap": {"mask": masks.Window(length // 8, 0), "softcap": 5.0},
+        "packed causal": {"mask": packed & masks.Causal(packed.offset(length, DEVICE))},
+        "ALiBi": {"alibi_slopes": slopes},
+    }
+    for (name, options), head_dim in ((case, head_dim) for case in cases.items() for head_dim in (64, 128)):
+        shapes = [(2, heads, length, head_dim) for heads in (4, 2, 2, 4)]
+
+        def drawn(shapes=shapes) -> list[Tensor]:
+            return [torch.randn(shape, generator=generator, device=DEVICE).to(dtype) for shape in shapes]
+
+        static = drawn()
+        results, replay = _captured(lambda static=static, options=options: _both_ways(*static, options))
+        differ = []
+        for number in range(replays):
+            fresh = drawn()
+            for old, new in zip(static, fresh, strict=True):
+                old.copy_(new)
+            replay()
+            if not _same(_both_ways(*fresh, options), results):
+                differ.append(number)
+        rows.append({"case": name, "head_dim": head_dim, "length": length, "replays": replays, "differ": differ})
+        note = "Forward and backward captured in one CUDA graph, replayed on fresh inputs, against the same calls without it, bitwise."
+        record = new_record("triton_graphs", rows, CHECKED_ON, note, seed=seed)
+        save_record(record, out)
+    return record
+
+
+def _both_ways(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, options: dict) -> list[Tensor]:
+    """out, LSE and the gradients; that of the LSE is its own size, from a row of grad_out."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    results = attention(q, k, v, **options, return_lse=True, backend=BACKEND)
+    return [*results, *torch.autograd.grad(results, (q, k, v), (grad_out, grad_out[..., 0].float()))]
+
+
+def _captured(call: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], object]]:
+    """What the call returns, in memory that each replay writes anew; and the replay."""
+    if DEVICE == "cpu":
+        results = call()
+
+        def replay() -> None:
+            for old, new in zip(results, call(), strict=True):
+                old.data.copy_(new)
+
+        return results, replay
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = call()
+    return results, graph.replay
+
+
+def compiled(out: Path, seed: int) -> Record:
+    """Under ``torch.compile(fullgraph=True)``: bitwise the same, forward and backward? Around it stand only exact products by 2."""
+    generator, rows = torch.Generator(device=DEVICE).manual_seed(seed), []
+    length, dtype = (300, torch.bfloat16) if DEVICE == "cuda" else (40, torch.float32)
+    for head_dim in (64, 128):
+        shapes = [(2, heads, length, head_dim) for heads in (4, 2, 2, 4)]
+        q, k, v, grad_out = (torch.randn(s, generator=generator, device=DEVICE).to(dtype) for s in shapes)
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+
+        def function(q, k, v):
+            results, lse = attention(q * 0.5, k, v, causal=True, return_lse=True, backend=BACKEND)
+            return results * 2, lse
+
+        def both_ways(function, q=q, k=k, v=v, grad_out=grad_out):
+            results = function(q, k, v)
+            return [*results, *torch.autograd.grad(results, (q, k, v), (grad_out, grad_out[..., 0].float()))]
+
+        whole = torch.compile(function, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+        same = _same(both_ways(function), both_ways(whole))
+        rows.append({"head_dim": head_dim, "length": length, "same": same})
+    record = new_record("triton_compiled", rows, CHECKED_ON, "torch.compile(fullgraph=True) against eager.", seed=seed)
+    save_record(record, out)
+    return record
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("check", choices=["specs", "determinism", "large", "all"])
+    parser.add_argument("check", choices=["determinism", "large", "graphs", "compiled", "specs", "all"])
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--specs", type=int, default=int(os.environ.get("FLASHLIB_GPU_SPECS", "200")))
     parser.add_argument("--workers", type=int, default=1)
@@ -284,24 +377,39 @@ def main() -> int:
         "--limit", type=float, default=float("inf"), help="seconds after which no random problem is begun"
     )
     options = parser.parse_args()
+    tokens = None if DEVICE == "cuda" else 1024
+    checks = {
+        "determinism": lambda: determinism(options.repeats, options.out, options.seed),
+        "large": lambda: beyond_32_bits(options.out, options.seed, tokens=tokens),
+        "graphs": lambda: graphs(options.out, options.seed),
+        "compiled": lambda: compiled(options.out, options.seed),
+        "specs": lambda: random_specs(options.specs, options.seed, options.workers, options.out, options.limit),
+    }
     failures = 0
-    if options.check in ("determinism", "all"):
-        for row in determinism(options.repeats, options.out, options.seed).rows:
-            print(row, flush=True)
-            failures += len(row["differ"])
-    if options.check in ("large", "all"):
-        (row,) = beyond_32_bits(options.out, options.seed, tokens=None if DEVICE == "cuda" else 1024).rows
-        print(row, flush=True)
-        failures += not row["passed"]
-    if options.check in ("specs", "all"):
-        record = random_specs(options.specs, options.seed, options.workers, options.out, options.limit)
-        (row,) = record.rows
-        print({**row, "failed": len(row["failed"])}, record.extra, flush=True)
-        for failure in row["failed"][:10]:
-            print("  ", failure["seed"], failure["message"][:600].replace("\n", " "), flush=True)
-        failures += len(row["failed"]) + (row["run"] < row["asked"])
+    for name, check_all in checks.items():
+        if options.check in (name, "all"):
+            failures += _told(name, check_all)
     print(f"{failures} failures" if failures else "all passed")
     return 1 if failures else 0
+
+
+def _told(name: str, check_all: Callable[[], Record]) -> int:
+    """Run one check, print what came out, and say how many failures that was. A check that breaks off is one."""
+    started = time.monotonic()
+    try:
+        record = check_all()
+    except Exception:
+        traceback.print_exc()
+        return 1
+    failures = 0
+    for row in record.rows:
+        failed = row.get("failed", row.get("differ", [] if row.get("passed", row.get("same")) else ["failed"]))
+        failures += len(failed) + row.get("asked", 0) - row.get("run", 0)
+        print(name, {**row, "failed": len(failed)}, flush=True)
+        for failure in failed[:10]:
+            print("  ", str(failure)[:600].replace("\\n", " "), flush=True)
+    print(f"{name}: {failures} failures, {time.monotonic() - started:.0f} s", record.extra, flush=True)
+    return failures
 
 
 if __name__ == "__main__":

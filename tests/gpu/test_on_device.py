@@ -50,3 +50,13 @@ def test_more_elements_than_32_bits_can_count(out, seed):
     (row,) = device_checks.beyond_32_bits(out, seed, tokens=1024 if interpreting() else None).rows
     assert row["passed"], row
     assert interpreting() or row["elements"] > 2**31
+
+
+def test_cuda_graphs_replay_forward_and_backward_on_fresh_inputs(out, seed):
+    rows = device_checks.graphs(out, seed).rows
+    assert len(rows) == 8
+    assert not [row for row in rows if row["differ"]]
+
+
+def test_torch_compile_takes_it_whole_and_changes_no_bit(out, seed):
+    assert all(row["same"] for row in device_checks.compiled(out, seed).rows)

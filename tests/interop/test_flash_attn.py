@@ -1,4 +1,4 @@
-"""flash_attn's six functions against the oracle, and against each other."""
+"""flash_attn's functions over whole sequences against the oracle, and against each other."""
 
 import inspect
 from itertools import accumulate
@@ -35,6 +35,12 @@ SIGNATURES = {  # as in flash_attn 2.8.3
     "flash_attn_varlen_func": f"(q, k, v, {VARLEN}, {SHARED}, block_table=None)",
     "flash_attn_varlen_qkvpacked_func": f"(qkv, cu_seqlens, max_seqlen, {SHARED})",
     "flash_attn_varlen_kvpacked_func": f"(q, kv, {VARLEN}, {SHARED})",
+    "flash_attn_with_kvcache": (
+        "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None, "
+        "cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+        "rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False)"
+    ),
+    "flash_attn_combine": "(out_partial, lse_partial, out=None, out_dtype=None)",  # as in FlashAttention-3
 }
 
 

@@ -24,8 +24,9 @@ return_attn_probs          ``(out, softmax_lse, S_dmask)``; as there, S_dmask is
 gradient through the LSE   computed; there it is silently 0
 a row that sees nothing    out 0, as there; its LSE is -inf, the log of an empty sum; there it is +inf
 dropout_p > 0              NotImplementedError
-block_table                NotImplementedError
-flash_attn_with_kvcache    not here
+flash_attn_varlen_func     block_table: NotImplementedError
+flash_attn_with_kvcache    as there, all arguments; pages of any size, there multiples of 256; cache_leftpad with pages too
+flash_attn_combine         as in FlashAttention-3: ``(out, lse)``
 =========================  ====================================================================================
 
 A call with packed sequences is one problem with one mask, :class:`flashlib.masks.Varlen`: no loop over the sequences and no
@@ -35,21 +36,25 @@ Source: the signatures and docstrings of flash_attn 2.8 (github.com/Dao-AILab/fl
 """
 
 from flashlib.interop.flash_attn.flash_attn_interface import (
+    flash_attn_combine,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
 
 __all__ = [
+    "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 __version__ = "2.8.3"  # of the interface: programs look here to see which arguments there are

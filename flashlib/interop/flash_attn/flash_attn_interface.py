@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -14,16 +11,19 @@ from torch import Tensor
 from flashlib.attention import attention
 from flashlib.backends import PREFERENCES, BackendUnavailableError
 from flashlib.config import FA2Config, FA3Config, FlashAttentionConfig, current_config
+from flashlib.interop.flash_attn.arguments import Options, check_tensors
+from flashlib.interop.flash_attn.kv_cache import flash_attn_combine, flash_attn_with_kvcache
 from flashlib.masks import Mask, Varlen, Window
-from flashlib.spec import DTYPES
 
 __all__ = [
+    "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 # "auto" passes these by where they would break a promise. Packed sequences reach them as a matrix of total_q x total_k booleans,
@@ -71,10 +71,10 @@ def flash_attn_func(
         NotImplementedError: flash_attn can do this and flashlib cannot; the message names the argument.
         flashlib.BackendUnavailableError: as :func:`flashlib.attention`.
     """
-    options = _Options(
+    options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    _check_tensors(
+    check_tensors(
         q=(q, "batch seqlen_q nheads headdim"),
         k=(k, "batch seqlen_k nheads_k headdim"),
         v=(v, "batch seqlen_k nheads_k headdim_v"),
@@ -97,10 +97,10 @@ def flash_attn_qkvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_func`.
     """
-    options = _Options(
+    options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    _check_tensors(qkv=(qkv, "batch seqlen 3 nheads headdim"))
+    check_tensors(qkv=(qkv, "batch seqlen 3 nheads headdim"))
     return _padded(*qkv.unbind(2), options)
 
 
@@ -120,10 +120,10 @@ def flash_attn_kvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_func`.
     """
-    options = _Options(
+    options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    _check_tensors(q=(q, "batch seqlen_q nheads headdim"), kv=(kv, "batch seqlen_k 2 nheads_k headdim"))
+    check_tensors(q=(q, "batch seqlen_q nheads headdim"), kv=(kv, "batch seqlen_k 2 nheads_k headdim"))
     return _padded(q, *kv.unbind(2), options)
 
 
@@ -165,10 +165,10 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         raise NotImplementedError("block_table (paged keys and values) is not supported here; it must be None")
-    options = _Options(
+    options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    _check_tensors(
+    check_tensors(
         q=(q, "total_q nheads headdim"), k=(k, "total_k nheads_k headdim"), v=(v, "total_k nheads_k headdim_v")
     )
     return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options)
@@ -191,10 +191,10 @@ def flash_attn_varlen_qkvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_varlen_func`.
     """
-    options = _Options(
+    options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    _check_tensors(qkv=(qkv, "total 3 nheads headdim"))
+    check_tensors(qkv=(qkv, "total 3 nheads headdim"))
     return _packed(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, options)
 
 
@@ -218,57 +218,14 @@ def flash_attn_varlen_kvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_varlen_func`.
     """
-    options = _Options(
+    options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    _check_tensors(q=(q, "total_q nheads headdim"), kv=(kv, "total_k 2 nheads_k headdim"))
+    check_tensors(q=(q, "total_q nheads headdim"), kv=(kv, "total_k 2 nheads_k headdim"))
     return _packed(q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options)
 
 
-@dataclass(frozen=True, eq=False)
-class _Options:
-    """The arguments that all six functions share, in flash_attn's order: checked, and said as flashlib says them.
-
-    ``window_size`` becomes ``(left, right)`` with None for no limit, and says ``causal`` too.
-    """
-
-    dropout_p: float
-    softmax_scale: float | None
-    causal: bool
-    window_size: tuple[int | None, int | None]
-    softcap: float
-    alibi_slopes: Tensor | None
-    deterministic: bool
-    return_attn_probs: bool
-
-    def __post_init__(self):
-        if not 0 <= _number("dropout_p", self.dropout_p) < 1:
-            raise ValueError(f"dropout_p must be at least 0 and below 1; got {self.dropout_p}")
-        if self.dropout_p > 0:
-            raise NotImplementedError(f"dropout_p > 0 is not supported: flashlib has no dropout; got {self.dropout_p}")
-        for name in ("causal", "deterministic", "return_attn_probs"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
-        try:
-            left, right = (operator.index(width) for width in self.window_size)
-        except (TypeError, ValueError):
-            raise TypeError(f"window_size must be two ints (left, right); got {self.window_size!r}") from None
-        if self.causal:
-            right = 0
-        # flash_attn says "no limit" and "no softcap" by any number below 0.
-        object.__setattr__(self, "window_size", tuple(None if width < 0 else width for width in (left, right)))
-        object.__setattr__(self, "softcap", 0.0 if _number("softcap", self.softcap) < 0 else self.softcap)
-        if self.softmax_scale is not None and not 0 < _number("softmax_scale", self.softmax_scale) < math.inf:
-            raise ValueError(f"softmax_scale must be above 0 and finite, or None; got {self.softmax_scale}")
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    return value
-
-
-def _padded(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Result:
+def _padded(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Result:
     """Attention for ``[batch, seqlen, nheads, headdim]``."""
     out, lse = _attend(q, k, v, Window(*options.window_size), options, _config(options, (q, k, v), packed=False))
     return (out, lse, out.new_empty(0)) if options.return_attn_probs else out
@@ -282,7 +239,7 @@ def _packed(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    options: _Options,
+    options: Options,
 ) -> Result:
     """Attention for ``[total, nheads, headdim]``: one problem of batch 1, whose mask keeps the sequences apart."""
     sequences = _sequences(cu_seqlens_q, cu_seqlens_k)
@@ -298,7 +255,7 @@ def _packed(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: _Options, config: FlashAttentionConfig
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, config: FlashAttentionConfig
 ) -> tuple[Tensor, Tensor | None]:
     """``(out [B, S, H, Dv], lse [B, H, S])`` for ``[B, S, H, D]``; lse is None if nobody asked for it."""
     result = attention(
@@ -314,7 +271,7 @@ def _attend(
     return out.transpose(1, 2).contiguous(), lse
 
 
-def _config(options: _Options, tensors: tuple[Tensor, ...], *, packed: bool) -> FlashAttentionConfig:
+def _config(options: Options, tensors: tuple[Tensor, ...], *, packed: bool) -> FlashAttentionConfig:
     """The configuration in force, less the backends that would make a total_q x total_k matrix or unrepeatable gradients."""
     config = current_config()
     repeatable = options.deterministic and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -376,35 +333,3 @@ def _check_packed_slopes(slopes: Tensor | None, sequences: Varlen, total_q: int,
         raise NotImplementedError("alibi_slopes [batch, nheads] is not supported for packed sequences; [nheads] is")
     if total_q != total_k or not torch.equal(sequences.lengths_q, sequences.lengths_k):
         raise NotImplementedError("alibi_slopes is not supported where cu_seqlens_q differs from cu_seqlens_k")
-
-
-def _check_tensors(**given: tuple[Tensor, str]) -> None:
-    """Hold each tensor against its layout. A dimension that is named twice must have one size; a number is a size itself."""
-    sizes: dict[str, tuple[int, str]] = {}
-    for name, (tensor, layout) in given.items():
-        dimensions = layout.split()
-        expected = f"{name} must be [{', '.join(dimensions)}]"
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{expected}, a torch.Tensor; got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}; expected float16, bfloat16, float32 or float64")
-        if tensor.dim() != len(dimensions):
-            raise ValueError(f"{expected}; got shape {tuple(tensor.shape)}")
-        for dimension, size in zip(dimensions, tensor.shape, strict=True):
-            known, where = (int(dimension), "") if dimension.isdigit() else sizes.setdefault(dimension, (size, name))
-            if size != known:
-                reason = f"{dimension} is {known} in {where}" if where else f"expected {known} in place of {size}"
-                raise ValueError(f"{expected}; got shape {tuple(tensor.shape)}, but {reason}")
-    _check_alike({name: tensor for name, (tensor, _) in given.items()})
-    heads, kv_heads = (sizes.get(name, sizes["nheads"])[0] for name in ("nheads", "nheads_k"))
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"nheads must be a multiple of nheads_k; got {heads} and {kv_heads}")
-
-
-def _check_alike(tensors: dict[str, Tensor]) -> None:
-    first, *others = tensors
-    for name in others:
-        for what in ("dtype", "device"):
-            found, expected = getattr(tensors[name], what), getattr(tensors[first], what)
-            if found != expected:
-                raise TypeError(f"{name} has {what} {found}, but {first} has {expected}; all must have one")

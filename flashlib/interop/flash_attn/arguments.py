@@ -1,0 +1,89 @@
+"""The arguments of flash_attn's functions: checked, and said as flashlib says them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from numbers import Real
+
+from torch import Tensor
+
+from flashlib.spec import DTYPES
+
+__all__ = ["Options", "check_alike", "check_tensors", "number"]
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """The arguments that the functions share, in flash_attn's order: checked, and said as flashlib says them.
+
+    ``window_size`` becomes ``(left, right)`` with None for no limit, and says ``causal`` too.
+    """
+
+    dropout_p: float
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int | None, int | None]
+    softcap: float
+    alibi_slopes: Tensor | None
+    deterministic: bool
+    return_attn_probs: bool
+
+    def __post_init__(self):
+        if not 0 <= number("dropout_p", self.dropout_p) < 1:
+            raise ValueError(f"dropout_p must be at least 0 and below 1; got {self.dropout_p}")
+        if self.dropout_p > 0:
+            raise NotImplementedError(f"dropout_p > 0 is not supported: flashlib has no dropout; got {self.dropout_p}")
+        for name in ("causal", "deterministic", "return_attn_probs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        try:
+            left, right = (operator.index(width) for width in self.window_size)
+        except (TypeError, ValueError):
+            raise TypeError(f"window_size must be two ints (left, right); got {self.window_size!r}") from None
+        if self.causal:
+            right = 0
+        # flash_attn says "no limit" and "no softcap" by any number below 0.
+        object.__setattr__(self, "window_size", tuple(None if width < 0 else width for width in (left, right)))
+        object.__setattr__(self, "softcap", 0.0 if number("softcap", self.softcap) < 0 else self.softcap)
+        if self.softmax_scale is not None and not 0 < number("softmax_scale", self.softmax_scale) < math.inf:
+            raise ValueError(f"softmax_scale must be above 0 and finite, or None; got {self.softmax_scale}")
+
+
+def number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    return value
+
+
+def check_tensors(**given: tuple[Tensor, str]) -> None:
+    """Hold each tensor against its layout. A dimension that is named twice must have one size; a number is a size itself."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, (tensor, layout) in given.items():
+        dimensions = layout.split()
+        expected = f"{name} must be [{', '.join(dimensions)}]"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{expected}, a torch.Tensor; got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}; expected float16, bfloat16, float32 or float64")
+        if tensor.dim() != len(dimensions):
+            raise ValueError(f"{expected}; got shape {tuple(tensor.shape)}")
+        for dimension, size in zip(dimensions, tensor.shape, strict=True):
+            known, where = (int(dimension), "") if dimension.isdigit() else sizes.setdefault(dimension, (size, name))
+            if size != known:
+                reason = f"{dimension} is {known} in {where}" if where else f"expected {known} in place of {size}"
+                raise ValueError(f"{expected}; got shape {tuple(tensor.shape)}, but {reason}")
+    check_alike({name: tensor for name, (tensor, _) in given.items()})
+    heads, kv_heads = (sizes.get(name, sizes["nheads"])[0] for name in ("nheads", "nheads_k"))
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"nheads must be a multiple of nheads_k; got {heads} and {kv_heads}")
+
+
+def check_alike(tensors: dict[str, Tensor]) -> None:
+    first, *others = tensors
+    for name in others:
+        for what in ("dtype", "device"):
+            found, expected = getattr(tensors[name], what), getattr(tensors[first], what)
+            if found != expected:
+                raise TypeError(f"{name} has {what} {found}, but {first} has {expected}; all must have one")

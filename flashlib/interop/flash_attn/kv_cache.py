@@ -1,0 +1,400 @@
+"""flash_attn's functions for decoding with a cache.
+
+Every cache is seen as pages here: token t of request b lies in page ``table[b, t // page_size]``, at slot ``t % page_size``. A
+contiguous cache has one page for each request, as long as the cache, and ``cache_batch_idx`` is then nothing but its table.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashlib.attention import attention
+from flashlib.interop.flash_attn.arguments import Options, check_alike, check_tensors
+from flashlib.masks import Mask, Window
+from flashlib.rotary import turn_pairs
+from flashlib.spec import AttentionSpec
+
+__all__ = ["flash_attn_combine", "flash_attn_with_kvcache"]
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a few new tokens over a cache, to which their keys and values may be appended first, in place.
+
+    With seqlen_k the tokens of a request in the cache, the new ones included, and not counting its padding on the left: row i sees
+    keys as in :func:`flash_attn_func`, aligned bottom-right to seqlen_k.
+
+    Args:
+        q: ``[batch, seqlen_q, nheads, headdim]``.
+        k_cache: ``[batch_cache, seqlen_cache, nheads_k, headdim]``, or with block_table ``[num_blocks, page_block_size, nheads_k,
+            headdim]``, of any page size.
+        v_cache: the same, with headdim_v.
+        k: ``[batch, seqlen_new, nheads_k, headdim]``: written to the cache behind cache_seqlens. There must be room: on a CPU an
+            error says so before anything is written; on a GPU, where asking would wait for it, the write fails on the device.
+        v: ``[batch, seqlen_new, nheads_k, headdim_v]``; with k or not at all.
+        rotary_cos, rotary_sin: ``[seqlen_ro, rotary_dim / 2]``, at least as many rows as a request has room for tokens: k is turned
+            by the rows cache_seqlens, cache_seqlens + 1, ..., and so is q with causal or a window; without them all of q is
+            turned by the row cache_seqlens. Only together with k.
+        cache_seqlens: how many tokens each request has in the cache before this call, padding on the left included: an int for
+            all or int32 or int64 ``[batch]``. None for all of the cache, if there is no k.
+        cache_batch_idx: int32 or int64 ``[batch]``: which row of the cache each request has; None for 0, 1, 2, ... If a row comes
+            twice and there is k, either may be the one that is written.
+        cache_leftpad: int32 or int64 ``[batch]``: how many slots at the beginning of each request hold nothing. None for 0.
+        block_table: int32 or int64 ``[batch, max_num_blocks_per_seq]``: the pages of each request; not with cache_batch_idx.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in :func:`flash_attn_func`.
+        rotary_interleaved: channels 0 and 1 make a pair, 2 and 3, ...; if False 0 and rotary_dim / 2, ...
+        num_splits: into how many parts the keys are cut, 0 for as many as seem best. A question of speed alone.
+        return_softmax_lse: also return the LSE.
+
+    Returns:
+        out ``[batch, seqlen_q, nheads, headdim_v]``. With return_softmax_lse, ``(out, softmax_lse)``: ``[batch, nheads, seqlen_q]``,
+        natural logarithm, fp32 (fp64 for fp64 inputs).
+
+        There is no backward pass, as there: asking for a gradient raises NotImplementedError.
+
+    With alibi_slopes or cache_leftpad the keys and values of all requests are copied, which decoding without them never does.
+
+    Raises:
+        TypeError, ValueError: bad arguments; the message names the argument, what came and what was expected.
+        flashlib.BackendUnavailableError: as :func:`flashlib.attention`.
+    """
+    options = Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False, False)
+    _check_flags(rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse)
+    _check_layouts(q, k_cache, v_cache, k, v, paged=block_table is not None)
+    _check_options(q, k_cache, v_cache, options, num_splits)
+    inputs = (q, k_cache, v_cache, *(() if k is None else (k, v)))
+    with torch.no_grad():
+        cache = _cache(q, k_cache, v_cache, block_table, cache_batch_idx)
+        before = _lengths_before(cache_seqlens, cache, new=k)
+        leftpad = _leftpad(cache_leftpad, cache, before)
+        if rotary_cos is not None or rotary_sin is not None:
+            _check_rotary(rotary_cos, rotary_sin, q, k, cache.capacity)
+            tables, turn = (rotary_cos, rotary_sin), {"interleaved": rotary_interleaved}
+            k = _turned(k, *tables, before[:, None] + torch.arange(k.shape[1], device=k.device), **turn)
+            advance = 0 if options.window_size == (None, None) else 1
+            q = _turned(q, *tables, before[:, None] + advance * torch.arange(q.shape[1], device=q.device), **turn)
+        lengths = before
+        if k is not None:
+            cache.write(k, v, before)
+            lengths = before + k.shape[1]
+        if alibi_slopes is None and leftpad is None:
+            out, lse = _decode(q, cache, lengths, options, num_splits)
+        else:
+            out, lse = _attend_to_copies(q, cache, lengths, leftpad, options)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        out, lse = _ForwardOnly.apply(out, lse, *inputs)
+    return (out, lse) if return_softmax_lse else out
+
+
+def flash_attn_combine(
+    out_partial: Tensor,
+    lse_partial: Tensor,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over all keys, from attention over each of several parts of them.
+
+    Args:
+        out_partial: ``[num_splits, batch, seqlen, nheads, headdim]``, fp32; num_splits at least 1.
+        lse_partial: ``[num_splits, batch, seqlen, nheads]``, fp32, natural logarithm. -inf for a part without keys: its output is not
+            looked at.
+        out: where to write the result, ``[batch, seqlen, nheads, headdim]``; None for a new tensor.
+        out_dtype: dtype of the new tensor; None for fp32.
+
+    Returns:
+        ``(out, lse)``: lse fp32 ``[batch, seqlen, nheads]``. Rows without any keys: 0 and -inf.
+
+    Raises:
+        TypeError, ValueError: bad arguments; the message names the argument, what came and what was expected.
+
+    Source: the function of this name in FlashAttention-3 (``hopper/`` in flash_attn's repository); Dao et al. 2023, Flash-Decoding.
+    """
+    from flashlib.inference.decode import combine_splits
+
+    _check_partials(out_partial, lse_partial)
+    if out is None:
+        return combine_splits(out_partial, lse_partial, dtype=out_dtype)
+    _check_destination(out, out_dtype, out_partial[0])
+    whole, lse = combine_splits(out_partial, lse_partial, dtype=out.dtype)
+    return out.copy_(whole), lse
+
+
+@dataclass(frozen=True, eq=False)
+class _Cache:
+    """Pages, and which of them each request has.
+
+    Attributes:
+        keys: ``[pages, page_size, nheads_k, headdim]``. values: ``[pages, page_size, nheads_k, headdim_v]``.
+        table: ``[batch, max_pages]``.
+        is_identity: request b has page b and no other, so that nobody need look into the table.
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    is_identity: bool
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens a request has room for."""
+        return self.table.shape[1] * self.keys.shape[1]
+
+    def write(self, k: Tensor, v: Tensor, before: Tensor) -> None:
+        """Put k and v ``[batch, seqlen_new, nheads_k, headdim]`` behind the tokens that are there."""
+        if not k.shape[1]:
+            return
+        page, slot = self.places(before[:, None] + torch.arange(k.shape[1], device=k.device))
+        _check_range("block_table", page, 0, len(self.keys) - 1, " where new tokens are written")
+        page = torch.where(
+            page < 0, len(self.keys), page
+        )  # which the device refuses; -1 it would take for the last page
+        self.keys[page, slot] = k
+        self.values[page, slot] = v
+
+    def places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Page and slot of the tokens at positions ``[batch, n]``."""
+        page_size = self.keys.shape[1]
+        return self.table.gather(1, positions // page_size).to(torch.int64), positions % page_size
+
+
+def _cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None, cache_batch_idx: Tensor | None
+) -> _Cache:
+    batch, rows = q.shape[0], k_cache.shape[0]
+    if block_table is not None:
+        if cache_batch_idx is not None:
+            raise ValueError("cache_batch_idx must be None where there is a block_table, which says it already")
+        _check_indices("block_table", block_table, q, "[batch, max_num_blocks_per_seq]", ndim=2)
+        return _Cache(k_cache, v_cache, block_table, False)
+    if cache_batch_idx is None:
+        if rows < batch:
+            raise ValueError(
+                f"k_cache must hold at least as many requests as q, {batch}; got shape {tuple(k_cache.shape)}"
+            )
+        table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
+        return _Cache(k_cache[:batch], v_cache[:batch], table, True)
+    _check_indices("cache_batch_idx", cache_batch_idx, q, "[batch]")
+    _check_range("cache_batch_idx", cache_batch_idx, 0, rows - 1)
+    return _Cache(k_cache, v_cache, cache_batch_idx[:, None], False)
+
+
+def _lengths_before(cache_seqlens: int | Tensor | None, cache: _Cache, new: Tensor | None) -> Tensor:
+    """How many tokens each request holds before the new ones come: int64 ``[batch]``."""
+    batch, capacity = len(cache.table), cache.capacity
+    if cache_seqlens is None:
+        if new is not None:
+            raise ValueError("cache_seqlens must say where k is to be written; got None")
+        cache_seqlens = capacity
+    if not isinstance(cache_seqlens, Tensor):
+        try:
+            cache_seqlens = operator.index(cache_seqlens)
+        except TypeError:
+            raise TypeError(f"cache_seqlens must be an int or a torch.Tensor [batch]; got {cache_seqlens!r}") from None
+        # Checked on the CPU, whatever the device.
+        lengths = torch.full((batch,), cache_seqlens, dtype=torch.int64)
+    else:
+        _check_indices("cache_seqlens", cache_seqlens, cache.table, "[batch]")
+        lengths = cache_seqlens.to(torch.int64)
+    count = 0 if new is None else new.shape[1]
+    _check_range("cache_seqlens", lengths, 0, capacity - count, f", where each request has room for {capacity} tokens")
+    return lengths.to(cache.table.device)
+
+
+def _leftpad(cache_leftpad: Tensor | None, cache: _Cache, lengths: Tensor) -> Tensor | None:
+    if cache_leftpad is None:
+        return None
+    _check_indices("cache_leftpad", cache_leftpad, cache.table, "[batch]")
+    _check_range("cache_leftpad", cache_leftpad, 0, cache.capacity)
+    return cache_leftpad.to(torch.int64)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool) -> Tensor:
+    """x ``[batch, seqlen, heads, headdim]``, each token turned by its row of the tables."""
+    positions = positions.clamp(max=len(cos) - 1)  # of rows of q that stand behind the end, whose output has no meaning
+    return turn_pairs(x.transpose(1, 2), cos[positions], sin[positions], interleaved=interleaved).transpose(1, 2)
+
+
+def _decode(q: Tensor, cache: _Cache, lengths: Tensor, options: Options, num_splits: int) -> tuple[Tensor, Tensor]:
+    """Where the pages lie, and split: nothing of the cache is copied."""
+    from flashlib.inference.decode import decode_attention  # it brings Triton
+
+    out, lse = decode_attention(
+        *(x.transpose(1, 2) for x in (q, cache.keys, cache.values)),
+        lengths=lengths,
+        block_table=None if cache.is_identity else cache.table.to(torch.int32),
+        causal=False,
+        window=options.window_size,
+        scale=options.softmax_scale,
+        softcap=options.softcap,
+        num_splits=num_splits,
+        return_lse=True,
+    )
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def _attend_to_copies(
+    q: Tensor, cache: _Cache, lengths: Tensor, leftpad: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Every request's tokens copied so that the last one is the last key: then one bottom-right mask, and one ALiBi, fits all."""
+    capacity, device = cache.capacity, q.device
+    shift = capacity - lengths[:, None]
+    positions = (torch.arange(capacity, device=device) - shift).clamp(min=0)
+    page, slot = cache.places(positions)
+    page = page.clamp(
+        0, len(cache.keys) - 1
+    )  # before the first token the table may hold anything; no row sees what is read
+    out, lse = attention(
+        q.transpose(1, 2),
+        *(memory[page, slot].transpose(1, 2) for memory in (cache.keys, cache.values)),
+        mask=_KeysFrom(shift if leftpad is None else shift + leftpad[:, None]) & Window(*options.window_size),
+        scale=options.softmax_scale,
+        softcap=options.softcap,
+        alibi_slopes=options.alibi_slopes,
+        return_lse=True,
+    )
+    return out.transpose(1, 2).contiguous(), lse
+
+
+@dataclass(frozen=True, eq=False)
+class _KeysFrom(Mask):
+    """A batch padded on the left: sequence b has the keys from ``start[b]`` on. start: int64 ``[B, 1]``."""
+
+    start: Tensor
+
+    def bounds(self, batch, q_len, kv_len, device):
+        return self.start.to(device), torch.full_like(self.start, kv_len, device=device)
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Results that say so when they are asked for a gradient, where a missing one would pass for 0."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, lse: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return out.view_as(out), lse.view_as(lse)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        raise NotImplementedError("flash_attn_with_kvcache has no backward pass, here as in flash_attn")
+
+
+def _check_flags(**flags: bool) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False; got {flag!r}")
+
+
+def _check_layouts(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, *, paged: bool
+) -> None:
+    lead = "num_blocks page_block_size" if paged else "batch_cache seqlen_cache"
+    layouts = {
+        "q": (q, "batch seqlen_q nheads headdim"),
+        "k_cache": (k_cache, f"{lead} nheads_k headdim"),
+        "v_cache": (v_cache, f"{lead} nheads_k headdim_v"),
+    }
+    if (k is None) != (v is None):
+        given, missing = ("k", "v") if v is None else ("v", "k")
+        raise ValueError(f"{missing} must be given where {given} is; got None")
+    if k is not None:
+        layouts["k"] = (k, "batch seqlen_new nheads_k headdim")
+        layouts["v"] = (v, "batch seqlen_new nheads_k headdim_v")
+    check_tensors(**layouts)
+
+
+def _check_options(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options, num_splits: int) -> None:
+    """What attention would refuse is refused here, before the cache is written to."""
+    no_keys, no_values = (x.new_empty(len(q), x.shape[2], 0, x.shape[3]) for x in (k_cache, v_cache))
+    softcap, slopes = options.softcap, options.alibi_slopes
+    AttentionSpec.from_tensors(
+        q.transpose(1, 2), no_keys, no_values, scale=options.softmax_scale, softcap=softcap, alibi_slopes=slopes
+    )
+    if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 0:
+        raise ValueError(f"num_splits must be an int of at least 0; got {num_splits!r}")
+
+
+def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, k: Tensor | None, capacity: int) -> None:
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        if not isinstance(table, Tensor) or not table.is_floating_point():
+            came = table.dtype if isinstance(table, Tensor) else type(table).__name__
+            raise TypeError(f"{name} must be a floating-point torch.Tensor [seqlen_ro, rotary_dim / 2]; got {came}")
+        if table.dim() != 2 or table.shape != cos.shape or not 0 < 2 * table.shape[1] <= q.shape[3]:
+            raise ValueError(
+                f"{name} must be [seqlen_ro, rotary_dim / 2], as the other table, with rotary_dim at most headdim, {q.shape[3]}; "
+                f"got shape {tuple(table.shape)}"
+            )
+        if table.device != q.device:
+            raise TypeError(f"{name} has device {table.device}, but q has {q.device}; all must have one")
+    if k is None:
+        raise ValueError("rotary_cos and rotary_sin turn new keys and the queries with them; they need k and v")
+    if len(cos) < capacity:
+        raise ValueError(f"rotary_cos must have a row for each of the cache's {capacity} positions; got {len(cos)}")
+
+
+def _check_indices(name: str, indices: Tensor, like: Tensor, layout: str, ndim: int = 1) -> None:
+    """``[batch, ...]`` integers, with the batch and device of ``like``."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {layout}; got {type(indices).__name__}")
+    if indices.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"{name} must be int32 or int64; got {indices.dtype}")
+    if indices.dim() != ndim or len(indices) != len(like):
+        raise ValueError(f"{name} must be {layout} with batch {len(like)}; got shape {tuple(indices.shape)}")
+    if indices.device != like.device:
+        raise TypeError(f"{name} has device {indices.device}, but q has {like.device}; all must have one")
+
+
+def _check_range(name: str, values: Tensor, low: int, high: int, why: str = "") -> None:
+    """On a GPU this is left to the device: to ask here would wait for it."""
+    if values.is_cuda or not ((values < low) | (values > high)).any():
+        return
+    wrong = int(values[(values < low) | (values > high)][0])
+    raise ValueError(f"{name} must lie between {low} and {high}{why}; got {wrong}")
+
+
+def _check_partials(out_partial: Tensor, lse_partial: Tensor) -> None:
+    for name, partial, ndim in (("out_partial", out_partial, 5), ("lse_partial", lse_partial, 4)):
+        layout = ", ".join(("num_splits", "batch", "seqlen", "nheads", "headdim")[:ndim])
+        if not isinstance(partial, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor [{layout}]; got {type(partial).__name__}")
+        if partial.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32; got {partial.dtype}")
+        if partial.dim() != ndim or partial.shape[:4] != out_partial.shape[:4] or not len(partial):
+            raise ValueError(
+                f"{name} must be [{layout}] with num_splits at least 1, as the other; got shape {tuple(partial.shape)}"
+            )
+    check_alike({"out_partial": out_partial, "lse_partial": lse_partial})
+
+
+def _check_destination(out: Tensor, out_dtype: torch.dtype | None, whole: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor or None; got {type(out).__name__}")
+    if out.shape != whole.shape or out.device != whole.device:
+        raise ValueError(
+            f"out must be {tuple(whole.shape)} on {whole.device}; got shape {tuple(out.shape)} on {out.device}"
+        )
+    if out_dtype not in (None, out.dtype):
+        raise TypeError(f"out_dtype must be None or that of out, {out.dtype}; got {out_dtype}")

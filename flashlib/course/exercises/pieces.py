@@ -18,14 +18,19 @@ from flashlib.course.grader.exercise import Misconception, budget_of
 
 
 def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """What `fold` should compute, in the dtype of its arguments."""
+    """What `fold` should compute, in the dtype of its arguments. An lse of +inf outweighs all others."""
     if not len(lses):
         return torch.zeros(outs.shape[1:]), torch.full(lses.shape[1:], -torch.inf)
-    pivot = finite(lses.amax(0))
-    weights = torch.exp(lses - pivot)
+    weights = from_largest(lses)
     total = weights.sum(0)
     outs = outs.masked_fill((lses == -torch.inf)[..., None], 0.0)
-    return (weights[..., None] * outs).sum(0) / nonzero(total)[..., None], pivot + total.log()
+    return (weights[..., None] * outs).sum(0) / nonzero(total)[..., None], lses.amax(0) + total.log()
+
+
+def from_largest(lses: Tensor) -> Tensor:
+    """exp(lse - largest lse of the row), ``[P, ...]``. Equal infinities differ by 0, except that -inf has no weight."""
+    largest = lses.amax(0)
+    return torch.exp(torch.where(lses == largest, 0.0, lses - largest)).masked_fill(lses == -torch.inf, 0.0)
 
 
 def combine64(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +89,6 @@ def with_pivot(pivot_of: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tens
 def with_piece_lse(lse_of: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A model with the right output and another lse."""
     return lambda outs, lses: (combine(outs, lses)[0], lse_of(lses))
-
-
-def from_largest(lses: Tensor) -> Tensor:
-    return torch.exp(lses - finite(lses.amax(0)))
 
 
 PIECE_LSE_SAYS = "lse says how many keys, weighted by exp(score), lie in the two pieces together."

@@ -23,7 +23,7 @@ LAB_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install weights lab test test-gpu lint unit nbcheck format exercises notebooks pins clean
+.PHONY: help install weights lab test test-gpu sanitize-gpu lint unit nbcheck format exercises notebooks pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ test: weights ## Run every check: lint, tests, notebooks. All three run; any fai
 test-gpu: install ## Check the kernels on this machine's GPU and write what came out to GPU_RESULTS (results/)
 	@echo "== Tests on the GPU: pytest"
 	FLASHLIB_GPU_SPECS=$(GPU_SPECS) FLASHLIB_GPU_RESULTS=$(GPU_RESULTS) $(BIN)/python -m pytest -q -m gpu tests/gpu
+
+sanitize-gpu: install ## Run the kernels under compute-sanitizer (from the CUDA toolkit): memory errors, races, barriers
+	$(BIN)/python tests/gpu/sanitize.py --out $(GPU_RESULTS) --compilers $(shell nproc 2>/dev/null || echo 4)
 
 lint: install ## Check style and formatting of code and notebooks
 	@echo "== Style: ruff"

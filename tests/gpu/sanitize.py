@@ -1,0 +1,323 @@
+"""Our own kernels on a GPU under compute-sanitizer: bytes outside of any tensor (memcheck), races in shared memory (racecheck),
+barriers misused (synccheck).
+
+python tests/gpu/sanitize.py --out results --compilers 14
+
+Small problems with ragged edges, under every kind of mask, each tensor in an allocation of its own. No reference runs in the watched
+processes, since the tools also report on PyTorch's kernels; a report that does not name a kernel of ours is kept apart. That the
+tools see Triton's kernels at all is shown by two with planted mistakes. The record says what was run, and what was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch import Tensor
+
+from flashlib import AttentionSpec, masks
+from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch, interpreting
+from flashlib.measure.bench import kernel_sources
+from flashlib.measure.record import new_record, save_record
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+OURS = ("attention_forward", "hopper_", "backward_", "decode_", "combine")
+PLANTED = {"memcheck": "planted_read_behind_the_end", "racecheck": "planted_race"}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Q_LEN, KV_LEN = (150, 461) if DEVICE == "cuda" else (20, 45)  # no multiples of any tile
+Case = Callable[[], None]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--tools", nargs="*", default=list(TOOLS), choices=TOOLS)
+    parser.add_argument("--compilers", type=int, default=1, help="processes that compile beforehand")
+    parser.add_argument("--at-once", type=int, default=len(TOOLS), help="how many tools to run side by side")
+    parser.add_argument("--limit", type=float, default=180, help="seconds after which a tool is stopped")
+    parser.add_argument("--sanitizer", default="compute-sanitizer", help="the program")
+    parser.add_argument("--watched", choices=["", *TOOLS], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.watched is not None:
+        return run_watched(options.watched)
+    compile_ahead(options.compilers)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        rows = list(pool.map(lambda tool: sanitized(tool, options), options.tools))
+    note = "Small problems with ragged edges, each tensor in an allocation of its own; reports that name a kernel of flashlib."
+    version = subprocess.run([options.sanitizer, "--version"], check=False, capture_output=True, text=True).stdout
+    extra = {"sanitizer": version.strip().splitlines()[-1:], "cases": [name for name, _ in cases()]}
+    save_record(new_record("sanitizer", rows, kernel_sources(), note, **extra), options.out)
+    for row in rows:
+        print(
+            {name: value for name, value in row.items() if name not in ("reports", "elsewhere", "kernels")}, flush=True
+        )
+        for report in row["reports"][:5]:
+            print(report, flush=True)
+    failed = [row["tool"] for row in rows if not row["passed"]]
+    print(f"FAILED: {', '.join(failed)}" if failed else "all clean")
+    return 1 if failed else 0
+
+
+def sanitized(tool: str, options: argparse.Namespace) -> dict:
+    """All cases under one tool, as a row of the record."""
+    command = [options.sanitizer, "--tool", tool, *tool_options(tool, options.sanitizer)]
+    watched = ["tests/gpu/sanitize.py", "--watched", tool]
+    log, started = options.out / f"sanitizer_{tool}.log", time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
+            code = subprocess.run([*command, sys.executable, *watched], cwd=ROOT, check=False, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=options.limit).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = None
+    said = log.read_text(encoding="utf-8", errors="replace")
+    ran = re.findall(r"^case (.+)$", said, re.MULTILINE)
+    reports = list(reports_in(said))
+    planted = [report for report in reports if "planted_" in report]
+    ours = [report for report in reports if any(name in report for name in OURS) and "planted_" not in report]
+    finished, found = "every case has run" in said, bool(planted) if tool in PLANTED else None
+    return {
+        **{
+            "tool": tool,
+            "command": " ".join([*command, "python", *watched]),
+            "seconds": round(time.monotonic() - started, 1),
+        },
+        "passed": finished and not ours and found is not False and "SUMMARY" in said,
+        **{
+            "errors": len(ours),
+            "cases_run": len(ran),
+            "finished": finished,
+            "planted_mistake_found": found,
+            "exit_code": code,
+        },
+        "kernels": sorted(set(re.findall(r"^  launched (\w+)$", said, re.MULTILINE))),
+        "reports": [report[:1000] for report in ours],
+        "elsewhere": sorted(
+            {report.splitlines()[0] for report in reports if report not in ours and report not in planted}
+        ),
+    }
+
+
+def tool_options(tool: str, sanitizer: str) -> list[str]:
+    """Those that this version of compute-sanitizer knows."""
+    wanted = {"--show-backtrace": "no", "--report-api-errors": "no"}
+    if tool == "memcheck":
+        wanted["--padding"] = "4096"  # bytes behind each tensor, so that what runs over its end hits no neighbor
+    known = subprocess.run([sanitizer, "--help"], check=False, capture_output=True, text=True)
+    return [word for name, value in wanted.items() if name in known.stdout + known.stderr for word in (name, value)]
+
+
+def reports_in(said: str) -> Iterator[str]:
+    """What compute-sanitizer reported: each begins with a line behind its ``=========`` mark, and goes on in indented ones."""
+    report: list[str] = []
+    for line in said.splitlines():
+        if not line.startswith("========="):
+            continue
+        text = line.removeprefix("=========")
+        if text.strip() and not text.startswith("  "):
+            if report:
+                yield "\n".join(report)
+            report = [] if re.search(r"COMPUTE-SANITIZER|SUMMARY", text) else [text.strip()]
+        elif report and text.strip():
+            report.append(text.strip())
+    if report:
+        yield "\n".join(report)
+
+
+def run_watched(tool: str) -> int:
+    """What runs under the tool: every case, and then the planted mistake, which may take the process along."""
+    with _launches_named():
+        for name, run in cases():
+            print("case", name, flush=True)
+            run()
+            _wait()
+    print("every case has run", flush=True)
+    if tool in PLANTED:
+        import planted
+
+        getattr(planted, PLANTED[tool])()
+        _wait()
+    return 0
+
+
+@contextmanager
+def _launches_named():
+    start = Launch.start
+
+    def named(launch: Launch) -> None:
+        print("  launched", launch.name, flush=True)
+        start(launch)
+
+    Launch.start = named
+    try:
+        yield
+    finally:
+        Launch.start = start
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def compile_ahead(compilers: int) -> None:
+    """Fill Triton's cache on disk, which the watched processes then find full."""
+    if compilers > 1:
+        with multiprocessing.get_context("spawn").Pool(compilers) as pool:
+            pool.map(_run_share, [(n, compilers) for n in range(compilers)])
+
+
+def _run_share(share: tuple[int, int]) -> None:
+    first, step = share
+    for name, run in cases()[first::step]:
+        try:
+            run()
+            _wait()
+        except Exception as error:
+            print(name, type(error).__name__, str(error)[:300], flush=True)
+
+
+def cases() -> list[tuple[str, Case]]:
+    """Everything to be run, by name."""
+    packed = masks.Varlen([0, Q_LEN // 2, Q_LEN // 2, Q_LEN - 3], [0, KV_LEN // 2, KV_LEN // 2 + 9, KV_LEN - 3])
+    rules = {
+        "no mask": None,
+        "causal": masks.Causal(),
+        "left": masks.Window(Q_LEN // 2, None),
+        "window": masks.Window(Q_LEN // 2, 20),
+        "lengths": masks.KeyLengths([0, KV_LEN // 2]),
+        "packed causal": packed & masks.Causal(packed.offset(Q_LEN)),
+    }
+    found = [
+        (f"{kernel} {rule} D{head_dim}", kernel, {"mask": mask, "head_dim": head_dim})
+        for kernel in ("portable", "hopper")
+        for rule, mask in rules.items()
+        for head_dim in (64, 128)
+    ]
+    lengths = rules["lengths"]
+    special = {
+        "softcap": {"softcap": 5.0, "mask": masks.Causal()},
+        "ALiBi": {"alibi": True},
+        "ALiBi, softcap, lengths": {"alibi": True, "softcap": 5.0, "mask": lengths},
+        "fp16": {"dtype": torch.float16, "mask": masks.Causal()},
+        "rows first": {"rows_first": True, "mask": masks.Causal()},
+        "one query": {"q_len": 1},
+        "more queries than keys": {"q_len": 200, "kv_len": 77, "mask": masks.Causal()},
+        "D40": {"head_dim": 40, "mask": lengths},
+        "D96": {"head_dim": 96, "mask": masks.Causal()},
+    }
+    found += [
+        (f"{kernel} {name}", kernel, options) for kernel in ("portable", "hopper") for name, options in special.items()
+    ]
+    only_portable = {
+        "fp32": {"dtype": torch.float32, "mask": lengths},
+        "D59": {"head_dim": 59, "mask": lengths},
+        "D256": {"head_dim": 256, "mask": masks.Causal()},
+    }
+    found += [(f"portable {name}", "portable", options) for name, options in only_portable.items()]
+    if DEVICE == "cpu":  # Gluon is not interpreted
+        found = [case for case in found if case[1] == "portable"]
+    training = [
+        (name, lambda kernel=kernel, options=options: attend(kernel, **options)) for name, kernel, options in found
+    ]
+    return [*training, *decode_cases()]
+
+
+def attend(
+    kernels: str, *, head_dim: int = 128, mask: masks.Mask | None = None, dtype: torch.dtype = torch.bfloat16, q_len: int = Q_LEN,
+    kv_len: int = KV_LEN, softcap: float = 0.0, alibi: bool = False, rows_first: bool = False,
+) -> None:  # fmt: skip
+    """Forward and backward of one problem by the portable kernels, or by those for Hopper."""
+    q, k, v, grad_out = (drawn((2, heads, length, head_dim), dtype, rows_first) for heads, length in ((4, q_len), (2, kv_len), (2, kv_len), (4, q_len)))  # fmt: skip
+    slopes = drawn((4,), torch.float32).abs() if alibi else None
+    spec = AttentionSpec.from_tensors(q, k, v, mask=mask, softcap=softcap, alibi_slopes=slopes)
+    options, dkdv = KernelOptions.from_spec(spec), None
+    forward = forward_launch
+    if kernels == "hopper":
+        from flashlib.kernels.hopper_launch import hopper_dkdv_launches, hopper_launch
+
+        forward = hopper_launch
+
+        def dkdv(tensors, options, tiles):
+            return hopper_dkdv_launches(tensors, options)
+
+    launch, out, lse = forward(q, k, v, options)
+    launch.start()
+    for launch in backward_launches(q, k, v, out, lse, grad_out, drawn(lse.shape, torch.float32), options, dkdv=dkdv)[
+        0
+    ]:
+        launch.start()
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype, rows_first: bool = False) -> Tensor:
+    """Made on the host, so that no kernel but ours runs."""
+    x = torch.randn(shape).to(dtype)
+    if rows_first:
+        return x.transpose(1, 2).contiguous().to(DEVICE).transpose(1, 2)
+    return x.to(DEVICE)
+
+
+def decode_cases() -> list[tuple[str, Case]]:
+    """Contiguous and paged caches of unequal lengths, cut into more splits than there are keys for."""
+    sizes = {
+        "contiguous": {},
+        "one split": {"num_splits": 1},
+        "33 splits": {"num_splits": 33},
+        "cut at multiples": {"num_splits": 0, "split_size": 128},
+        "merged by a second kernel": {"merge_in_kernel": False},
+        "pages of 1": {"page_size": 1},
+        "pages of 16": {"page_size": 16},
+        "pages of 256": {"page_size": 256},
+        "pages of 16, cut at multiples": {"page_size": 16, "num_splits": 0, "split_size": 100},
+        "window": {"left": 90, "q_len": 3},
+        "softcap, 4 queries": {"softcap": 5.0, "q_len": 4},
+        "one head each": {"q_heads": 2},
+        "16 heads a group, 8 queries": {"q_heads": 32, "q_len": 8},
+        "fp16 D64, pages of 64": {"dtype": torch.float16, "head_dim": 64, "page_size": 64},
+        "fp32 D40": {"dtype": torch.float32, "head_dim": 40},
+        "D256": {"head_dim": 256},
+        "D59": {"head_dim": 59, "page_size": 16},
+    }
+    return [(f"decode {name}", lambda options=options: decode(**options)) for name, options in sizes.items()]
+
+
+def decode(
+    *, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, q_heads: int = 8, q_len: int = 1, num_splits: int = 7, left: int | None = None,
+    split_size: int | None = None, page_size: int | None = None, softcap: float = 0.0, merge_in_kernel: bool = True,
+) -> None:  # fmt: skip
+    """One decoding step of four requests, one of them empty and one with room left."""
+    from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
+
+    batch, kv_heads, lengths = 4, 2, [KV_LEN, 0, KV_LEN // 2, q_len]
+    table, rows, room = None, batch, KV_LEN
+    if page_size is not None:
+        held = [-(-length // page_size) for length in lengths]
+        rows, room = sum(held), page_size
+        pages, table = torch.randperm(rows).tolist(), torch.full((batch, max(held)), 2**30, dtype=torch.int32)
+        for request, count in enumerate(held):
+            table[request, :count] = torch.tensor([pages.pop() for _ in range(count)], dtype=torch.int32)
+        table = table.to(DEVICE)
+    q = drawn((batch, q_heads, q_len, head_dim), dtype)
+    k, v = (drawn((rows, kv_heads, room, head_dim), dtype) for _ in range(2))
+    on_device = torch.tensor(lengths, dtype=torch.int32).to(DEVICE)
+    splits = num_splits or -(-KV_LEN // split_size)
+    options = DecodeOptions(on_device, table, left, 0, head_dim**-0.5, softcap, splits, split_size, merge_in_kernel)
+    launch_decode(q, k, v, options)
+
+
+if __name__ == "__main__":
+    assert DEVICE == "cuda" or interpreting(), "needs a CUDA GPU, or TRITON_INTERPRET=1"
+    sys.exit(main())

@@ -22,8 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, fo
 from flashlib.measure.bench import kernel_sources
 from flashlib.measure.record import new_record, save_record
 
+ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "synccheck")
 OURS = ("attention_forward", "hopper_", "backward_", "decode_", "combine")
 PLANTED = {"memcheck": "planted_read_behind_the_end", "racecheck": "planted_race"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -460,9 +461,15 @@ class DecodeMistake:
         outs, lses
     )
 
-    def __call__(
+    def __call__(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        results = [self.merged(*pieces) for pieces in self.pieces(*args, **kwargs)]
+        out, lse = (torch.stack(part) for part in zip(*results, strict=True))
+        return out, lse
+
+    def pieces(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, num_splits: int, block: int, scale: float | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> list[tuple[Tensor, Tensor, list[int]]]:
+        """For each request: outs [P, Hq, Dv], lses [P, Hq] and numbers of keys of its splits."""
         heads = self.kv_head(torch.arange(q.shape[1]), q.shape[1] // k.shape[1], k.shape[1])
         results = []
         for request in range(len(q)):
@@ -470,9 +477,8 @@ class DecodeMistake:
             ranges = self.ranges(length, num_splits, block)
             parts = [self._attend(*(x[request].double() for x in (q, k, v)), heads, scale, *each) for each in ranges]
             outs, lses = (torch.stack(part) for part in zip(*parts, strict=True))
-            results.append(self.merged(outs, lses, [max(0, stop - start) for start, stop in ranges]))
-        out, lse = (torch.stack(part) for part in zip(*results, strict=True))
-        return out, lse
+            results.append((outs, lses, [max(0, stop - start) for start, stop in ranges]))
+        return results
 
     def _attend(self, q, k, v, heads, scale, start, stop):
         if start >= min(stop, k.shape[1]):
@@ -498,11 +504,17 @@ def decoding_budget(q, k, v, lengths, num_splits, block, scale=None) -> tuple[fl
     return allowed.out + 2 * rounding * float(v.abs().max()), allowed.lse + 2 * rounding
 
 
+@lru_cache(maxsize=1)  # of the tensors of one call, for all the mistakes that it is compared with
+def right_pieces(*args, **kwargs) -> tuple[Tensor, Tensor]:
+    """outs [P, B, Hq, Dv] and lses [P, B, Hq] of all splits, as a right solution has them before it combines them."""
+    outs, lses, _ = zip(*DecodeMistake().pieces(*args, **kwargs), strict=True)
+    return torch.stack(outs, 1).float(), torch.stack(lses, 1).float()
+
+
 def of_splits(mistake: Misconception) -> Misconception:
     """A mistake in combining, seen through split_decode."""
     says = f"{mistake.says} (In how your splits become one result.)"
-    model = DecodeMistake(merged=lambda outs, lses, counts: mistake.model(outs.float(), lses.float()))
-    return replace(mistake, says=says, model=model)
+    return replace(mistake, says=says, model=lambda *args, **kwargs: mistake.model(*right_pieces(*args, **kwargs)))
 
 
 def weighted_by_count(outs: Tensor, lses: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:

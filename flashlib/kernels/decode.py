@@ -17,15 +17,15 @@ from flashlib.kernels.common import LN_2, LOG2_E, cap, load_tile, score_unit
 
 @triton.jit(
     do_not_specialize=[
-        "q_heads", "kv_heads", "q_len", "n_rows", "capacity", "num_splits", "split_size", "left", "right", "stride_table",
+        "q_heads", "q_len", "n_rows", "capacity", "num_splits", "split_size", "left", "right", "stride_table",
     ]
 )  # fmt: skip
 def decode_split(
     p_q, p_k, p_v, p_out, p_lse, p_partial_out, p_partial_lse, p_arrivals, p_lengths, p_table,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_table,
-    q_heads, kv_heads, q_len, n_rows, capacity, num_splits, split_size, left, right, scale, softcap, head_dim, v_head_dim,
-    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    q_heads, q_len, row_blocks, n_rows, capacity, num_splits, split_size, left, right, scale, softcap, head_dim, v_head_dim,
+    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr,
     WHOLE_TILES: tl.constexpr, FIXED_SIZE: tl.constexpr, MERGE: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -34,19 +34,24 @@ def decode_split(
     PAGE_SIZE is 0 for a contiguous cache. WHOLE_TILES says that no tile of keys lies in more than one page. With MERGE the last program
     to finish merges the splits; without it they are left for :func:`flashlib.kernels.combine.combine`.
     """
-    row_blocks = tl.cdiv(q_heads // kv_heads * q_len, BLOCK_M)
-    i_m, i = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
-    i_kv, i = i % kv_heads, i // kv_heads
-    i_split, i_b = i % num_splits, i // num_splits
-
-    o_head, o_token, o_rows = query_rows(i_b, i_kv, i_m * BLOCK_M, q_heads, kv_heads, q_len, BLOCK_M)
+    i_m, i_kv = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
+    i_split, i_b = tl.program_id(1), tl.program_id(2)
+    o_head, o_token, o_rows = query_rows(i_b, i_kv, i_m * BLOCK_M, q_heads, q_len, GROUP_SIZE, BLOCK_M)
     m_rows = o_token < q_len
+    o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    # q [BLOCK_D, BLOCK_M]. Asked for first, so that it is on its way while the length is.
+    o_q = o_head.to(tl.int64) * stride_qh + o_token.to(tl.int64) * stride_qs
+    b_q = tl.trans(load_tile(p_q + i_b.to(tl.int64) * stride_qb, o_q, o_d, 1, m_rows, head_dim, True, CHECK_D))
     length = capacity
     if p_lengths is not None:
         length = tl.minimum(tl.load(p_lengths + i_b).to(tl.int32), capacity)
-    start, stop = visible_keys(o_token, m_rows, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
-    first = tl.min(tl.where(start < stop, start, capacity))
-    last = tl.max(tl.where(start < stop, stop, 0))
+    start, stop = visible_keys(o_token, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
+    stop = tl.where(m_rows, stop, 0)
+    # The rows see a growing range of keys: together, from the first token's first key to the last token's last.
+    first_token = i_m * BLOCK_M // GROUP_SIZE
+    last_token = tl.minimum((i_m * BLOCK_M + BLOCK_M - 1) // GROUP_SIZE, q_len - 1)
+    first, _ = visible_keys(first_token, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
+    _, last = visible_keys(last_token, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
     begin, size, n_live = splits_of(first, last, num_splits, split_size, BLOCK_N, FIXED_SIZE)
     if MERGE and i_split >= n_live:
         return
@@ -58,11 +63,7 @@ def decode_split(
     p_v += i_kv.to(tl.int64) * stride_vh
     if PAGE_SIZE > 0:
         p_table += i_b.to(tl.int64) * stride_table
-    o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     page = pages_of(p_table, i_b, begin, o_n, first, end, PAGE_SIZE, WHOLE_TILES)
-    # q [BLOCK_D, BLOCK_M]
-    o_q = o_head.to(tl.int64) * stride_qh + o_token.to(tl.int64) * stride_qs
-    b_q = tl.trans(load_tile(p_q + i_b.to(tl.int64) * stride_qb, o_q, o_d, 1, m_rows, head_dim, True, CHECK_D))
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # summed over the keys once, at the end
     b_acc = tl.zeros([BLOCK_DV, BLOCK_M], tl.float32)
@@ -102,11 +103,10 @@ def decode_split(
         store_rows(p_out, p_lse, b_out, b_lse, o_rows, m_rows, v_head_dim, BLOCK_DV)
     else:
         store_rows(p_split_out, p_split_lse, b_out, b_lse, o_rows, m_rows, v_head_dim, BLOCK_DV)
-        p_arrival = p_arrivals + (i_b * kv_heads + i_kv) * row_blocks + i_m
-        if arrives_last(p_arrival, n_live):
+        if arrives_last(p_arrivals + i_b * tl.num_programs(0) + tl.program_id(0), n_live):
             merge_tile(
-                p_partial_out, p_partial_lse, p_out, p_lse, i_b, i_kv, i_m * BLOCK_M, q_heads, kv_heads, q_len, n_rows, n_live,
-                v_head_dim, MERGE_ROWS, BLOCK_DV, MERGE_SPLITS,
+                p_partial_out, p_partial_lse, p_out, p_lse, i_b, i_kv, i_m * BLOCK_M, q_heads, q_len, n_rows, n_live, v_head_dim,
+                GROUP_SIZE, MERGE_ROWS, BLOCK_DV, MERGE_SPLITS,
             )  # fmt: skip
 
 
@@ -123,37 +123,33 @@ def arrives_last(p_arrival, n_programs):
 
 @triton.jit
 def merge_tile(
-    p_partial_out, p_partial_lse, p_out, p_lse, i_b, i_kv, first_row, q_heads, kv_heads, q_len, n_rows, n_splits, v_head_dim,
-    ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
+    p_partial_out, p_partial_lse, p_out, p_lse, i_b, i_kv, first_row, q_heads, q_len, n_rows, n_splits, v_head_dim,
+    GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one tile of packed rows, its padding left out."""
-    _, o_token, o_rows = query_rows(i_b, i_kv, first_row, q_heads, kv_heads, q_len, ROWS)
+    _, o_token, o_rows = query_rows(i_b, i_kv, first_row, q_heads, q_len, GROUP_SIZE, ROWS)
     merge_splits(
         p_partial_out, p_partial_lse, p_out, p_lse, o_rows, o_token < q_len, n_rows, n_splits, v_head_dim, ROWS, BLOCK_DV, SPLITS
     )  # fmt: skip
 
 
 @triton.jit
-def query_rows(i_b, i_kv, first, q_heads, kv_heads, q_len, ROWS: tl.constexpr):
+def query_rows(i_b, i_kv, first, q_heads, q_len, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr):
     """Head, token, and row of out ``[B, Hq, Sq, Dv]``, of ``ROWS`` packed rows. Neighbours are heads of one group: they see the same keys."""
-    group_size = q_heads // kv_heads
     o_m = first + tl.arange(0, ROWS)
-    o_token, o_head = o_m // group_size, i_kv * group_size + o_m % group_size
+    o_token, o_head = o_m // GROUP_SIZE, i_kv * GROUP_SIZE + o_m % GROUP_SIZE
     return o_head, o_token, (i_b.to(tl.int64) * q_heads + o_head) * q_len + o_token
 
 
 @triton.jit
-def visible_keys(
-    o_token, m_rows, q_len, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):  # fmt: skip
-    """First visible key, and one past the last, of each row; the last token sits at the last key of the request."""
-    position = o_token + length - q_len
-    start = tl.zeros_like(o_token)
-    stop = tl.where(m_rows, length, 0)
+def visible_keys(token, q_len, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """First key that a token sees, and one past the last; the last token sits at the last key of the request."""
+    position = token + length - q_len
+    start, stop = position * 0, position * 0 + length  # shaped like the tokens: one, or a tile of them
     if HAS_LEFT:
-        start = tl.maximum(start, position - left)
+        start = tl.maximum(position - left, 0)
     if HAS_RIGHT:
-        stop = tl.minimum(stop, position + right + 1)
+        stop = tl.minimum(position + right + 1, length)
     return start, stop
 
 

@@ -96,13 +96,13 @@ def decode_launches(
         "p_arrivals": arrivals(batch * kv_heads * row_blocks, q.device) if options.merge_in_kernel else None,
         **{"p_lengths": options.lengths, "p_table": table, "stride_table": 0 if table is None else table.stride(0)},
         **strides(q=q, k=k, v=v),
-        **{"q_heads": q_heads, "kv_heads": kv_heads, "q_len": q_len, "n_rows": batch * q_heads * q_len},
+        **{"q_heads": q_heads, "q_len": q_len, "row_blocks": row_blocks, "n_rows": batch * q_heads * q_len},
         **{"capacity": capacity, "num_splits": options.num_splits, "split_size": options.split_size or 0},
         **{"left": options.left or 0, "right": options.right or 0, "scale": options.scale, "softcap": options.softcap},
         **{"head_dim": head_dim, "v_head_dim": v_head_dim},
         **{"CHECK_D": head_dim != padded(head_dim), "CHECK_DV": v_head_dim != padded(v_head_dim)},
         **{"BLOCK_D": padded(head_dim), "BLOCK_DV": padded(v_head_dim)},
-        **{"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
+        **{"GROUP_SIZE": q_heads // kv_heads, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
         **{
             "HAS_LEFT": options.left is not None,
             "HAS_RIGHT": options.right is not None,
@@ -114,7 +114,7 @@ def decode_launches(
         **{"MERGE_ROWS": merge_rows, "MERGE_SPLITS": merged_at_once(merge_rows, v_head_dim)},
         "PRECISION": options.precision,
     }
-    grid = (batch * options.num_splits * kv_heads * row_blocks,)
+    grid = (kv_heads * row_blocks, options.num_splits, batch)
     launches = [Launch(decode_split, grid, arguments, tiles)]
     if not options.merge_in_kernel:
         launches.append(combine_launch(partial_out, partial_lse, out, lse))

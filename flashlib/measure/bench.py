@@ -30,7 +30,7 @@ from flashlib.measure.record import PACKAGE, Record, new_record, save_record
 from flashlib.measure.tables import Table, format_bytes, format_number, table
 from flashlib.measure.timing import Timing, time_in_turns
 
-__all__ = ["Plan", "compile_ahead", "kernel_sources", "plan", "race", "run", "summary", "told"]
+__all__ = ["Plan", "compile_ahead", "decode_sources", "kernel_sources", "plan", "race", "run", "summary", "told"]
 
 NOTES = (
     "Peers take turns in shuffled order. GPU time by device events around CUDA graphs, with enough input sets to miss the L2 "
@@ -41,6 +41,7 @@ NOTES = (
 MEMORY_NOTES = (
     "Peak memory of one forward and backward, beyond q, k, v and the gradient of out, as the allocator counts it."
 )
+DECODING = ("combine", "decode", "decode_launch")  # modules of flashlib.kernels that only decoding uses
 Report = Callable[[Case, list[dict]], None]
 
 
@@ -165,9 +166,15 @@ def _record(plan: Plan, rows: list[dict], machine: dict, *, complete: bool) -> R
 
 
 def kernel_sources() -> list[str]:
-    """Files that decide how fast our own backends are, as :func:`flashlib.measure.record.sources_hash` takes them."""
-    kernels = [path for path in (PACKAGE / "kernels").glob("*.py") if path.stem not in ("__init__", "inspect")]
+    """Files that decide how fast our attention is, as :func:`flashlib.measure.record.sources_hash` takes them."""
+    others = ("__init__", "inspect", *DECODING)
+    kernels = [path for path in (PACKAGE / "kernels").glob("*.py") if path.stem not in others]
     return sorted(str(path.relative_to(PACKAGE)) for path in [*kernels, PACKAGE / "backends" / "triton.py"])
+
+
+def decode_sources() -> list[str]:
+    """The same for decoding."""
+    return sorted([*(f"kernels/{name}.py" for name in (*DECODING, "common", "launch", "tiles")), "inference/decode.py"])
 
 
 def ceilings(device: str) -> dict[str, float]:

@@ -10,20 +10,13 @@ Triton's interpreter (TRITON_INTERPRET=1).
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import sys
-import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -32,19 +25,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from feature_sets import FeatureSet, coverage
+from feature_sets import FeatureSet
+from in_sets import count_failures, now, of_budget, run_in_sets, started_kernels, summary_of
 from problems import Problem
 
 from flashlib import attention, masks
-from flashlib.kernels.launch import Launch
 from flashlib.measure.bench import kernel_sources
 from flashlib.measure.record import Record, new_record, save_record
 from flashlib.reference import check, check_gradients
 
 BACKEND = "triton"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PROBLEMS_IN_A_SET = 10
-SAVE_EVERY_S = 5
 CHECKED_ON = ["spec.py", "masks.py", "reference.py", "attention.py", *kernel_sources()]
 
 
@@ -61,145 +52,36 @@ def forward_and_backward(problem: Problem, seed: int) -> tuple[tuple[Tensor, ...
     return results, given, torch.autograd.grad(results, (q, k, v), given)
 
 
-def one_spec(problem: Problem, seed: int) -> dict:
+def one_spec(features: FeatureSet, seed: int) -> dict:
     """A problem forward and backward: largest error as a fraction of its budget, by result, and which kernels ran."""
+    problem = features.problem(seed, DEVICE)
     started, kernels = time.monotonic(), Counter()
-    with _started_kernels(kernels):
+    with started_kernels(kernels):
         (out, lse), given, gradients = forward_and_backward(problem, seed)
-    computed = _now()
+    computed = now()
     inputs = (problem.q, problem.k, problem.v)
     forward = check(out, lse, *inputs, **problem.options)
     backward = check_gradients(gradients, *inputs, *given, **problem.options)
-    used = {}
-    for comparison in (forward, backward):
-        used |= {name: _fraction(error, comparison.budget[name]) for name, error in comparison.error.items()}
     passed = forward.passed and backward.passed
     return {
         "passed": passed,
-        "of_budget": used,
+        "of_budget": of_budget(forward, backward),
         "message": None if passed else f"{problem!r}: {forward.message} | {backward.message}",
         "kernels": dict(kernels),
-        "seconds": [computed - started, _now() - computed],
+        "seconds": [computed - started, now() - computed],
     }
-
-
-def _now() -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.monotonic()
-
-
-@contextmanager
-def _started_kernels(counts: Counter[str]):
-    """Counts the kernels that are started inside, by name."""
-    start = Launch.start
-
-    def counted(launch: Launch) -> None:
-        counts[launch.name] += 1
-        start(launch)
-
-    with mock.patch.object(Launch, "start", counted):
-        yield
-
-
-def _fraction(error: float, budget: float) -> float:
-    if error == 0:
-        return 0.0
-    return round(error / budget, 4) if budget else float("inf")
 
 
 def random_specs(count: int, seed: int, workers: int, out: Path, limit_s: float = float("inf")) -> Record:
-    """``count`` problems in so many processes, each of which takes one set of problems after the other.
-
-    The record is written every few seconds. A process that dies (an illegal access takes its process along) leaves the problem
-    that it had begun as failed.
-
-    Args:
-        limit_s: seconds after which no set is begun.
-    """
-    started, context = time.monotonic(), multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        files, next_set = [Path(folder) / f"{worker}.jsonl" for worker in range(workers)], context.Value("i", 0)
-        processes = [context.Process(target=_work, args=(seed, count, next_set, file, limit_s)) for file in files]
-        for process in processes:
-            process.start()
-        while True:
-            alive = any(process.is_alive() for process in processes)
-            rows = [row for file in files if file.exists() for row in _read(file, finished=not alive)]
-            record = _specs_record(rows, count, first_seed=seed, seconds=round(time.monotonic() - started, 1))
-            save_record(record, out)
-            if not alive:
-                return record
-            multiprocessing.connection.wait(
-                [process.sentinel for process in processes if process.is_alive()], SAVE_EVERY_S
-            )
+    """``count`` problems of :mod:`feature_sets` in so many processes."""
+    options = {"count": count, "seed": seed, "workers": workers, "out": out, "limit_s": limit_s}
+    return run_in_sets(FeatureSet.draw, one_spec, _specs_record, **options)
 
 
 def _specs_record(rows: list[dict], asked: int, **extra) -> Record:
-    worst = {
-        name: max((row["of_budget"].get(name, 0.0) for row in rows if row["passed"]), default=0.0)
-        for name in ("out", "lse", "dq", "dk", "dv")
-    }
-    kernels = sum((Counter(row["kernels"].keys()) for row in rows), Counter())
-    summary = {
-        **{"check": "random specs", "asked": asked, "run": len(rows), "worst_of_budget": worst},
-        "failed": [{"seed": row["seed"], "message": row["message"]} for row in rows if not row["passed"]],
-        "problems_with": coverage(FeatureSet.draw(row["set"]).told() for row in rows),
-        "problems_that_ran": dict(sorted(kernels.items())),
-    }
-    spent = [round(sum(row["seconds"][part] for row in rows), 1) for part in (0, 1)]
+    summary = summary_of(rows, asked, lambda seed: FeatureSet.draw(seed).told(), ("out", "lse", "dq", "dk", "dv"))
     note = "Random problems (tests/gpu/feature_sets.py), forward, LSE and backward, against float64 within the error budget."
-    return new_record("triton_specs", [summary], CHECKED_ON, note, process_seconds={"kernels": spent[0], "oracle": spent[1]}, **extra)  # fmt: skip
-
-
-def _work(seed: int, count: int, next_set, file: Path, limit_s: float) -> None:
-    started = time.monotonic()
-    torch.set_num_threads(1)
-    with file.open("w", encoding="utf-8") as lines:
-
-        def write(row: dict) -> None:
-            lines.write(json.dumps(row) + "\n")
-            lines.flush()
-
-        while time.monotonic() - started < limit_s:
-            with next_set.get_lock():
-                first = next_set.value
-                next_set.value += PROBLEMS_IN_A_SET
-            if first >= count:
-                return
-            features = FeatureSet.draw(seed + first)
-            for number in range(seed + first, seed + min(first + PROBLEMS_IN_A_SET, count)):
-                known = {"set": seed + first, "seed": number}
-                write({"begun": known})
-                write({**known, **_outcome(features, number)})
-
-
-def _outcome(features: FeatureSet, seed: int) -> dict:
-    try:
-        return one_spec(features.problem(seed, DEVICE), seed)
-    except torch.AcceleratorError:
-        raise  # this process has lost the device; the problem stands as begun
-    except Exception as error:
-        return _failed(f"{type(error).__name__}: {error}"[:400])
-
-
-def _failed(message: str) -> dict:
-    return {"passed": False, "message": message, "of_budget": {}, "kernels": {}, "seconds": [0.0, 0.0]}
-
-
-def _read(file: Path, finished: bool) -> Iterator[dict]:
-    begun = None
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            continue  # it is being written
-        row = json.loads(line)
-        if "begun" in row:
-            begun = row["begun"]
-        else:
-            begun = None
-            yield row
-    if finished and begun is not None:
-        yield {**begun, **_failed("the process died in it")}
+    return new_record("triton_specs", [{"check": "random specs", **summary}], CHECKED_ON, note, **extra)
 
 
 def determinism(repeats: int, out: Path, seed: int) -> Record:
@@ -385,31 +267,9 @@ def main() -> int:
         "compiled": lambda: compiled(options.out, options.seed),
         "specs": lambda: random_specs(options.specs, options.seed, options.workers, options.out, options.limit),
     }
-    failures = 0
-    for name, check_all in checks.items():
-        if options.check in (name, "all"):
-            failures += _told(name, check_all)
+    failures = sum(count_failures(name, run) for name, run in checks.items() if options.check in (name, "all"))
     print(f"{failures} failures" if failures else "all passed")
     return 1 if failures else 0
-
-
-def _told(name: str, check_all: Callable[[], Record]) -> int:
-    """Run one check, print what came out, and say how many failures that was. A check that breaks off is one."""
-    started = time.monotonic()
-    try:
-        record = check_all()
-    except Exception:
-        traceback.print_exc()
-        return 1
-    failures = 0
-    for row in record.rows:
-        failed = row.get("failed", row.get("differ", [] if row.get("passed", row.get("same")) else ["failed"]))
-        failures += len(failed) + row.get("asked", 0) - row.get("run", 0)
-        print(name, {**row, "failed": len(failed)}, flush=True)
-        for failure in failed[:10]:
-            print("  ", str(failure)[:600].replace("\\n", " "), flush=True)
-    print(f"{name}: {failures} failures, {time.monotonic() - started:.0f} s", record.extra, flush=True)
-    return failures
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ of 16 are drawn anew for each problem.
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -116,12 +114,3 @@ class FeatureSet:
             **{name: "yes" if getattr(self, name) else "no" for name in ("softcap", "alibi", "grouped", "many_keys")},
             "strides": self.strides,
         }
-
-
-def coverage(told: Iterable[dict[str, str]]) -> dict[str, dict[str, int]]:
-    """How many problems had which value of each feature."""
-    counts: dict[str, Counter[str]] = {}
-    for features in told:
-        for name, value in features.items():
-            counts.setdefault(name, Counter())[value] += 1
-    return {name: dict(sorted(values.items())) for name, values in counts.items()}

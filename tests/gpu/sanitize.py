@@ -29,7 +29,7 @@ from torch import Tensor
 
 from flashlib import AttentionSpec, masks
 from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch, interpreting
-from flashlib.measure.bench import kernel_sources
+from flashlib.measure.bench import decode_sources, kernel_sources
 from flashlib.measure.record import new_record, save_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def main() -> int:
     note = "Small problems with ragged edges, each tensor in an allocation of its own; reports that name a kernel of flashlib."
     version = subprocess.run([options.sanitizer, "--version"], check=False, capture_output=True, text=True).stdout
     extra = {"sanitizer": version.strip().splitlines()[-1:], "cases": [name for name, _ in cases()]}
-    save_record(new_record("sanitizer", rows, kernel_sources(), note, **extra), options.out)
+    save_record(new_record("sanitizer", rows, {*kernel_sources(), *decode_sources()}, note, **extra), options.out)
     for row in rows:
         print(
             {name: value for name, value in row.items() if name not in ("reports", "elsewhere", "kernels")}, flush=True

@@ -1,6 +1,6 @@
 """The Triton kernels on this machine's GPU: `make test-gpu`. Everywhere else these tests are left out, not skipped.
 
-FLASHLIB_GPU_SPECS says how many random problems; FLASHLIB_GPU_RESULTS, where the records go.
+FLASHLIB_GPU_SPECS says how many random problems of each kind; FLASHLIB_GPU_RESULTS, where the records go.
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import device_checks
+from gpu import decode_checks, device_checks
 
 from flashlib.kernels.launch import interpreting
 
@@ -33,11 +33,15 @@ def seed() -> int:
     return seed
 
 
-def test_random_specs_are_within_the_budget_forward_and_backward(out, seed):
-    count, workers = int(os.environ.get("FLASHLIB_GPU_SPECS", "200")), max(1, (os.cpu_count() or 1) - 2)
-    (row,) = device_checks.random_specs(count, seed, 1 if interpreting() else workers, out).rows
+COUNT = int(os.environ.get("FLASHLIB_GPU_SPECS", "200"))
+WORKERS = 1 if interpreting() else max(1, (os.cpu_count() or 1) - 2)
+
+
+@pytest.mark.parametrize("draw", [device_checks.random_specs, decode_checks.random_cases])
+def test_random_problems_are_within_the_budget(draw, out, seed):
+    (row,) = draw(COUNT, seed, WORKERS, out).rows
     assert not row["failed"]
-    assert row["run"] == count
+    assert row["run"] == COUNT
 
 
 def test_results_are_bitwise_the_same_every_time(out, seed):
@@ -60,3 +64,18 @@ def test_cuda_graphs_replay_forward_and_backward_on_fresh_inputs(out, seed):
 
 def test_torch_compile_takes_it_whole_and_changes_no_bit(out, seed):
     assert all(row["same"] for row in device_checks.compiled(out, seed).rows)
+
+
+def test_a_request_decodes_to_the_same_bits_in_every_batch_and_every_time(out, seed):
+    rows = decode_checks.batch_invariance(out, seed, 4 if interpreting() else 64).rows
+    rows += decode_checks.determinism(out, seed, 2 if interpreting() else 100).rows
+    assert len(rows) == 9
+    assert not [row for row in rows if row["differ"]]
+
+
+def test_decoding_in_a_cuda_graph_follows_the_lengths(out, seed):
+    assert not [row for row in decode_checks.graphs(out, seed).rows if row["differ"]]
+
+
+def test_splits_are_merged_as_in_float64(out, seed):
+    assert not decode_checks.combining(out, seed).rows[0]["failed"]

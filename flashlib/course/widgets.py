@@ -303,6 +303,30 @@ def visits_explorer(length: int = 64, head_dim: int = 64, itemsize: int = 2) -> 
     )
 
 
+def split_explorer(tiles: int = 24, sm_count: int = 12) -> Figure | Explorer:
+    """Choose the number of splits and the batch, and see what the multiprocessors do. See `figures.split_schedule`.
+
+    Args:
+        tiles: of keys of the longest request, for one KV head.
+        sm_count: multiprocessors.
+    """
+    batches = {
+        "one request": [tiles],
+        "four equal requests": [tiles] * 4,
+        "four of different lengths": [tiles, tiles // 6, tiles // 2, tiles // 8],
+        "sixteen equal requests": [tiles] * 16,
+    }
+
+    def draw(num_splits: int, batch: str) -> Figure:
+        return figures.split_schedule(batches[batch], num_splits, sm_count)
+
+    return explore(
+        draw,
+        num_splits=Slider(1, tiles, min(4, tiles), play=True),
+        batch=Choice(list(batches), "four of different lengths"),
+    )
+
+
 def backward_explorer(tiles: int = 5) -> Figure | Explorer:
     """Follow one program of a backward kernel through its tiles. See `figures.backward_sweep`.
 

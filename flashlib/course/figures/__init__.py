@@ -11,6 +11,7 @@ from flashlib.course.figures.hierarchy import h200_memory, memory_hierarchy
 from flashlib.course.figures.kernels import program_lanes
 from flashlib.course.figures.programs import attention_programs
 from flashlib.course.figures.scaling import power_laws
+from flashlib.course.figures.splits import split_schedule, split_shares
 from flashlib.course.figures.tiles import Step, mask_figure, mask_gallery, tile_counts, tile_steps, tile_sweep
 from flashlib.course.figures.traffic import moved_bytes, naive_moved_bytes, tile_budget, tile_bytes
 from flashlib.course.figures.visits import tile_visits
@@ -39,6 +40,8 @@ __all__ = [
     "recorded",
     "rotary_figure",
     "running_softmax",
+    "split_schedule",
+    "split_shares",
     "tile_budget",
     "tile_bytes",
     "tile_counts",

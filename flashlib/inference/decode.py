@@ -119,7 +119,7 @@ def split_ranges(
     first = min(first, length)
     if split_size is not None:
         _check_count("split_size", split_size, 1)
-        begins = range(first // split_size * split_size, length, split_size)
+        begins = range(first // split_size * split_size, length, split_size) if first < length else []
     else:
         begin = first // tile * tile
         split_size = max(-(-(length - begin) // tile // num_splits), 1) * tile

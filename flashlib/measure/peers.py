@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -243,24 +244,51 @@ class Tutorial(Peer):
             raise PeerUnavailableError("needs a CUDA GPU")
         if case.mask not in ("full", "causal") or case.q_heads != case.kv_heads:
             raise PeerUnavailableError("takes no mask but causal, and as many KV heads as query heads")
-        function, scale = _tutorial(self.path).attention, 1 / math.sqrt(case.head_dim)
-        options = () if self.warp_specialize is None else (self.warp_specialize,)
-        return lambda q, k, v: function(q, k, v, case.causal, scale, *options)
+        options = {"causal": case.causal, "sm_scale": 1 / math.sqrt(case.head_dim)}
+        if self.warp_specialize is not None:
+            options["warp_specialize"] = self.warp_specialize
+        return tutorial_attention(self.path, options)
+
+
+def tutorial_attention(path: Path, options: dict) -> Attend:
+    """The tutorial's ``attention`` with its options by name; those not given keep their defaults.
+
+    Raises:
+        PeerUnavailableError: the file cannot be loaded, or its function takes something else.
+    """
+    function = _tutorial(path, options["causal"]).attention
+    # It is the apply of an autograd function, which takes no names: they are those of its forward, behind ctx, q, k and v.
+    parameters = list(inspect.signature(function.__self__.forward).parameters.values())[4:]
+    values = [options.get(parameter.name, parameter.default) for parameter in parameters]
+    missing = [p.name for p, value in zip(parameters, values, strict=True) if value is inspect.Parameter.empty]
+    unknown = options.keys() - {parameter.name for parameter in parameters}
+    if missing or unknown:
+        raise PeerUnavailableError(f"attention in {path} takes {', '.join(p.name for p in parameters)}; had {options}")
+    return lambda q, k, v: function(q, k, v, *values)
 
 
 @cache
-def _tutorial(path: Path):
-    """The tutorial as a module. What it runs as a script, it does not run here."""
-    spec = importlib.util.spec_from_file_location("triton_tutorial_06", path)
+def _tutorial(path: Path, causal: bool):
+    """The tutorial as a module. What it runs as a script, it does not run here, and its tests need no pytest.
+
+    One for each mask: it tunes once for each length, whichever mask comes first, and what is best for one is wrong for the other.
+    """
+    spec = importlib.util.spec_from_file_location(f"triton_tutorial_06_{'causal' if causal else 'full'}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise PeerUnavailableError(f"{path} is not a Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    stands_in = "pytest" not in sys.modules and importlib.util.find_spec("pytest") is None
+    if stands_in:
+        sys.modules["pytest"] = mock.MagicMock(name="pytest")
     try:
         spec.loader.exec_module(module)
     except (ImportError, RuntimeError) as error:
         raise PeerUnavailableError(f"{path} cannot be loaded: {error}") from error
-    if not hasattr(module, "attention"):
-        raise PeerUnavailableError(f"{path} defines no function attention(q, k, v, causal, sm_scale)")
+    finally:
+        if stands_in:
+            del sys.modules["pytest"]
+    if not hasattr(getattr(module, "attention", None), "__self__"):
+        raise PeerUnavailableError(f"{path} defines no attention that is the apply of an autograd function")
     return module
 
 

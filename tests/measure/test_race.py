@@ -1,5 +1,6 @@
 """A race times only what is right, all of it in turns, and writes down why the others did not run."""
 
+import importlib.util
 import itertools
 import json
 import random
@@ -15,7 +16,7 @@ from flashlib.measure import load_record
 from flashlib.measure.bench import Plan, kernel_sources, plan, race, run, summary, told
 from flashlib.measure.cases import Case
 from flashlib.measure.contender import SampledRows, Witness, draw_inputs, inputs_for
-from flashlib.measure.peers import Naive, Peer, PeerUnavailableError, find_peers, naive
+from flashlib.measure.peers import Naive, Peer, PeerUnavailableError, find_peers, naive, tutorial_attention
 from flashlib.measure.timing import time_in_turns
 
 
@@ -94,6 +95,43 @@ def test_who_cannot_run_is_named_with_the_reason():
     assert broken.startswith("RuntimeError: ") and "(test_race.py:" in broken
     assert "--tutorial PATH" in tutorial
     assert [row["ms"] for row in rows] == [None] * 3
+
+
+TUTORIAL = """
+import pytest
+import torch
+
+TUNED = []
+
+class _attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, causal, sm_scale, warp_specialize=True):
+        TUNED.append((causal, warp_specialize))
+        return q * sm_scale
+
+@pytest.mark.parametrize("Z", [1])
+def test_op(Z):
+    raise AssertionError
+
+attention = _attention.apply
+"""
+
+
+def test_a_tutorial_is_loaded_without_pytest_and_once_for_each_mask(tmp_path, monkeypatch):
+    path = tmp_path / "06-fused-attention.py"
+    path.write_text(TUTORIAL)
+    monkeypatch.delitem(sys.modules, "pytest")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytest" else find_spec(name))
+    q = torch.ones(1, 1, 2, 2)
+    for causal in (True, False):
+        attend = tutorial_attention(path, {"causal": causal, "sm_scale": 3.0, "warp_specialize": False})
+        assert torch.equal(attend(q, q, q), 3 * q)
+    tuned = [sys.modules[f"triton_tutorial_06_{mask}"].TUNED for mask in ("causal", "full")]
+    assert tuned == [[(True, False)], [(False, False)]]
+    assert "pytest" not in sys.modules
+    with pytest.raises(PeerUnavailableError, match="takes causal, sm_scale, warp_specialize; had"):
+        tutorial_attention(path, {"causal": True, "scale": 3.0})
 
 
 def test_sampled_rows_are_the_rows_of_the_mask():

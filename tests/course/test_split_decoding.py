@@ -107,10 +107,10 @@ def test_distinct_counts_bits():
 def test_the_schedule_is_told_in_words():
     figure = figures.split_schedule([24, 6], 4, 12)
     assert figure.alt == (
-        "2 pairs of a request and a KV head with 24, 6 tiles of keys on 12 multiprocessors, 4 splits of each. 7 multiprocessors have "
-        "something to do, the last program ends after the time of 8 tiles, and keys are read in 31% of all multiprocessors' time."
+        "2 pairs of a request and a KV head, with 24, 6 tiles of keys, on 12 multiprocessors, 4 splits of each. Of the multiprocessors 7 had "
+        "something to do, the last program ended after the time of 8 tiles, and keys were read in 31% of all multiprocessors' time."
     )
-    assert figures.split_schedule([5], 1, 1).alt.count("1 split of each") == 1
+    assert "1 pair of a request" in figures.split_schedule([5], 1, 1).alt
     with pytest.raises(ValueError, match=r"tiles must hold at least one tile; got \[0\]"):
         figures.split_schedule([0], 1, 4)
 

@@ -32,7 +32,7 @@ def split_schedule(
     if not launch.programs:
         raise ValueError(f"tiles must hold at least one tile; got {list(tiles)}")
     end = max(launch.time, until or 0)
-    splits = "1 split" if num_splits == 1 else f"{num_splits} splits"
+    splits = _count(num_splits, "split")
     title = f"{splits} of each: done after {launch.time}, keys are read in {launch.reading:.0%} of the time"
     with style.canvas(height=1.1 + 0.26 * sm_count) as fig:
         ax = fig.add_subplot()
@@ -46,9 +46,9 @@ def split_schedule(
         ax.set_title(title)
         return Figure(
             fig,
-            alt=f"{_told(tiles)} on {sm_count} multiprocessors, {splits} of each. {launch.busy} multiprocessors have something to "
-            f"do, the last program ends after the time of {launch.time} tiles, and keys are read in {launch.reading:.0%} of all "
-            "multiprocessors' time.",
+            alt=f"{_told(tiles)} on {_count(sm_count, 'multiprocessor')}, {splits} of each. Of the multiprocessors {launch.busy} "
+            f"had something to do, the last program ended after the time of {launch.time} tiles, and keys were read in "
+            f"{launch.reading:.0%} of all multiprocessors' time.",
         )
 
 
@@ -94,4 +94,8 @@ def _draw_program(ax, program: Program, split_cost: int) -> None:
 
 def _told(tiles: Sequence[int]) -> str:
     counts = ", ".join(str(count) for count in tiles[:6]) + (", ..." if len(tiles) > 6 else "")
-    return f"{len(tiles)} pairs of a request and a KV head with {counts} tiles of keys"
+    return f"{_count(len(tiles), 'pair')} of a request and a KV head, with {counts} tiles of keys,"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,48 @@
+# diagnosis: grows-with-the-memory
+import math
+
+import torch
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
+    lse = scores.logsumexp(-1)
+    return torch.exp(scores - lse[..., None]) @ v, lse
+
+
+def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    lse = torch.logaddexp(a[1], b[1])
+    out = torch.exp(a[1] - lse)[..., None] * a[0] + torch.exp(b[1] - lse)[..., None] * b[0]
+    return out, lse
+
+
+def inject_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_memory: Tensor,
+    v_memory: Tensor,
+    chunk_size: int,
+    alpha: float = 1.0,
+    mode: str = "blend",
+) -> Tensor:
+    batch, _heads, q_len, _ = q.shape
+    kv_len = k.shape[2]
+    future = torch.ones(q_len, kv_len, dtype=torch.bool).triu(kv_len - q_len + 1)
+    own = attend(q, k, v, future)
+    if alpha == 0 or k_memory.shape[1] == 0:
+        return own[0]
+    scale = 1 / math.sqrt(q.shape[-1])
+    k_all, v_all = (
+        torch.cat([shared.float().expand(batch, -1, -1, -1), x], dim=2) for shared, x in ((k_memory, k), (v_memory, v))
+    )
+    scores = q @ k_all.mT * scale
+    length = k_memory.shape[1]
+    scores[..., length:] = scores[..., length:].masked_fill(future, -torch.inf)
+    if mode == "gate":
+        scores[..., :length] += math.log(alpha)
+        return scores.softmax(-1) @ v_all
+    return (1 - alpha) * own[0] + alpha * scores.softmax(-1) @ v_all

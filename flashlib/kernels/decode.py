@@ -106,7 +106,7 @@ def decode_split(
         if arrives_last(p_arrivals + i_b * tl.num_programs(0) + tl.program_id(0), n_live):
             merge_tile(
                 p_partial_out, p_partial_lse, p_out, p_lse, i_b, i_kv, i_m * BLOCK_M, q_heads, q_len, n_rows, n_live, v_head_dim,
-                GROUP_SIZE, MERGE_ROWS, BLOCK_DV, MERGE_SPLITS,
+                GROUP_SIZE, BLOCK_M, MERGE_ROWS, BLOCK_DV, MERGE_SPLITS,
             )  # fmt: skip
 
 
@@ -124,13 +124,15 @@ def arrives_last(p_arrival, n_programs):
 @triton.jit
 def merge_tile(
     p_partial_out, p_partial_lse, p_out, p_lse, i_b, i_kv, first_row, q_heads, q_len, n_rows, n_splits, v_head_dim,
-    GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one tile of packed rows, its padding left out."""
-    _, o_token, o_rows = query_rows(i_b, i_kv, first_row, q_heads, q_len, GROUP_SIZE, ROWS)
-    merge_splits(
-        p_partial_out, p_partial_lse, p_out, p_lse, o_rows, o_token < q_len, n_rows, n_splits, v_head_dim, ROWS, BLOCK_DV, SPLITS
-    )  # fmt: skip
+    """Merge the splits of one tile of packed rows, ``ROWS`` at a time; rows that are all padding are left out."""
+    for row in range(first_row, tl.minimum(first_row + BLOCK_M, GROUP_SIZE * q_len), ROWS):
+        _, o_token, o_rows = query_rows(i_b, i_kv, row, q_heads, q_len, GROUP_SIZE, ROWS)
+        merge_splits(
+            p_partial_out, p_partial_lse, p_out, p_lse, o_rows, o_token < q_len, n_rows, n_splits, v_head_dim, ROWS, BLOCK_DV,
+            SPLITS,
+        )  # fmt: skip
 
 
 @triton.jit

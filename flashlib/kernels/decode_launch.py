@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -21,16 +21,15 @@ __all__ = [
     "tiles_for",
 ]
 
-LEAST_ROWS = 16  # of a tile of query rows; the rest of it is padding
-MOST_ROWS = 64
+LEAST_ROWS = 16  # of a tile of query rows; what the problem does not fill is padding
 MERGED_AT_ONCE = 8192  # numbers of the partial outputs that one program holds while it merges
 
-# By compute capability (major) and padded head_dim, 16-bit inputs: keys of a tile, warps, stages. Rows are those of the problem.
+# By compute capability (major) and padded head_dim, 16-bit inputs: the most rows of a tile, its keys, warps, stages.
 DECODE_TABLE = {
-    9: {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
-    8: {64: (64, 4, 3), 128: (32, 4, 3), 256: (16, 4, 3)},
+    9: {64: TileConfig(32, 128, 4, 3), 128: TileConfig(32, 64, 4, 3), 256: TileConfig(16, 64, 4, 3)},
+    8: {64: TileConfig(32, 64, 4, 3), 128: TileConfig(16, 32, 4, 3), 256: TileConfig(16, 16, 4, 3)},
 }
-DECODE_FP32 = (32, 4, 1)
+DECODE_FP32 = TileConfig(16, 16, 8, 1)
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def decode_launches(
     splits_kept = options.num_splits if options.num_splits > 1 or not options.merge_in_kernel else 0
     partial_out = q.new_empty((splits_kept, *out.shape), dtype=torch.float32)
     partial_lse = q.new_empty((splits_kept, *lse.shape), dtype=torch.float32)
-    merge_rows = min(tiles.block_m, 1 << (rows - 1).bit_length())
+    merge_rows = min(LEAST_ROWS, 1 << (rows - 1).bit_length())
     arguments = {
         **{"p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse},
         **{"p_partial_out": partial_out, "p_partial_lse": partial_lse},
@@ -148,9 +147,8 @@ def decode_tiles(rows: int, dtype: torch.dtype, head_dim: int, capability: int) 
         capability: the major number of the GPU's compute capability.
     """
     width = next(width for width in (64, 128, 256) if head_dim <= width)
-    keys, warps, stages = DECODE_FP32 if dtype == torch.float32 else DECODE_TABLE[8 if capability < 9 else 9][width]
-    block_m = min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), MOST_ROWS)
-    return TileConfig(block_m, keys, warps, stages)
+    tiles = DECODE_FP32 if dtype == torch.float32 else DECODE_TABLE[8 if capability < 9 else 9][width]
+    return replace(tiles, block_m=min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), tiles.block_m))
 
 
 def tiles_for(q: Tensor, v: Tensor) -> TileConfig:

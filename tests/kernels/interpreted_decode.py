@@ -1,0 +1,128 @@
+"""The decoding kernels in Triton's interpreter, on random problems. A program of its own: the interpreter is chosen at import.
+
+TRITON_INTERPRET=1 python tests/kernels/interpreted_decode.py --seed 0 --problems 20
+"""
+
+import argparse
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from decode_problems import random_decode_problem
+
+from flashlib.inference import decode
+from flashlib.inference.decode import combine_splits, decode_attention, split_ranges
+from flashlib.kernels import decode_launch
+from flashlib.kernels.decode_launch import DecodeOptions, decode_launches, launch_decode
+from flashlib.kernels.launch import interpreting
+from flashlib.kernels.tiles import TileConfig
+from flashlib.partial import Partial, fold
+from flashlib.reference import check
+
+SMALL_TILE = 16  # keys; small tiles meet more edges in few tokens
+
+
+def run_one(seed: int) -> None:
+    rng = random.Random(seed)
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    problem = random_decode_problem(rng, dtypes=dtypes, capacities=(1, 17, 64, 100, 160))
+    out, lse = decode_attention(problem.q, problem.k, problem.v, **problem.options, return_lse=True, backend="triton")
+    comparison = check(out, lse, *problem.oracle, **problem.oracle_options)
+    assert comparison.passed, f"seed {seed}: {problem}: {comparison.message}"
+
+
+def check_both_merges_and_the_cuts(seed: int) -> None:
+    """The last program's merge and the second kernel's agree, and each split holds the keys that split_ranges says."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    length, q_len, left = rng.randint(1, 100), rng.choice((1, 3)), rng.choice((None, 30))
+    q = torch.randn(1, 4, q_len, 16, generator=generator)
+    k, v = (torch.randn(1, 2, 100, 16, generator=generator) for _ in range(2))
+    lengths, how = (
+        torch.tensor([length]),
+        rng.choice(({"num_splits": 3}, {"num_splits": 1}, {"split_size": 16}, {"split_size": 40})),
+    )
+    splits = how.get("num_splits") or -(-100 // how["split_size"])
+    options = DecodeOptions(lengths, None, left, 0, 0.25, 0.0, splits, how.get("split_size"))
+    merged = launch_decode(q, k, v, options)
+    launches, out, lse = decode_launches(q, k, v, replace(options, merge_in_kernel=False))
+    for launch in launches:
+        launch.start()
+    torch.testing.assert_close(merged, (out, lse))
+    partial_out, partial_lse = (launches[0].arguments[name] for name in ("p_partial_out", "p_partial_lse"))
+    pieces = [Partial(*piece) for piece in zip(partial_out, partial_lse, strict=True)]
+    first = 0 if left is None else max(length - q_len - left, 0)
+    ranges = split_ranges(length, **how, first=first, tile=SMALL_TILE)
+    cut = decode.split_partials(q, k[:, :, :length], v[:, :, :length], ranges, window=(left, None), scale=0.25)
+    for piece, expected in zip(pieces, cut, strict=False):
+        torch.testing.assert_close(piece.lse, expected.lse)
+        torch.testing.assert_close(piece.out, expected.out)
+    assert all((piece.lse == float("-inf")).all() for piece in pieces[len(cut) :])
+    torch.testing.assert_close(out, fold(cut).out)
+
+
+def check_batch_invariance(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(6, 4, 1, 16, generator=generator).half()
+    k, v = (torch.randn(6, 2, 90, 16, generator=generator).half() for _ in range(2))
+    lengths = torch.randint(0, 91, (6,), generator=generator)
+    whole, whole_lse = decode_attention(q, k, v, lengths=lengths, split_size=32, return_lse=True, backend="triton")
+    for b in range(6):
+        alone, room = slice(b, b + 1), max(int(lengths[b]), 1)
+        out, lse = decode_attention(
+            q[alone],
+            k[alone, :, :room],
+            v[alone, :, :room],
+            lengths=lengths[alone],
+            split_size=32,
+            return_lse=True,
+            backend="triton",
+        )
+        assert torch.equal(out[0], whole[b]) and torch.equal(lse[0], whole_lse[b]), (seed, b)
+
+
+def check_combine(seed: int) -> None:
+    """The kernel against Partial's own merge, with infinities, and with NaN where no key was seen."""
+    generator = torch.Generator().manual_seed(seed)
+    out = torch.randn(40, 2, 3, 2, 24, generator=generator)
+    lse = 20 * torch.randn(40, 2, 3, 2, generator=generator)
+    draw = torch.rand(lse.shape, generator=generator)
+    lse[draw < 0.2] = float("-inf")
+    out[draw < 0.1] = float("nan")
+    lse[:, 0, 0, 0] = float("-inf")
+    lse[7, 1, 1, 1] = float("inf")
+    lse[[3, 30], 1, 2, 0] = float("inf")
+    expected, merged = (
+        fold(Partial(*piece) for piece in zip(out, lse, strict=True)),
+        combine_splits(out, lse, backend="triton"),
+    )
+    torch.testing.assert_close(merged[0], expected.out, equal_nan=True)
+    torch.testing.assert_close(merged[1], expected.lse)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--problems", type=int, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    assert interpreting(), "set TRITON_INTERPRET=1"
+    tile_of = decode_launch.decode_tiles
+    decode_launch.decode_tiles = lambda *problem: TileConfig(tile_of(*problem).block_m, SMALL_TILE, 4, 1)
+    decode_launch.MERGED_AT_ONCE = 512  # so that a merge takes several rounds
+    for seed in range(options.seed, options.seed + options.problems):
+        run_one(seed)
+        check_both_merges_and_the_cuts(seed)
+    check_batch_invariance(options.seed)
+    check_combine(options.seed)
+    counters = decode_launch.arrivals(1, torch.device("cpu"))
+    assert not counters.any(), "a launch left its arrival counters behind"
+    print(f"{options.problems} problems within the budget")
+
+
+if __name__ == "__main__":
+    main()

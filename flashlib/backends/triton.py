@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flashlib.backends.base import Backend
-from flashlib.kernels.launch import KernelOptions, blocks, forward_launch, interpreting
-from flashlib.kernels.tiles import TileConfig, capability_of, tile_config
+from flashlib.kernels.launch import KernelOptions, blocks, choose_tiles, forward_launch, interpreting
+from flashlib.kernels.tiles import TileConfig
 from flashlib.spec import AttentionSpec
 
 __all__ = ["TritonBackend", "count_tiles"]
@@ -55,8 +55,9 @@ def count_tiles(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tiles: Til
         q, k, v, spec: a problem with at least one score.
         tiles: tile sizes; None for those that the forward would use.
     """
-    tiles = tiles or tile_config("forward", spec.dtype, max(spec.head_dim, spec.v_head_dim), capability_of(spec.device))
+    options = KernelOptions.from_spec(spec)
+    tiles = tiles or choose_tiles("forward", q, v, options)
     shape = (spec.batch, spec.q_heads, blocks(spec.q_len, tiles.block_m), 3)
     counts = torch.zeros(shape, dtype=torch.int32, device=spec.device)
-    forward_launch(q, k, v, KernelOptions.from_spec(spec), tiles=tiles, counts=counts)[0].start()
+    forward_launch(q, k, v, options, tiles=tiles, counts=counts)[0].start()
     return counts

@@ -27,6 +27,7 @@ from flashlib.kernels.common import (
     place,
     row_intervals,
     score_unit,
+    seen_range,
     store_tile,
     visits,
 )
@@ -204,7 +205,8 @@ def gather_rows(
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
     from_row, to_row = visits(first, full_first, full_last, last, MASKED)
-    for at in tl.range(from_row, to_row, BLOCK_M):
+    # What is computed ahead of a loop occupies registers throughout it, and there are none to spare.
+    for at in tl.range(from_row, to_row, BLOCK_M, disable_licm=True):
         o_m = place(at, full_first, full_last, MASKED) + tl.arange(0, BLOCK_M)
         start, stop = row_intervals(
             o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK if MASKED else UNMASKED, HAS_LEFT, HAS_RIGHT
@@ -213,9 +215,8 @@ def gather_rows(
         # q [BLOCK_M, BLOCK_D], dO [BLOCK_M, BLOCK_DV], s and everything after it [BLOCK_N, BLOCK_M]
         b_q = load_tile(p_q, o_m, o_d, stride_qs, start < stop, head_dim, MASKED, CHECK_D)
         b_do = load_tile(p_do, o_m, o_dv, stride_gs, start < stop, v_head_dim, MASKED, CHECK_DV)
-        b_lse = tl.load(p_lse + o_m)
-        b_delta = tl.load(p_delta + o_m)
         b_t = cap(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scale, softcap, SOFTCAP)
+        b_lse = tl.load(p_lse + o_m)
         b_s = add_alibi(b_t, slope, o_m[None, :], o_n[:, None], offset, ALIBI)
         if MASKED:
             m_pairs = (o_n[:, None] >= start[None, :]) & (o_n[:, None] < stop[None, :])
@@ -223,12 +224,12 @@ def gather_rows(
         else:
             b_p = tl.exp2(b_s * unit - b_lse[None, :])
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_slope = softcap_slope(b_p, b_t, SOFTCAP)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_ds = b_p * (b_dp - b_delta[None, :])
-        if SOFTCAP:
-            b_ds = b_ds * (1.0 - b_t * b_t)
+        b_delta = tl.load(p_delta + o_m)
+        b_ds = b_slope * (b_dp - b_delta[None, :])
         if MASKED:
-            b_ds = tl.where(m_pairs, b_ds, 0.0)
+            b_ds = tl.where(b_slope > 0.0, b_ds, 0.0)  # dP may be NaN where a pair is hidden
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
@@ -263,6 +264,7 @@ def backward_dq(
     o_m, o_d, o_dv = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     start, stop = row_intervals(o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
     first, full_first, full_last, last = key_ranges(start, stop, o_m < q_len, kv_len, BLOCK_N)
+    seen_first, seen_last = seen_range(start, stop, kv_len)
     b_q = load_tile(p_q, o_m, o_d, stride_qs, o_m < q_len, head_dim, True, CHECK_D)
     b_do = load_tile(p_do, o_m, o_dv, stride_gs, o_m < q_len, v_head_dim, True, CHECK_DV)
     b_lse = tl.load(p_lse + row + o_m)
@@ -272,13 +274,13 @@ def backward_dq(
     slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
     b_dq = gather_keys(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
-        kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, SOFTCAP,
-        ALIBI, PRECISION,
+        seen_first, seen_last, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,
+        BLOCK_N, MASK, False, SOFTCAP, ALIBI, PRECISION,
     )  # fmt: skip
     b_dq = gather_keys(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
-        kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, SOFTCAP,
-        ALIBI, PRECISION,
+        seen_first, seen_last, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,
+        BLOCK_N, MASK, True, SOFTCAP, ALIBI, PRECISION,
     )  # fmt: skip
     p_dq += i_b.to(tl.int64) * stride_dqb + i_h.to(tl.int64) * stride_dqh
     store_tile(p_dq, b_dq * scale, o_m, o_d, stride_dqs, q_len, head_dim, CHECK_D)
@@ -287,30 +289,42 @@ def backward_dq(
 @triton.jit
 def gather_keys(
     b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
-    kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    PRECISION: tl.constexpr,
+    seen_first, seen_last, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the partial tiles of keys (MASKED), or the full ones, give to dQ of these rows."""
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
     from_key, to_key = visits(first, full_first, full_last, last, MASKED)
-    for at in tl.range(from_key, to_key, BLOCK_N):
+    for at in tl.range(from_key, to_key, BLOCK_N, disable_licm=True):
         n = place(at, full_first, full_last, MASKED)
         o_n = n + tl.arange(0, BLOCK_N)
-        b_k = load_tile(p_k, o_n, o_d, stride_ks, o_n < kv_len, head_dim, MASKED, CHECK_D)
-        b_v = load_tile(p_v, o_n, o_dv, stride_vs, o_n < kv_len, v_head_dim, MASKED, CHECK_DV)
+        m_keys = (o_n >= seen_first) & (o_n < seen_last)
+        b_k = load_tile(p_k, o_n, o_d, stride_ks, m_keys, head_dim, MASKED, CHECK_D)
+        b_v = load_tile(p_v, o_n, o_dv, stride_vs, m_keys, v_head_dim, MASKED, CHECK_DV)
         b_t = cap(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP)
         b_s = add_alibi(b_t, slope, o_m[:, None], o_n[None, :], offset, ALIBI)
         b_p = tl.exp2(b_s * unit - b_lse[:, None])
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        if SOFTCAP:
-            b_ds = b_ds * (1.0 - b_t * b_t)
         if MASKED:
             m_pairs = (o_n[None, :] >= start[:, None]) & (o_n[None, :] < stop[:, None])
-            b_ds = tl.where(m_pairs, b_ds, 0.0)
-            m_seen = tl.max(m_pairs.to(tl.int32), 0) > 0
+            b_p = tl.where(m_pairs, b_p, 0.0)
+        b_slope = softcap_slope(b_p, b_t, SOFTCAP)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_ds = b_slope * (b_dp - b_delta[:, None])
+        if MASKED:
+            b_ds = tl.where(b_slope > 0.0, b_ds, 0.0)
+        if MASKED and MASK == INTERVALS:
+            m_seen = tl.max(b_slope, 0) > 0.0
             b_k = tl.where(m_seen[:, None], b_k, 0.0)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
+
+
+@triton.jit
+def softcap_slope(b_p, b_t, SOFTCAP: tl.constexpr):
+    """``P (1 - tanh^2)``, what dP is multiplied by; P itself without a softcap. Taken before dP is there, so that tanh can go."""
+    if SOFTCAP:
+        return b_p * (1.0 - b_t * b_t)
+    else:
+        return b_p

@@ -66,6 +66,16 @@ def key_ranges(start, stop, m_rows, kv_len, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def seen_range(start, stop, kv_len):
+    """The first key that a tile of rows sees, and one past the last.
+
+    Under a band they see each key between. Row intervals may leave gaps.
+    """
+    m_rows = start < stop
+    return tl.min(tl.where(m_rows, start, kv_len)), tl.max(tl.where(m_rows, stop, 0))
+
+
+@triton.jit
 def visits(first, full_first, full_last, last, PARTIAL: tl.constexpr):
     """The range of a loop over the partial tiles of [first, last), or over the full ones. :func:`place` says where each lies."""
     if PARTIAL:

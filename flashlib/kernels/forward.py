@@ -20,6 +20,7 @@ from flashlib.kernels.common import (
     place,
     row_intervals,
     score_unit,
+    seen_range,
     store_tile,
     visits,
 )
@@ -97,6 +98,7 @@ def attention_forward(
     o_m, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     start, stop = row_intervals(o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
     first, full_first, full_last, last = key_ranges(start, stop, o_m < q_len, kv_len, BLOCK_N)
+    seen_first, seen_last = seen_range(start, stop, kv_len)
     # q [BLOCK_M, BLOCK_D]
     b_q = load_tile(p_q, o_m, o_d, stride_qs, o_m < q_len, head_dim, True, CHECK_D)
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -107,13 +109,13 @@ def attention_forward(
     n_full, n_partial = 0, 0
     b_m, b_l, b_acc, n_full, n_partial = attend(
         b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,
-        full_last, last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,
-        BLOCK_N, False, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
+        full_last, last, seen_first, seen_last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV,
+        BLOCK_D, BLOCK_DV, BLOCK_N, MASK, False, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
     )  # fmt: skip
     b_m, b_l, b_acc, n_full, n_partial = attend(
         b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,
-        full_last, last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,
-        BLOCK_N, True, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
+        full_last, last, seen_first, seen_last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV,
+        BLOCK_D, BLOCK_DV, BLOCK_N, MASK, True, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
     )  # fmt: skip
 
     # A row that saw nothing has l = 0: it gives 0, and an LSE of -inf.
@@ -130,19 +132,21 @@ def attention_forward(
 @triton.jit
 def attend(
     b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,
-    full_last, last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, COUNT_TILES: tl.constexpr, PRECISION: tl.constexpr,
+    full_last, last, seen_first, seen_last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D: tl.constexpr,
+    CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, COUNT_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Let the partial tiles of keys (MASKED), or the full ones, pass by these rows."""
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
     from_key, to_key = visits(first, full_first, full_last, last, MASKED)
-    for at in tl.range(from_key, to_key, BLOCK_N):
+    # What is computed ahead of a loop occupies registers throughout it. A wide head has none to spare.
+    for at in tl.range(from_key, to_key, BLOCK_N, disable_licm=BLOCK_D > 128):
         n = place(at, full_first, full_last, MASKED)
         o_n = n + tl.arange(0, BLOCK_N)
+        m_keys = (o_n >= seen_first) & (o_n < seen_last)
         # k [BLOCK_N, BLOCK_D], s [BLOCK_M, BLOCK_N]
-        b_k = load_tile(p_k, o_n, o_d, stride_ks, o_n < kv_len, head_dim, MASKED, CHECK_D)
+        b_k = load_tile(p_k, o_n, o_d, stride_ks, m_keys, head_dim, MASKED, CHECK_D)
         b_s = cap(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP)
         b_s = add_alibi(b_s, slope, o_m[:, None], o_n[None, :], offset, ALIBI)
         if MASKED:
@@ -155,10 +159,10 @@ def attend(
         rescale = tl.exp2((b_m - pivot) * unit)
         b_l = b_l * rescale + tl.sum(b_p, 1)
         b_acc = b_acc * rescale[:, None]
-        b_v = load_tile(p_v, o_n, o_dv, stride_vs, o_n < kv_len, v_head_dim, MASKED, CHECK_DV)
-        if MASKED:
-            # A weight of 0 does not hide a NaN: keys that none of these rows see are blanked.
-            m_seen = tl.max(m_pairs.to(tl.int32), 0) > 0
+        b_v = load_tile(p_v, o_n, o_dv, stride_vs, m_keys, v_head_dim, MASKED, CHECK_DV)
+        if MASKED and MASK == INTERVALS:
+            # A weight of 0 does not hide a NaN: keys in the gaps, which none of these rows see, are blanked.
+            m_seen = tl.max(b_p, 0) > 0.0
             b_v = tl.where(m_seen[:, None], b_v, 0.0)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_m = m_new

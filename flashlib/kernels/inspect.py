@@ -150,7 +150,10 @@ def inspect(
     slopes = torch.empty(1, 4, device="meta") if alibi else None
     options = KernelOptions(rows, rows, options.left, options.right, slopes, options.scale, softcap)
     widest, capability = max(head_dim, v.shape[3]), int(arch.removeprefix("sm_")) // 10
-    table = {name: tile_config(name, dtype, widest, capability) for name in ("forward", "dkdv", "dq")}
+    table = {
+        name: tile_config(name, dtype, widest, capability, crowded=options.crowded)
+        for name in ("forward", "dkdv", "dq")
+    }
     tiles = table | ({kernel: tiles} if isinstance(tiles, TileConfig) else tiles or {})
     if kernel == "hopper":
         return [compile_launch(hopper_launch(q, k, v, options, tiles=tiles.get("hopper"))[0], arch)]

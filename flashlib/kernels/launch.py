@@ -23,6 +23,7 @@ __all__ = [
     "KernelOptions",
     "Launch",
     "backward_launches",
+    "choose_tiles",
     "forward_launch",
     "interpreting",
 ]
@@ -68,6 +69,11 @@ class KernelOptions:
         if self.start is not None:
             return INTERVALS
         return UNMASKED if self.left is None and self.right is None else BAND
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the kernels have more to hold in registers than q, k, v and a band."""
+        return self.mask_kind == INTERVALS or self.softcap > 0 or self.alibi_slopes is not None
 
     def values(self) -> tuple[Any, ...]:
         """All attributes in order, as the operators of :mod:`flashlib.kernels.ops` take them after the tensors."""
@@ -148,7 +154,7 @@ def forward_launch(
 
     q, k, v = (readable(x) for x in (q, k, v))
     batch, q_heads, q_len, _ = q.shape
-    tiles = tiles or tile_config("forward", q.dtype, max(q.shape[3], v.shape[3]), capability_of(q.device))
+    tiles = tiles or choose_tiles("forward", q, v, options)
     out, lse = empty_results(q, v)
     arguments = {
         **{"p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_counts": counts},
@@ -201,8 +207,7 @@ def backward_launches(
     padded_rows = blocks(q.shape[2], ROW_PADDING) * ROW_PADDING
     rows = lse.new_empty(2, *lse.shape[:2], padded_rows)
     tensors = BackwardTensors(q, k, v, grad_out, rows, dq, dk, dv)
-    widest, capability = max(q.shape[3], v.shape[3]), capability_of(q.device)
-    tiles = tiles or {kernel: tile_config(kernel, q.dtype, widest, capability) for kernel in ("dkdv", "dq")}
+    tiles = tiles or {kernel: choose_tiles(kernel, q, v, options) for kernel in ("dkdv", "dq")}
     launches = [
         delta_launch(out, lse, grad_lse, tensors),
         *(dkdv or dkdv_launches)(tensors, options, tiles["dkdv"]),
@@ -269,6 +274,12 @@ def dq_launch(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfi
         **{"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
     }
     return Launch(backward_dq, (blocks(q_len, tiles.block_m) * batch * q_heads,), arguments, tiles)
+
+
+def choose_tiles(kernel: str, q: Tensor, v: Tensor, options: KernelOptions) -> TileConfig:
+    """The tile sizes of ``kernel``, "forward", "dkdv" or "dq", for one problem."""
+    widest = max(q.shape[3], v.shape[3])
+    return tile_config(kernel, q.dtype, widest, capability_of(q.device), crowded=options.crowded)
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

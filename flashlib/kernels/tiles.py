@@ -75,21 +75,28 @@ HOPPER_ROOMY = HopperTiles(2, 128, 2, 240)
 # programs of which share a multiprocessor, was faster on an H200 (355 against 346 TFLOP/s, causal at 4k; 410 against 430, full).
 HOPPER_LEAST_KEYS = 3072
 
-# By compute capability (major), kernel, and padded head_dim; 16-bit inputs. Those for 9 come from a sweep on an H200
-# (benchmarks/tune_triton.py). The forward's were the fastest. Those of dQ are the fastest that hold everything in registers. Of dK/dV
-# the fastest spill a few values, outside of the loop over full tiles: 7.9 ms at head_dim 128 and 16k tokens, against 11.4 ms for the
-# best that spill none. Those for 8 are cut to the shared memory of an A100, 163 KiB, and of consumer cards, 99 KiB: no such GPU
-# was there to measure them on.
+# By compute capability (major), kernel, and padded head_dim; 16-bit inputs. All of them hold everything in registers
+# (tests/kernels/test_compiled.py): a value that is spilled costs a store and a load in each tile. Those for 9 were the fastest of
+# these in a sweep on an H200 (benchmarks/tune_triton.py). Those for 8 are cut to the shared memory of an A100, 163 KiB, and of
+# consumer cards, 99 KiB: no such GPU was there to measure them on.
 TABLE = {
     9: {
         "forward": {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 64, 8, 2)},
-        "dkdv": {64: TileConfig(128, 64, 4, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 64, 8, 1)},
-        "dq": {64: TileConfig(64, 64, 4, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 8, 1)},
+        "dkdv": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 128, 8, 2), 256: TileConfig(32, 64, 8, 2)},
+        "dq": {64: TileConfig(64, 64, 4, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(128, 32, 8, 2)},
     },
     8: {
-        "forward": {64: TileConfig(128, 64, 4, 2), 128: TileConfig(128, 32, 4, 2), 256: TileConfig(64, 32, 4, 1)},
-        "dkdv": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(32, 64, 4, 1), 256: TileConfig(16, 64, 8, 1)},
+        "forward": {64: TileConfig(128, 64, 4, 2), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(64, 64, 8, 1)},
+        "dkdv": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(16, 64, 8, 1)},
         "dq": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 32, 4, 1), 256: TileConfig(64, 16, 8, 1)},
+    },
+}
+# The same, where row intervals, a softcap or ALiBi take registers too and the tile above would spill.
+CROWDED = {
+    9: {"dkdv": {128: TileConfig(64, 64, 8, 2), 256: TileConfig(16, 64, 8, 2)}},
+    8: {
+        "forward": {64: TileConfig(128, 32, 4, 2), 128: TileConfig(128, 32, 8, 2)},
+        "dkdv": {64: TileConfig(32, 64, 4, 2)},
     },
 }
 # fp32 products are done without tensor cores (IEEE), and its tiles take twice the shared memory.
@@ -100,17 +107,22 @@ FP32 = {
 }
 
 
-def tile_config(kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> TileConfig:
+def tile_config(
+    kernel: str, dtype: torch.dtype, head_dim: int, capability: int, *, crowded: bool = False
+) -> TileConfig:
     """Tile sizes of ``kernel`` ("forward", "dkdv" or "dq") from the table.
 
     Args:
         head_dim: the wider of D and Dv, at most 256.
         capability: the major number of the GPU's compute capability (:func:`capability_of`).
+        crowded: whether there are row intervals, a softcap or ALiBi.
     """
     if dtype == torch.float32:
         return FP32[kernel]
     width = next(width for width in (64, 128, 256) if head_dim <= width)
-    return TABLE[8 if capability < 9 else 9][kernel][width]
+    major = 8 if capability < 9 else 9
+    exceptions = CROWDED[major].get(kernel, {}) if crowded else {}
+    return exceptions.get(width) or TABLE[major][kernel][width]
 
 
 def capability_of(device: torch.device) -> int:

@@ -1,13 +1,16 @@
 """The merge is a commutative monoid, safe at the infinities, and differentiable."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashlib import Partial, attention
+from flashlib.masks import Causal
 from flashlib.partial import fold, merge
-from flashlib.reference import assert_within_budget
+from flashlib.reference import assert_within_budget, naive_attention, oracle_gradients
 
 ROWS, DIM = 6, 3
 
@@ -59,6 +62,30 @@ def test_no_nan_without_an_overflow(a, b):
     assert not merged.lse.isnan().any()
 
 
+@settings(max_examples=100, deadline=None)
+@given(pieces=st.lists(partials(), min_size=1, max_size=9), seed=st.integers(0, 2**32))
+def test_any_order_and_any_grouping_give_the_same(pieces, seed):
+    """Splits may come in any order, and be merged as a list or as any tree."""
+    draw, waiting = random.Random(seed), [Partial.identity(ROWS, DIM, dtype=torch.float64), *pieces]
+    expected = fold(waiting)
+    while len(waiting) > 1:
+        a, b = (waiting.pop(draw.randrange(len(waiting))) for _ in range(2))
+        waiting.append(merge(a, b))
+    assert close(waiting[0], expected)
+
+
+def test_two_empty_pieces_are_empty_and_have_no_gradient():
+    inf = float("inf")
+    outs = [torch.full((4, DIM), value, requires_grad=True) for value in (float("nan"), 7.0)]
+    lses = [torch.full((4,), -inf, requires_grad=True) for _ in range(2)]
+    merged = merge(*map(Partial, outs, lses))
+    assert torch.equal(merged.out, torch.zeros(4, DIM))
+    assert torch.equal(merged.lse, torch.full((4,), -inf))
+    merged.out.sum().backward()
+    for x in (*outs, *lses):
+        assert torch.equal(x.grad, torch.zeros_like(x))
+
+
 def test_an_overflowed_piece_wins_and_two_are_undecided():
     inf = float("inf")
     a = Partial(torch.tensor([[1.0], [1.0]]), torch.tensor([inf, inf]))
@@ -79,6 +106,40 @@ def test_attention_over_pieces_is_attention(pieces):
     ]
     merged = fold(results)
     assert_within_budget(merged.out, q, k, v, lse=merged.lse)
+
+
+@pytest.mark.parametrize("splits", [2, 133])
+def test_many_splits_of_few_keys_stay_within_the_budget(splits):
+    """Most of the 133 are empty. Scores of all sizes, so that splits are far apart."""
+    seed = random.SystemRandom().getrandbits(32)
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, 3, length, 16, generator=generator) for length in (4, 60, 60))
+    q = q * 10.0 ** torch.arange(-1, 3)[:, None]
+    results = [
+        Partial(*attention(q, k[:, :, part], v[:, :, part], return_lse=True, backend="tiled"))
+        for part in torch.arange(60).tensor_split(splits)
+    ]
+    merged = fold(results)
+    assert_within_budget(merged.out, q, k, v, lse=merged.lse)
+
+
+def test_gradients_through_the_pieces_are_those_of_attention():
+    """Of q, k and v, with one piece that no row sees and rows that see nothing of some pieces."""
+    seed = random.SystemRandom().getrandbits(32)
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2, 3, 12, 8), (2, 3, 20, 8), (2, 3, 20, 5), (2, 3, 12, 5))
+    q, k, v, grad_out = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    expected = oracle_gradients(q, k, v, grad_out, mask=Causal(0))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    pieces = [
+        Partial(*naive_attention(q, k[:, :, part], v[:, :, part], mask=Causal(-part.start), return_lse=True))
+        for part in (slice(0, 3), slice(3, 10), slice(10, 20))
+    ]
+    results = torch.autograd.grad(fold(pieces).out, inputs, grad_out)
+    for result, exact in zip(results, expected, strict=True):
+        assert torch.allclose(result, exact, rtol=1e-10, atol=1e-12)
 
 
 def test_gradcheck_with_empty_and_distant_pieces():

@@ -19,6 +19,7 @@ from flashlib import masks
 from flashlib.course import figures
 from flashlib.course.display import Figure, format_bytes, widgets_run
 from flashlib.course.models import capture_qkv
+from flashlib.course.serving import SCRIPT, replay
 from flashlib.masks import Mask
 from flashlib.reference import naive_attention
 
@@ -431,6 +432,21 @@ def _naive_bytes(n: int, heads: int, head_dim: int, itemsize: int) -> int:
 def _tiled_bytes(n: int, heads: int, head_dim: int, itemsize: int) -> int:
     """Q, K, V, O and the log-sum-exp, which is fp32 always."""
     return heads * n * (4 * head_dim * itemsize + 4)
+
+
+def page_stepper(slots: int = 48, *, step: int | None = None) -> Figure | Explorer:
+    """Requests come to a paged cache, grow, continue one another and go, step by step, with pages of a size that you choose.
+
+    ``step`` is where it starts (and what the static figure shows); the middle if left out. See `figures.page_map`.
+    """
+    last = len(SCRIPT)
+
+    def draw(step: int, page_size: int) -> Figure:
+        now = replay(step, slots=slots, page_size=page_size)
+        return figures.page_map(now.cache, now.names, title=f"Step {step}: {now.said}")
+
+    start = (last + 1) // 2 if step is None else step
+    return explore(draw, step=Slider(0, last, start, play=True), page_size=Choice([1, 2, 4, 8, 16], 4))
 
 
 def _control_widget(label: str, control: Slider | Choice):

@@ -18,6 +18,7 @@ EXPLORERS = {
     "heads_explorer": lambda: widgets.heads_explorer(9, 3),
     "cache_explorer": lambda: widgets.cache_explorer(weight_bytes=270 * 2**20),
     "memory_wall_explorer": widgets.memory_wall_explorer,
+    "page_stepper": widgets.page_stepper,
 }
 
 

@@ -9,6 +9,7 @@ from flashlib.course.figures.charts import MEASURED_HERE, bars, line_chart, memo
 from flashlib.course.figures.heads import cache_figure, head_gallery, layout_heads, rotary_figure
 from flashlib.course.figures.hierarchy import h200_memory, memory_hierarchy
 from flashlib.course.figures.kernels import program_lanes
+from flashlib.course.figures.pages import page_map
 from flashlib.course.figures.programs import attention_programs
 from flashlib.course.figures.scaling import power_laws
 from flashlib.course.figures.splits import split_schedule, split_shares
@@ -35,6 +36,7 @@ __all__ = [
     "moved_bytes",
     "naive_moved_bytes",
     "online_softmax_trace",
+    "page_map",
     "power_laws",
     "program_lanes",
     "recorded",

@@ -143,6 +143,7 @@ INFINITE = float("inf")
         ([(1.0, INFINITE), (3.0, 0.5)], 1.0, INFINITE),
         ([(1.0, INFINITE), (3.0, INFINITE)], float("nan"), INFINITE),
         ([(1.0, 2.0)], 1.0, 2.0),
+        ([(float("nan"), -INFINITE)], 0.0, -INFINITE),
     ],
 )
 def test_pieces_at_infinity(pieces, expected, expected_lse):

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from flashlib.measure.cases import PRESETS, Case, parse_grid, short_labels
-from flashlib.measure.contender import Contender, Inputs, Witness, draw_inputs, inputs_for
+from flashlib.measure.contender import Contender, DecodeWitness, Inputs, Witness, draw_inputs, inputs_for, witness_of
+from flashlib.measure.decoding import DECODE_PRESETS, DecodeCase, decode_cases, decode_peers
 from flashlib.measure.machine import matmul_flops_per_s, stream_bytes_per_s
 from flashlib.measure.memory import peak_bytes
 from flashlib.measure.peers import Peer, PeerUnavailableError, default_peers, find_peers
@@ -38,6 +39,12 @@ NOTES = (
     "for the backward, visible pairs for windows. Masks are laid out and kernels compiled beforehand. Every result was within "
     "the error budget against float64 on sampled rows."
 )
+DECODE_NOTES = (
+    "Peers take turns in shuffled order. GPU time by device events around CUDA graphs, but for calls that read the host's memory, with "
+    "enough input sets to miss the L2 cache; median of the rounds, 20th and 80th percentile. GB/s: bytes of K and V, each counted once, "
+    "over the time. cache_bytes: of K and V as the peer holds them, which a memory has in the host's RAM; peak_bytes: the most that one "
+    "call needs beside them and its queries. Every result was within the error budget against float64 on sampled requests."
+)
 MEMORY_NOTES = (
     "Peak memory of one forward and backward, beyond q, k, v and the gradient of out, as the allocator counts it."
 )
@@ -50,7 +57,7 @@ class Plan:
     """What to run. :func:`plan` makes one from a preset's name or a grid.
 
     Attributes:
-        topic: of the record, and its file's name. cases, peers: what is run, and by whom.
+        topic: of the record, and its file's name. cases, peers: what is run, and by whom; all cases of one kind.
         device: ``"cuda"`` or ``"cpu"``. memory: measure peak memory instead of time.
         seconds: how long to time each peer in each case. seed: of inputs, samples and orders.
         limit_s: begin no case later than this; None for no limit.
@@ -58,7 +65,7 @@ class Plan:
     """
 
     topic: str
-    cases: list[Case]
+    cases: list[Case] | list[DecodeCase]
     peers: list[Peer]
     device: str
     memory: bool = False
@@ -66,6 +73,10 @@ class Plan:
     seed: int = 0
     limit_s: float | None = None
     tutorial: Path | None = None
+
+    @property
+    def decodes(self) -> bool:
+        return any(isinstance(case, DecodeCase) for case in self.cases)
 
 
 def plan(
@@ -82,7 +93,8 @@ def plan(
     """A plan from the name of a preset, or from a grid such as ``"length=4096 mask=full,causal"``.
 
     Args:
-        what: a name of :data:`flashlib.measure.cases.PRESETS`, or a grid of :func:`flashlib.measure.cases.parse_grid`.
+        what: a name of :data:`flashlib.measure.cases.PRESETS` or :data:`flashlib.measure.decoding.DECODE_PRESETS`, or a grid of
+            :func:`flashlib.measure.cases.parse_grid`.
         peers: by name; none for those worth racing on the device.
         device: ``"cuda"`` or ``"cpu"``; None for the GPU if there is one.
         tutorial: a copy of Triton's tutorial ``06-fused-attention.py``, to be a peer.
@@ -97,14 +109,20 @@ def plan(
         raise ValueError(f"device must be cuda or cpu; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU here")
-    if what not in PRESETS and "=" not in what:
+    presets = (*PRESETS, *DECODE_PRESETS)
+    if what not in presets and "=" not in what:
         raise ValueError(
-            f"there is no preset {what!r}; presets are {', '.join(PRESETS)}; or name a grid: length=4096 ..."
+            f"there is no preset {what!r}; presets are {', '.join(presets)}; or name a grid: length=4096 ..."
         )
+    if what in DECODE_PRESETS:
+        cases, chosen = decode_cases(what, device), decode_peers(list(peers) or DECODE_PRESETS[what][2])
+    else:
+        cases = parse_grid(PRESETS.get(what, what), device=device, preset=what in PRESETS)
+        chosen = find_peers(list(peers), tutorial) if peers else default_peers(device, tutorial)
     return Plan(
-        topic=topic or (what.replace("-", "_") if what in PRESETS else "bench"),
-        cases=parse_grid(PRESETS.get(what, what), device=device, preset=what in PRESETS),
-        peers=find_peers(list(peers), tutorial) if peers else default_peers(device, tutorial),
+        topic=topic or (what.replace("-", "_") if what in presets else "bench"),
+        cases=cases,
+        peers=chosen,
         device=device,
         memory=what == "memory",
         seconds=seconds,
@@ -128,10 +146,10 @@ def compile_ahead(plan: Plan, workers: int) -> None:
         pool.starmap(_compile_one, jobs, chunksize=1)
 
 
-def _compile_one(case: Case, name: str, device: str, tutorial: Path | None) -> None:
-    (peer,), rng = find_peers([name], tutorial), random.Random(0)
+def _compile_one(case: Case | DecodeCase, name: str, device: str, tutorial: Path | None) -> None:
+    (peer,) = decode_peers([name]) if isinstance(case, DecodeCase) else find_peers([name], tutorial)
     drawn = draw_inputs(case, torch.device(device), torch.Generator(device=device).manual_seed(0))[:1]
-    _enter(peer, case, drawn, Witness(case, rng))
+    _enter(peer, case, drawn, witness_of(case, drawn, random.Random(0)))
     _free(device)
 
 
@@ -161,8 +179,16 @@ def run(plan: Plan, out: Path, report: Report = lambda case, rows: None) -> Reco
 
 def _record(plan: Plan, rows: list[dict], machine: dict, *, complete: bool) -> Record:
     extra = {"complete": complete, "cases": len(plan.cases), "seed": plan.seed, "device": plan.device, **machine}
-    notes = MEMORY_NOTES if plan.memory else NOTES
-    return new_record(plan.topic, rows, kernel_sources(), notes, **extra)
+    notes = MEMORY_NOTES if plan.memory else DECODE_NOTES if plan.decodes else NOTES
+    return new_record(plan.topic, rows, _sources(plan), notes, **extra)
+
+
+def _sources(plan: Plan) -> list[str]:
+    if not plan.decodes:
+        return kernel_sources()
+    if any(case.about_memory for case in plan.cases):
+        return [*kernel_sources(), *decode_sources(), "inference/prefix.py", "inference/injection.py"]
+    return decode_sources()
 
 
 def kernel_sources() -> list[str]:
@@ -211,7 +237,7 @@ def race(case: Case, peers: Iterable[Peer], *, device: str, seconds: float, rng:
 
 def _race(case: Case, peers: Iterable[Peer], device: torch.device, seconds: float, rng: random.Random) -> list[dict]:
     drawn = draw_inputs(case, device, torch.Generator(device=device).manual_seed(rng.getrandbits(48)))
-    witness = Witness(case, rng)
+    witness = witness_of(case, drawn, rng)
     rows, contenders = [], {}
     for peer in peers:
         contender, obstacle = _enter(peer, case, drawn, witness)
@@ -228,10 +254,15 @@ def _race(case: Case, peers: Iterable[Peer], device: torch.device, seconds: floa
     for row in rows:
         if row["peer"] in timings:
             row |= _figures(case, contenders[row["peer"]], timings[row["peer"]])
+            if isinstance(case, DecodeCase) and case.about_memory:
+                contender = contenders[row["peer"]]
+                row |= {"cache_bytes": contender.cache_bytes, "peak_bytes": peak_bytes(contender.once, device)}
     return rows
 
 
-def _enter(peer: Peer, case: Case, drawn: list[Inputs], witness: Witness) -> tuple[Contender | None, str | None]:
+def _enter(
+    peer: Peer, case: Case | DecodeCase, drawn: list[Inputs], witness: Witness | DecodeWitness
+) -> tuple[Contender | None, str | None]:
     """The contender, or why there is none."""
     try:
         return Contender(peer, case, drawn, witness), None
@@ -263,7 +294,7 @@ def _figures(case: Case, contender: Contender, timing: Timing) -> dict:
         "p20_ms": low,
         "p80_ms": high,
         "rounds": timing.repeats,
-        "tflops": case.flops / median / 1e9,
+        **case.rates(median),
     }
     return {**figures, "input_sets": contender.calls, "no_graph": contender.no_graph}
 
@@ -313,7 +344,9 @@ def _free(device: str) -> None:
 
 def summary(record: Record) -> Table:
     """A record as a table: a line for each case, a column for each peer, and below it who could not run and why."""
-    if any("peak_bytes" in row for row in record.rows):
+    if any("gb_per_s" in row for row in record.rows):
+        value, show, unit = "gb_per_s", format_number, "GB/s of K and V, each counted once; more is better."
+    elif any("peak_bytes" in row for row in record.rows):
         value, show, unit = "peak_bytes", format_bytes, "Peak memory of forward and backward, beyond their inputs."
     elif record.extra["device"] == "cuda":
         value, show, unit = "tflops", format_number, "TFLOP/s; more is better."
@@ -321,22 +354,35 @@ def summary(record: Record) -> Table:
         value, show, unit = "tflops", lambda rate: format_number(1e3 * rate), "GFLOP/s; more is better."
     peers = list(dict.fromkeys(row["peer"] for row in record.rows))
     ran = [peer for peer in peers if any(row.get(value) for row in record.select(peer=peer))]
-    labels, shared = short_labels(dict.fromkeys(map(Case.from_columns, record.rows)))
+    labels, shared = short_labels(dict.fromkeys(map(_case_of, record.rows)))
     lines: dict[str, dict[str, str]] = {}
     for row in record.rows:
-        line = lines.setdefault(labels[Case.from_columns(row)], {})
+        line = lines.setdefault(labels[_case_of(row)], {})
         line[row["peer"]] = show(row[value]) if row.get(value) else "-"
     rows = [(label, *(line.get(peer, "") for peer in ran)) for label, line in lines.items()]
     notes = [f"{unit} All: {shared}."]
     for peer in peers:
         reasons = dict.fromkeys(row["why_not"] for row in record.select(peer=peer) if row["why_not"])
         notes += [f"{peer}: {reason}" for reason in reasons]
+    if value == "gb_per_s":
+        notes += [_told_bytes(labels[_case_of(row)], row) for row in record.rows if row.get("cache_bytes")]
     return table(rows, ["case", *ran], notes=notes)
+
+
+def _case_of(row: dict) -> Case | DecodeCase:
+    return (DecodeCase if "cache" in row else Case).from_columns(row)
+
+
+def _told_bytes(label: str, row: dict) -> str:
+    held, needed = format_bytes(row["cache_bytes"]), format_bytes(row["peak_bytes"])
+    return f"{label}, {row['peer']}: {format_number(row['ms'])} ms, K and V hold {held}, a call needs {needed} more"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", help=f"a preset ({', '.join(PRESETS)}) or a grid: 'length=4096 mask=full,causal'")
+    parser.add_argument(
+        "what", help=f"a preset ({', '.join((*PRESETS, *DECODE_PRESETS))}) or a grid: 'length=4096 mask=full,causal'"
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the record")
     parser.add_argument("--topic", help="name of the record; the preset's if not given")
     parser.add_argument("--peers", nargs="*", default=[], help="by name; none for those worth racing here")
@@ -361,7 +407,11 @@ def _print_case(case: Case, rows: list[dict]) -> None:
 def told(rows: list[dict]) -> str:
     """The rows of one case in one line."""
     figures = [f"{row['peer']} {format_number(row['ms'])} ms" for row in rows if row.get("ms")]
-    figures += [f"{row['peer']} {format_bytes(row['peak_bytes'])}" for row in rows if row.get("peak_bytes")]
+    figures += [
+        f"{row['peer']} {format_bytes(row['peak_bytes'])}"
+        for row in rows
+        if row.get("peak_bytes") is not None and not row.get("ms")
+    ]
     return ", ".join(figures) or "no peer could run it"
 
 

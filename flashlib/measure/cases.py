@@ -142,15 +142,20 @@ class Case:
         forward = 2 * q + 2 * k
         return {"forward": forward, "backward": 2 * forward, "both": 3 * forward}[self.direction]
 
+    def rates(self, ms: float) -> dict[str, float]:
+        """What a record says beside the time."""
+        return {"tflops": self.flops / ms / 1e9}
+
     @property
     def needs_grad(self) -> bool:
         return self.direction != "forward"
 
     @property
     def label(self) -> str:
-        return " ".join(self._words().values())
+        return " ".join(self.words().values())
 
-    def _words(self) -> dict[str, str]:
+    def words(self) -> dict[str, str]:
+        """What is told of the case, by name."""
         heads = f"{self.q_heads}" if self.q_heads == self.kv_heads else f"{self.q_heads}/{self.kv_heads}"
         sizes = {
             "length": f"S{self.length}",
@@ -172,7 +177,7 @@ class Case:
 
 def short_labels(cases: Iterable[Case]) -> tuple[dict[Case, str], str]:
     """What tells each case from the others, and what they all share: ``({case: "causal S4096"}, "forward D128 bf16")``."""
-    words = {case: case._words() for case in cases}
+    words = {case: case.words() for case in cases}
     varying = [name for name in next(iter(words.values()), {}) if len({told[name] for told in words.values()}) > 1]
     without = [name for name in varying if name not in ("batch", "heads")]  # in most grids they follow from S and D
     if len({tuple(told[name] for name in without) for told in words.values()}) == len(words):

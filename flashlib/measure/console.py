@@ -33,7 +33,7 @@ def print_record(record: Record) -> None:
     told = summary(record)
     shown = RichTable(title=record.topic.replace("_", " "), caption=record.label, caption_justify="left")
     for header, align in zip(told.headers, told.align, strict=True):
-        style = "bold" if header == "triton" else None
+        style = "bold" if header in ("triton", "flashlib") else None
         shown.add_column(header, justify=align if header == "case" else "right", style=style, overflow="fold")
     for row in told.rows:
         shown.add_row(*(escape(cell) for cell in row))

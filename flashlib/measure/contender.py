@@ -14,11 +14,12 @@ from torch import Tensor
 
 from flashlib.masks import Mask
 from flashlib.measure.cases import DTYPES, Case
+from flashlib.measure.decoding import DecodeCase, nbytes
 from flashlib.measure.peers import Attend, Peer
 from flashlib.measure.timing import capture
 from flashlib.reference import Comparison, check, check_gradients
 
-__all__ = ["Contender", "Inputs", "SampledRows", "Witness", "draw_inputs", "inputs_for"]
+__all__ = ["Contender", "Inputs", "SampledRows", "Witness", "draw_inputs", "inputs_for", "witness_of"]
 
 ROWS_CHECKED = 256
 CACHES_FULL = 3  # all input sets together are at least so many times the L2 cache
@@ -26,7 +27,7 @@ CACHES_FULL = 3  # all input sets together are at least so many times the L2 cac
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v and the gradient of out, ``[B, H, S, D]``."""
+    """q, k, v and the gradient of out, ``[B, H, S, D]``; k and v as their peer arranged them."""
 
     q: Tensor
     k: Tensor
@@ -34,7 +35,7 @@ class Inputs:
     grad_out: Tensor
 
 
-def draw_inputs(case: Case, device: torch.device, generator: torch.Generator) -> list[Inputs]:
+def draw_inputs(case: Case | DecodeCase, device: torch.device, generator: torch.Generator) -> list[Inputs]:
     """Random inputs, in so many sets that on a GPU a set has left the L2 cache before its next turn."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     size = sum(math.prod(shape) for shape in case.shapes) * DTYPES[case.dtype].itemsize
@@ -44,10 +45,15 @@ def draw_inputs(case: Case, device: torch.device, generator: torch.Generator) ->
     def tensor(shape):
         return torch.randn(shape, generator=generator, device=device).to(DTYPES[case.dtype])
 
-    return [Inputs(*(tensor(shape) for shape in (q, k, v, q))) for _ in range(count)]
+    drawn = [Inputs(*(tensor(shape) for shape in (q, k, v, q))) for _ in range(count)]
+    if isinstance(case, DecodeCase):
+        for one in drawn:
+            case.share_prefix(one.k)
+            case.share_prefix(one.v)
+    return drawn
 
 
-def inputs_for(peer: Peer, case: Case, drawn: Inputs) -> Inputs:
+def inputs_for(peer: Peer, case: Case | DecodeCase, drawn: Inputs) -> Inputs:
     """The same inputs in the peer's own type and layout, with gradients wanted where the backward is timed."""
 
     def tensor(x: Tensor, wants_grad: bool) -> Tensor:
@@ -57,7 +63,7 @@ def inputs_for(peer: Peer, case: Case, drawn: Inputs) -> Inputs:
         return x.detach().requires_grad_(wants_grad)
 
     q, k, v = (tensor(x, case.needs_grad) for x in (drawn.q, drawn.k, drawn.v))
-    return Inputs(q, k, v, tensor(drawn.grad_out, False))
+    return Inputs(q, *peer.arrange(case, k, v), tensor(drawn.grad_out, False))
 
 
 class SampledRows(Mask):
@@ -108,13 +114,39 @@ class Witness:
         return check_gradients(gradients, *sampled, queries(grad_out), mask=self.mask)
 
 
+class DecodeWitness:
+    """Checks a decoding step on the shortest request, the longest and one more, and one KV head with its query heads."""
+
+    def __init__(self, case: DecodeCase, drawn: Inputs, rng: random.Random) -> None:
+        order = sorted(range(case.batch), key=case.lengths.__getitem__)
+        self.entries = sorted({order[0], order[-1], rng.randrange(case.batch)})
+        group, self.kv_head = case.q_heads // case.kv_heads, rng.randrange(case.kv_heads)
+        self.heads = slice(self.kv_head * group, (self.kv_head + 1) * group)
+        self.case, self.drawn = case, drawn
+
+    def check(self, attend: Attend, inputs: Inputs) -> Comparison:
+        """Run once, and hold what comes out against the float64 oracle on the keys as they were drawn."""
+        with torch.no_grad():
+            out = attend(inputs.q, inputs.k, inputs.v)
+        kv = slice(self.kv_head, self.kv_head + 1)
+        q, out = (x[self.entries][:, self.heads] for x in (self.drawn.q, out))
+        k, v = (x[self.entries, kv] for x in (self.drawn.k, self.drawn.v))
+        return check(out, None, q, k, v, mask=self.case.mask_rule(self.entries))
+
+
+def witness_of(case: Case | DecodeCase, drawn: list[Inputs], rng: random.Random) -> Witness | DecodeWitness:
+    """Who checks results of a case."""
+    return DecodeWitness(case, drawn[0], rng) if isinstance(case, DecodeCase) else Witness(case, rng)
+
+
 class Contender:
     """A peer that gave a correct result and can be timed.
 
     Attributes:
         comparison: its result against the oracle.
         burst: runs the case once on each set of inputs.
-        calls: how many runs that is.
+        calls: how many runs that is. once: one of them.
+        cache_bytes: of k and v as the peer holds them.
         no_graph: None if a burst is one CUDA graph; else why it is not, so that its time holds Python's launches too.
 
     Raises:
@@ -133,9 +165,10 @@ class Contender:
             runs = [_run(attend, case, one) for one in sets]
             for run in runs:
                 run()
-        self.calls, self.no_graph = len(runs), "no GPU"
+        self.calls, self.once, self.cache_bytes = len(runs), runs[0], nbytes((sets[0].k, sets[0].v))
+        self.no_graph = "no GPU" if not on_gpu else None if peer.captures else "reads the host's memory"
         self.burst: Callable[[], object] = lambda: [run() for run in runs]
-        if on_gpu:
+        if on_gpu and peer.captures:
             self._capture(runs, stream)
 
     def _capture(self, runs: list[Callable[[], object]], stream: torch.cuda.Stream) -> None:
@@ -161,7 +194,7 @@ def _on(stream: torch.cuda.Stream | None):
 def _run(attend: Attend, case: Case, inputs: Inputs) -> Callable[[], object]:
     """What is timed. A backward alone runs again and again on what one forward kept."""
     qkv = (inputs.q, inputs.k, inputs.v)
-    if case.direction == "forward":
+    if not case.needs_grad:
         return torch.no_grad()(functools.partial(attend, *qkv))
     if case.direction == "both":
         return lambda: torch.autograd.grad(attend(*qkv), qkv, inputs.grad_out)

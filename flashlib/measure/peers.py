@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -53,12 +54,18 @@ class Peer:
         rows_first: whether q, k and v lie in memory as ``[B, S, H, D]``, the layout of its own interface. Their shape is
             ``[B, H, S, D]`` either way.
         compiles: whether a first call compiles for long.
+        captures: whether its calls can be captured in a CUDA graph.
     """
 
     name: str
     dtype: str | None = None
     rows_first = False
     compiles = False
+    captures = True
+
+    def arrange(self, case: Case, k: Tensor, v: Tensor) -> tuple[Any, Any]:
+        """k and v ``[B, H, S, D]`` in the form in which the peer's function takes them, if that is another."""
+        return k, v
 
     def prepare(self, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Attend:
         """A function from q, k, v ``[B, H, S, D]`` to out, for this case and inputs shaped and typed like these.
@@ -92,14 +99,15 @@ class Naive(Peer):
     name = "naive"
 
     def prepare(self, case, q, k, v):
-        intervals = case.mask_rule().intervals(1, q.shape[2], k.shape[2], q.device)
-        hidden = None if case.mask == "full" else ~intervals.dense()
+        hidden = None
+        if case.mask != "full":
+            hidden = ~case.mask_rule().intervals(q.shape[0], q.shape[2], k.shape[2], q.device).dense()[:, None]
         scale, group = 1 / math.sqrt(case.head_dim), case.q_heads // case.kv_heads
         return lambda q, k, v: naive(q, k, v, hidden, scale, group)
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, group: int) -> Tensor:
-    """The formula; ``hidden`` is the mask of what may not be seen, bool ``[1, Sq, Sk]``."""
+    """The formula; ``hidden`` is the mask of what may not be seen, bool ``[B or 1, 1, Sq, Sk]``."""
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     scores = (q @ k.mT) * scale
@@ -137,6 +145,13 @@ def _block_mask(case: Case, q: Tensor, k: Tensor):
 
     if case.mask == "full":
         return None
+    if case.mask == "lengths":
+        lengths = torch.tensor(case.lengths, device=q.device)
+
+        def filled(b, h, row, key):
+            return key < lengths[b]
+
+        return create_block_mask(filled, B=q.shape[0], H=None, Q_LEN=q.shape[2], KV_LEN=k.shape[2], device=q.device)
     window = case.length if case.window is None else case.window
     lengths = torch.tensor(case.sequences or (case.length,))
     document = torch.arange(len(lengths)).repeat_interleave(lengths).to(q.device)

@@ -181,7 +181,9 @@ def roofline(record: Record) -> Figure:
 
 def save_figures(record: Record, folder: Path) -> list[Path]:
     """Draw what the record holds, as ``<folder>/<topic>_<figure>.png``; the paths."""
-    if any(row.get("peak_bytes") for row in record.rows):
+    if any("cache" in row for row in record.rows):
+        drawn = {}  # of decoding; a table tells it
+    elif any(row.get("peak_bytes") for row in record.rows):
         drawn = {"memory": memory_by_length(record)}
     elif any(row.get("tflops") for row in record.rows):
         drawn = {"speed": speed_by_length(record), "roofline": roofline(record)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import torch
@@ -54,6 +54,10 @@ class DecodeOptions:
     split_size: int | None = None
     merge_in_kernel: bool = True
     precision: str = "ieee"
+
+    def values(self) -> tuple:
+        """All attributes in order, as the operator of :mod:`flashlib.kernels.decode_ops` takes them after the tensors."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions) -> tuple[Tensor, Tensor]:
@@ -153,8 +157,12 @@ def decode_tiles(rows: int, dtype: torch.dtype, head_dim: int, capability: int) 
 
 def tiles_for(q: Tensor, v: Tensor) -> TileConfig:
     """:func:`decode_tiles` of these queries, and values (or pages of values)."""
-    rows = q.shape[1] // v.shape[1] * q.shape[2]
-    return decode_tiles(rows, q.dtype, max(q.shape[3], v.shape[3]), capability_of(q.device))
+    return _tiles(q.shape[1] // v.shape[1] * q.shape[2], q.dtype, max(q.shape[3], v.shape[3]), q.device)
+
+
+@cache
+def _tiles(rows: int, dtype: torch.dtype, head_dim: int, device: torch.device) -> TileConfig:
+    return decode_tiles(rows, dtype, head_dim, capability_of(device))
 
 
 class ArrivalCounters:
@@ -169,17 +177,22 @@ class ArrivalCounters:
     def __init__(self, device: torch.device):
         self.device = device
         self.of_stream: dict[int, Tensor] = {}
-        self.reserve = torch.empty(0, dtype=torch.int32, device=device)
+        self.reserve = self._zeros(0)
+        self.given: list[Tensor] = []  # to graphs; a graph keeps no tensor alive that existed before it
 
     def take(self, count: int) -> Tensor:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self.device.type != "cuda":
+            return self._of_stream(0, count)
+        if torch.cuda.is_current_stream_capturing():
             return self._own(count)
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        if len(self.reserve) < self.RESERVE // 2:
+            self.reserve = self._zeros(self.RESERVE)
+        return self._of_stream(torch.cuda.current_stream(self.device).cuda_stream, count)
+
+    def _of_stream(self, stream: int, count: int) -> Tensor:
         counters = self.of_stream.get(stream)
         if counters is None or len(counters) < count:
             counters = self.of_stream[stream] = self._zeros(max(count, 1024))
-            if len(self.reserve) < self.RESERVE // 2:
-                self.reserve = self._zeros(self.RESERVE)
         return counters
 
     def _own(self, count: int) -> Tensor:
@@ -187,6 +200,7 @@ class ArrivalCounters:
             return self._zeros(count)  # zeroed by the graph, each time it is replayed: right, but one more node
         aligned = blocks(count, 4) * 4  # a pointer that is no multiple of 16 bytes would have the kernel compiled again
         own, self.reserve = self.reserve[:count], self.reserve[aligned:]
+        self.given.append(own)
         return own
 
     def _zeros(self, count: int) -> Tensor:

@@ -17,7 +17,7 @@ from decode_problems import random_decode_problem
 
 from flashlib.inference import decode
 from flashlib.inference.decode import combine_splits, decode_attention, split_ranges
-from flashlib.kernels import decode_launch
+from flashlib.kernels import decode_launch, decode_ops
 from flashlib.kernels.decode_launch import DecodeOptions, decode_launches, launch_decode
 from flashlib.kernels.launch import interpreting
 from flashlib.kernels.tiles import TileConfig
@@ -104,6 +104,22 @@ def check_combine(seed: int) -> None:
     torch.testing.assert_close(merged[1], expected.lse)
 
 
+def check_the_operator() -> None:
+    q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 8)
+    lengths, table = torch.tensor([40, 7]), torch.tensor([[0, 1], [1, 1]], dtype=torch.int32)
+    for options in (
+        (lengths, None, None, 0, 0.25, 0.0, 2, None, True, "ieee"),
+        (None, table, 9, 0, 0.25, 2.0, 3, 32, True, "ieee"),
+    ):
+        torch.library.opcheck(decode_ops.decode, (q, k, v, *options))
+
+    def step(q, k, v, lengths):
+        return decode_attention(q, k, v, lengths=lengths, num_splits=2, backend="triton") * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(q, k, v, lengths)
+    assert torch.equal(compiled, step(q, k, v, lengths))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, required=True)
@@ -119,6 +135,7 @@ def main() -> None:
         check_both_merges_and_the_cuts(seed)
     check_batch_invariance(options.seed)
     check_combine(options.seed)
+    check_the_operator()
     counters = decode_launch.arrivals(1, torch.device("cpu"))
     assert not counters.any(), "a launch left its arrival counters behind"
     print(f"{options.problems} problems within the budget")

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashlib.kernels.decode_launch import DecodeOptions, combine_launch, decode_launches
+from flashlib.kernels.decode_launch import DecodeOptions, combine_launch, decode_launches, decode_tiles
 from flashlib.kernels.inspect import ARCHITECTURES, compile_launch
 
 PROGRAM = Path(__file__).parent / "interpreted_decode.py"
 
 
-@pytest.mark.parametrize("batch", range(2))
-def test_random_decoding_in_the_interpreter(batch):
+def test_random_decoding_in_the_interpreter():
     seed = random.SystemRandom().getrandbits(40)
     answer = subprocess.run(
         [sys.executable, "-W", "ignore", str(PROGRAM), "--seed", str(seed), "--problems", "12"],
@@ -29,7 +28,7 @@ def test_random_decoding_in_the_interpreter(batch):
     assert answer.stdout == "12 problems within the budget\n"
 
 
-def launch(head_dim=128, q_len=1, page_size=0, dtype=torch.bfloat16, left=None, softcap=0.0):
+def launch(capability=9, head_dim=128, q_len=1, page_size=0, dtype=torch.bfloat16, left=None, softcap=0.0):
     """A decoding step of 16 requests of 8k tokens, on tensors that have shapes only."""
 
     def tensor(*shape, dtype=dtype):
@@ -42,7 +41,8 @@ def launch(head_dim=128, q_len=1, page_size=0, dtype=torch.bfloat16, left=None, 
         pages = capacity // page_size
         cache, table = tensor(batch * pages, 8, page_size, head_dim), tensor(batch, pages, dtype=torch.int32)
     options = DecodeOptions(tensor(batch, dtype=torch.int32), table, left, 0, head_dim**-0.5, softcap, num_splits=4)
-    return decode_launches(tensor(batch, 32, q_len, head_dim), cache, cache, options)[0][0]
+    tiles = decode_tiles(4 * q_len, dtype, head_dim, capability)
+    return decode_launches(tensor(batch, 32, q_len, head_dim), cache, cache, options, tiles=tiles)[0][0]
 
 
 PROBLEMS = {
@@ -56,13 +56,15 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("arch, instruction, tightest", [("sm_90", "HGMMA", "sm_90"), ("sm_80", "HMMA", "sm_86")])
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_decoding_fits_and_uses_the_tensor_cores(arch, instruction, tightest, problem, monkeypatch):
+@pytest.mark.parametrize(
+    "problem, arch, instruction, tightest",
+    [(problem, "sm_90", "HGMMA", "sm_90") for problem in PROBLEMS]
+    + [(problem, "sm_80", "HMMA", "sm_86") for problem in ("contiguous", "pages of 16", "16 tokens")],
+)
+def test_decoding_fits_and_uses_the_tensor_cores(problem, arch, instruction, tightest):
     """``tightest`` has the least shared memory of the GPUs that use the same tiles."""
-    capability, shared_memory = int(arch[3]), ARCHITECTURES[tightest]
-    monkeypatch.setattr("flashlib.kernels.decode_launch.capability_of", lambda device: capability)
-    report = compile_launch(launch(**PROBLEMS[problem]), arch)
+    shared_memory = ARCHITECTURES[tightest]
+    report = compile_launch(launch(capability=int(arch[3]), **PROBLEMS[problem]), arch)
     # For sm_80 the assembler gives up two values of the widest case to fit three programs on a multiprocessor.
     assert report.spills <= (0 if arch == "sm_90" else 8)
     assert "serialized" not in report.warnings

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["HARBOR", "ORCHARD", "Question", "Story", "log_probability"]
+__all__ = ["HARBOR", "ORCHARD", "Question", "Story", "log_probabilities"]
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,22 @@ ORCHARD = Story(
 
 
 @torch.no_grad()
-def log_probability(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Question | Sequence[Question]
-) -> float:
-    """The natural logarithm of the probability that a model continues with the answer; of several questions, the mean.
+def log_probabilities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> list[float]:
+    """For each question, the natural logarithm of the probability that the model continues with the answer.
 
-    The sum over the answer's tokens of the log-probability of each after all before it. With a memory, call it inside
-    :func:`flashlib.interop.transformers_memory.with_memory`.
+    The sum, over the answer's tokens, of the log-probability of each after all that came before it. The questions go through
+    the model as one batch. With a memory, call this inside :func:`flashlib.interop.transformers_memory.with_memory`.
     """
-    questions = [questions] if isinstance(questions, Question) else list(questions)
-    total = 0.0
-    for question in questions:
-        prompt, answer = (tokenizer(text).input_ids for text in (question.prompt, question.answer))
-        logits = model(torch.tensor([prompt + answer], device=model.device)).logits[0, len(prompt) - 1 : -1]
-        chosen = torch.tensor(answer, device=model.device)[:, None]
-        total += float(logits.float().log_softmax(-1).gather(1, chosen).sum())
-    return total / len(questions)
+    prompts, answers = (
+        [tokenizer(getattr(question, part)).input_ids for question in questions] for part in ("prompt", "answer")
+    )
+    texts = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    # Padded on the right: no token of a causal model sees what follows it, so what stands there does not matter.
+    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    logits = model(padded.to(model.device), use_cache=False).logits.float().log_softmax(-1)
+    return [
+        float(sum(logits[row, len(prompt) - 1 + at, token] for at, token in enumerate(answer)))
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]

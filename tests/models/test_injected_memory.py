@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, T5Config, T5EncoderModel
 
 from flashlib.config import InjectionConfig
-from flashlib.course.memory_stories import HARBOR, ORCHARD, log_probability
+from flashlib.course.memory_stories import HARBOR, ORCHARD, log_probabilities
 from flashlib.course.models import sample_text
 from flashlib.inference.injection import KVInjector, Memory
 from flashlib.interop.transformers import FlashlibCache, set_attention
@@ -191,15 +191,27 @@ def test_smollm2_with_a_memory_is_smollm2_that_read_the_text(smollm2):
 
 
 @pytest.mark.weights
+def test_log_probabilities_of_a_batch_are_those_of_its_questions(smollm2):
+    model, tokenizer = smollm2
+    together = log_probabilities(model, tokenizer, HARBOR.questions)
+    for question, log_probability in zip(HARBOR.questions, together, strict=True):
+        text, answer = (tokenizer(part).input_ids for part in (question.prompt + question.answer, question.answer))
+        with torch.no_grad():
+            scores = model(torch.tensor([text])).logits[0].log_softmax(-1)
+        alone = sum(float(scores[-len(answer) - 1 + at, token]) for at, token in enumerate(answer))
+        assert text[-len(answer) :] == answer
+        assert abs(alone - log_probability) < 1e-2
+
+
+@pytest.mark.weights
 def test_smollm2_answers_from_its_memory(smollm2):
     model, tokenizer = smollm2
     helpful, other = (encode_memory(model, tokenizer(story.text).input_ids) for story in (HARBOR, ORCHARD))
-    for question in HARBOR.questions:
-        with with_memory(model, helpful, alpha=0.0):
-            control = log_probability(model, tokenizer, question)
-        with with_memory(model, helpful):
-            remembered = log_probability(model, tokenizer, question)
-        with with_memory(model, other):
-            unrelated = log_probability(model, tokenizer, question)
+    scores = {}
+    for name, memory, alpha in (("control", helpful, 0.0), ("remembered", helpful, 1.0), ("unrelated", other, 1.0)):
+        with with_memory(model, memory, alpha=alpha):
+            scores[name] = log_probabilities(model, tokenizer, HARBOR.questions)
+    for question, *answers in zip(HARBOR.questions, *scores.values(), strict=True):
+        control, remembered, unrelated = answers
         assert remembered > control + 2, question
         assert remembered > unrelated + 2, question

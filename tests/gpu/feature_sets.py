@@ -22,6 +22,7 @@ LENGTHS = {"cuda": (*range(1, 140), 0, 191, 192, 255, 256, 257, 384, 511, 640), 
 SIXTEENS = {"cuda": (16, 32, 48, 64, 112, 128, 144, 192, 256, 272, 512, 640), "cpu": (16, 32, 48)}
 ODD = {"cuda": (*range(3, 140, 2), 191, 255, 257, 511, 641), "cpu": (3, 17, 33)}
 MANY_KEYS = {"cuda": range(3300, 4300), "cpu": (65, 128)}  # with a head_dim up to 64, enough for the kernel for Hopper
+MANY_HEADS = {"cuda": ((48, 48), (64, 64), (64, 8), (96, 32)), "cpu": ((6, 6), (8, 2))}
 ALIGNED = ("heads_first", "rows_first", "transposed", "sliced_16")
 WIDTHS = (0, 1, 5, 40, 200, 3500)
 
@@ -38,6 +39,7 @@ class FeatureSet:
         layouts: of q, k and v, in memory; any that keep strides aligned where they are.
         heads: (Hq, Hkv), where strides depend on them; else None.
         many_keys: thousands of keys for a few rows.
+        many_heads: so many that a program must take several of their blocks.
     """
 
     dtype: torch.dtype
@@ -51,6 +53,7 @@ class FeatureSet:
     layouts: tuple[str, str, str] | None
     heads: tuple[int, int] | None
     many_keys: bool
+    many_heads: bool
 
     @classmethod
     def draw(cls, seed: int) -> FeatureSet:
@@ -68,13 +71,17 @@ class FeatureSet:
         few = dtype != torch.float32 and max(head_dim, v_head_dim) <= 64
         features = {"mask": rng.choice(MASKS), "softcap": rng.random() < 0.25, "alibi": rng.random() < 0.2}
         many_keys = few and strides == "aligned" and rng.random() < 0.4
+        many_heads = strides == "aligned" and not many_keys and rng.random() < 0.3
         return cls(dtype, head_dim, v_head_dim, **features, grouped=grouped, strides=strides, layouts=layouts, heads=heads,
-                   many_keys=many_keys)  # fmt: skip
+                   many_keys=many_keys, many_heads=many_heads)  # fmt: skip
 
     def problem(self, seed: int, device: str) -> Problem:
         """A problem with these features."""
         lengths = {"aligned": LENGTHS, "rows odd": SIXTEENS, "odd": ODD}[self.strides][device]
-        heads = (self.heads,) if self.heads else [pair for pair in HEADS if (pair[0] > pair[1]) == self.grouped]
+        heads = MANY_HEADS[device] if self.many_heads else HEADS
+        heads = (self.heads,) if self.heads else [pair for pair in heads if (pair[0] > pair[1]) == self.grouped]
+        if self.many_heads:
+            lengths = [length for length in lengths if length <= 256]
         return random_problem(
             random.Random(seed),
             dtypes=(self.dtype,),
@@ -111,6 +118,9 @@ class FeatureSet:
         head_dims = f"{self.head_dim}" if self.head_dim == self.v_head_dim else f"{self.head_dim}/{self.v_head_dim}"
         return {
             **{"dtype": str(self.dtype).removeprefix("torch."), "head_dim": head_dims, "mask": self.mask},
-            **{name: "yes" if getattr(self, name) else "no" for name in ("softcap", "alibi", "grouped", "many_keys")},
+            **{
+                name: "yes" if getattr(self, name) else "no"
+                for name in ("softcap", "alibi", "grouped", "many_keys", "many_heads")
+            },
             "strides": self.strides,
         }

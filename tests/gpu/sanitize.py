@@ -29,6 +29,7 @@ from torch import Tensor
 
 from flashlib import AttentionSpec, masks
 from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch, interpreting
+from flashlib.kernels.run import launch_backward, launch_forward
 from flashlib.measure.bench import decode_sources, kernel_sources
 from flashlib.measure.record import new_record, save_record
 
@@ -37,7 +38,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 OURS = ("attention_forward", "hopper_", "backward_", "decode_", "combine")
 PLANTED = {"memcheck": "planted_read_behind_the_end", "racecheck": "planted_race"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Q_LEN, KV_LEN = (150, 461) if DEVICE == "cuda" else (20, 45)  # no multiples of any tile
+Q_LEN, KV_LEN, MANY_KEYS = (150, 461, 3400) if DEVICE == "cuda" else (20, 45, 60)  # no multiples of any tile
 Case = Callable[[], None]
 
 
@@ -201,65 +202,73 @@ def cases() -> list[tuple[str, Case]]:
         "lengths": masks.KeyLengths([0, KV_LEN // 2]),
         "packed causal": packed & masks.Causal(packed.offset(Q_LEN)),
     }
-    found = [
-        (f"{kernel} {rule} D{head_dim}", kernel, {"mask": mask, "head_dim": head_dim})
-        for kernel in ("portable", "hopper")
+    found = {
+        f"{rule} D{head_dim}": {"mask": mask, "head_dim": head_dim}
         for rule, mask in rules.items()
         for head_dim in (64, 128)
-    ]
-    lengths = rules["lengths"]
-    special = {
+    }
+    found |= {
         "softcap": {"softcap": 5.0, "mask": masks.Causal()},
         "ALiBi": {"alibi": True},
-        "ALiBi, softcap, lengths": {"alibi": True, "softcap": 5.0, "mask": lengths},
+        "ALiBi, softcap, lengths": {"alibi": True, "softcap": 5.0, "mask": rules["lengths"]},
         "fp16": {"dtype": torch.float16, "mask": masks.Causal()},
         "rows first": {"rows_first": True, "mask": masks.Causal()},
         "one query": {"q_len": 1},
-        "more queries than keys": {"q_len": 200, "kv_len": 77, "mask": masks.Causal()},
-        "D40": {"head_dim": 40, "mask": lengths},
+        "more queries than keys": {"q_len": KV_LEN, "kv_len": Q_LEN, "mask": masks.Causal()},
+        "D40": {"head_dim": 40, "mask": rules["lengths"]},
         "D96": {"head_dim": 96, "mask": masks.Causal()},
     }
-    found += [
-        (f"{kernel} {name}", kernel, options) for kernel in ("portable", "hopper") for name, options in special.items()
-    ]
     only_portable = {
-        "fp32": {"dtype": torch.float32, "mask": lengths},
-        "D59": {"head_dim": 59, "mask": lengths},
+        "fp32": {"dtype": torch.float32, "mask": rules["lengths"]},
+        "D59": {"head_dim": 59, "mask": rules["lengths"]},
         "D256": {"head_dim": 256, "mask": masks.Causal()},
     }
-    found += [(f"portable {name}", "portable", options) for name, options in only_portable.items()]
-    if DEVICE == "cpu":  # Gluon is not interpreted
-        found = [case for case in found if case[1] == "portable"]
-    training = [
-        (name, lambda kernel=kernel, options=options: attend(kernel, **options)) for name, kernel, options in found
+    # More work than there are multiprocessors; with a head_dim up to 64, keys enough for the kernel for Hopper.
+    only_dispatched = {
+        "many heads": {"heads": (96, 48), "mask": masks.Causal()},
+        "many heads, packed causal": {"heads": (96, 48), "mask": rules["packed causal"]},
+        "many keys": {"head_dim": 64, "kv_len": MANY_KEYS},
+        "many keys, many heads, causal": {
+            "head_dim": 64,
+            "kv_len": MANY_KEYS,
+            "heads": (96, 48),
+            "mask": masks.Causal(),
+        },
+        "many keys, lengths": {"head_dim": 64, "kv_len": MANY_KEYS, "mask": masks.KeyLengths([MANY_KEYS - 30, 0])},
+    }
+    attending = [(f"portable {name}", portable, options) for name, options in (found | only_portable).items()]
+    attending += [(f"dispatched {name}", dispatched, options) for name, options in (found | only_dispatched).items()]
+    return [
+        *((name, lambda how=how, options=options: attend(how, **options)) for name, how, options in attending),
+        *decode_cases(),
     ]
-    return [*training, *decode_cases()]
 
 
 def attend(
-    kernels: str, *, head_dim: int = 128, mask: masks.Mask | None = None, dtype: torch.dtype = torch.bfloat16, q_len: int = Q_LEN,
-    kv_len: int = KV_LEN, softcap: float = 0.0, alibi: bool = False, rows_first: bool = False,
+    kernels: Callable, *, head_dim: int = 128, mask: masks.Mask | None = None, dtype: torch.dtype = torch.bfloat16, q_len: int = Q_LEN,
+    kv_len: int = KV_LEN, heads: tuple[int, int] = (4, 2), softcap: float = 0.0, alibi: bool = False, rows_first: bool = False,
 ) -> None:  # fmt: skip
-    """Forward and backward of one problem by the portable kernels, or by those for Hopper."""
-    q, k, v, grad_out = (drawn((2, heads, length, head_dim), dtype, rows_first) for heads, length in ((4, q_len), (2, kv_len), (2, kv_len), (4, q_len)))  # fmt: skip
-    slopes = drawn((4,), torch.float32).abs() if alibi else None
+    """Forward and backward of one problem."""
+    q_heads, kv_heads = heads
+    sizes = ((q_heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len), (q_heads, q_len))
+    q, k, v, grad_out = (drawn((2, n, length, head_dim), dtype, rows_first) for n, length in sizes)
+    slopes = drawn((q_heads,), torch.float32).abs() if alibi else None
     spec = AttentionSpec.from_tensors(q, k, v, mask=mask, softcap=softcap, alibi_slopes=slopes)
-    options, dkdv = KernelOptions.from_spec(spec), None
-    forward = forward_launch
-    if kernels == "hopper":
-        from flashlib.kernels.hopper_launch import hopper_dkdv_launches, hopper_launch
+    kernels(q, k, v, grad_out, drawn((2, q_heads, q_len), torch.float32), KernelOptions.from_spec(spec))
 
-        forward = hopper_launch
 
-        def dkdv(tensors, options, tiles):
-            return hopper_dkdv_launches(tensors, options)
-
-    launch, out, lse = forward(q, k, v, options)
+def portable(q, k, v, grad_out, grad_lse, options: KernelOptions) -> None:
+    """The kernels for every GPU."""
+    launch, out, lse = forward_launch(q, k, v, options)
     launch.start()
-    for launch in backward_launches(q, k, v, out, lse, grad_out, drawn(lse.shape, torch.float32), options, dkdv=dkdv)[
-        0
-    ]:
+    for launch in backward_launches(q, k, v, out, lse, grad_out, grad_lse, options)[0]:
         launch.start()
+
+
+def dispatched(q, k, v, grad_out, grad_lse, options: KernelOptions) -> None:
+    """The kernels that this GPU runs the problem with: on Hopper, its own."""
+    out, lse = launch_forward(q, k, v, options)
+    launch_backward(q, k, v, out, lse, grad_out, grad_lse, options)
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype, rows_first: bool = False) -> Tensor:

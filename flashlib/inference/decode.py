@@ -31,7 +31,8 @@ BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TILE = 64  # keys; where the tile is not the kernel's own
 SPLIT_COST = 2  # tiles; what a split costs beside the tiles it holds
-MOST_SPLITS = 256
+MOST_SPLITS = 256  # that are chosen
+MOST_PROGRAMS = 65535  # along the second and third dimension of a CUDA grid
 LONGEST_SPLIT = (
     4096  # keys; so that in a batch of unequal lengths no program is left with a long request when all others are done
 )
@@ -376,8 +377,14 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
 def _run_triton(problem: _Problem) -> tuple[Tensor, Tensor]:
     from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
 
+    splits = _grid_splits(problem)
+    for name, size in (("splits", splits), ("requests", problem.q.shape[0])):
+        if size > MOST_PROGRAMS:
+            raise ValueError(
+                f"a launch takes at most {MOST_PROGRAMS} {name}; got {size} (split_size={problem.split_size})"
+            )
     options = DecodeOptions(
-        problem.lengths, problem.block_table, problem.left, problem.right, problem.scale, problem.softcap, _grid_splits(problem),
+        problem.lengths, problem.block_table, problem.left, problem.right, problem.scale, problem.softcap, splits,
         problem.split_size, precision=current_config().triton.fp32_precision,
     )  # fmt: skip
     if torch.compiler.is_compiling():

@@ -120,6 +120,16 @@ def check_the_operator() -> None:
     assert torch.equal(compiled, step(q, k, v, lengths))
 
 
+def check_the_grid() -> None:
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 70_000, 16)
+    try:
+        decode_attention(q, k, k, split_size=1, backend="triton")
+    except ValueError as error:
+        assert "at most 65535 splits; got 70000 (split_size=1)" in str(error), error
+    else:
+        raise AssertionError("70000 splits were launched")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, required=True)
@@ -136,6 +146,7 @@ def main() -> None:
     check_batch_invariance(options.seed)
     check_combine(options.seed)
     check_the_operator()
+    check_the_grid()
     counters = decode_launch.arrivals(1, torch.device("cpu"))
     assert not counters.any(), "a launch left its arrival counters behind"
     print(f"{options.problems} problems within the budget")

@@ -37,7 +37,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="A preset: training-forward, training-backward, window, varlen, grouped, memory, quick. Or a grid: "
+            help="A preset: training-forward, training-backward, window, varlen, grouped, memory, quick; decode, paged-decode, "
+            "ragged-decode, shared-prefix, chunked-injection. Or a grid: "
             "'length=1024,4096 head_dim=64,128 mask=full,causal direction=forward,backward'. Or a record to show again: FILE.json."
         ),
     ] = "quick",

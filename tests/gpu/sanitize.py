@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -78,11 +79,15 @@ def sanitized(tool: str, options: argparse.Namespace) -> dict:
     watched = ["tests/gpu/sanitize.py", "--watched", tool]
     log, started = options.out / f"sanitizer_{tool}.log", time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as file:
+        started_here = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen([*command, sys.executable, *watched], cwd=ROOT, env=environment, **started_here)
         try:
-            environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
-            code = subprocess.run([*command, sys.executable, *watched], cwd=ROOT, check=False, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=options.limit).returncode  # fmt: skip
+            code = process.wait(options.limit)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the tool and the program that it watches
+            process.wait()
             code = None
     said = log.read_text(encoding="utf-8", errors="replace")
     ran = re.findall(r"^case (.+)$", said, re.MULTILINE)

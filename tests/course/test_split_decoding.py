@@ -1,14 +1,18 @@
 """What chapter 12 runs: schedules that work is conserved in, the wrong merge, merges in any order, and two figures."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from flashlib.course import figures, split_decoding, widgets
+from flashlib.course import figures, recorded, split_decoding, widgets
 from flashlib.course.display import Figure
+from flashlib.course.grader.sandbox.session import REPOSITORY
 from flashlib.course.split_decoding import distinct, merged_on_arrival, schedule, sum_of_splits
 from flashlib.inference.decode import SPLIT_COST, choose_num_splits, split_partials, split_ranges
+from flashlib.measure.record import load_record, new_record, save_record
 from flashlib.partial import fold
 from flashlib.reference import assert_within_budget, oracle
 
@@ -136,6 +140,34 @@ def test_the_explorer_redraws_and_stands_still_without_a_reader(reader):
 
 def test_without_widgets_it_is_a_figure(nobody):
     assert isinstance(widgets.split_explorer(), Figure)
+
+
+def test_recorded_split_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorded, "BENCHMARKS", tmp_path)
+    (missing,) = recorded.recorded_split_counts()
+    assert "Not recorded yet" in str(missing) and "benchmarks/split_counts.py" in str(missing)
+    assert (REPOSITORY / "benchmarks/split_counts.py").exists()
+
+    case = {"kv_heads": 8, "length": 8192, "sm_count": 132}
+    rows = [
+        {**case, "batch": batch, "chosen": chosen, "num_splits": count, "split_size": size, "ms": ms}
+        for batch, chosen in ((1, 16), (4, 5))
+        for count, size, ms in ((1, None, 0.8), (4, None, 0.2), (16, None, 0.1), (None, 512, 0.15))
+    ]
+    save_record(new_record("split_counts", rows, []), tmp_path / "a100")
+    monkeypatch.setattr(recorded, "load_record", lambda name: load_record(name, tmp_path))
+    chart, choices = recorded.recorded_split_counts()
+    assert "batch 4: 800 at 1 to 100 at 16" in chart.alt and "recorded on" in chart.alt
+    first, second = [line.split() for line in str(choices).splitlines()[2:4]]
+    assert first == ["1", "16", "16", "8.00", "1.00", "1.50"]
+    assert second == ["4", "16", "5", "8.00", "2.00", "1.50"]  # 4 splits stand in for 5, which were not measured
+
+
+def test_the_script_that_records_them_runs_without_a_gpu(tmp_path):
+    command = [sys.executable, "benchmarks/split_counts.py", "--out", str(tmp_path), "--seconds", "0"]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
+    rows = load_record("split_counts", tmp_path).rows
+    assert {row["num_splits"] for row in rows} == {1, 2, 4, None} and all(row["ms"] > 0 for row in rows)
 
 
 def test_the_module_says_what_it_offers():

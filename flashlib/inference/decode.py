@@ -385,7 +385,7 @@ def _run_triton(problem: _Problem) -> tuple[Tensor, Tensor]:
             )
     options = DecodeOptions(
         problem.lengths, problem.block_table, problem.left, problem.right, problem.scale, problem.softcap, splits,
-        problem.split_size, precision=current_config().triton.fp32_precision,
+        problem.split_size, precision=current_config().triton.fp32_precision if problem.q.dtype == torch.float32 else "ieee",
     )  # fmt: skip
     if torch.compiler.is_compiling():
         from flashlib.kernels.decode_ops import decode

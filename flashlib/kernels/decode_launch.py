@@ -93,30 +93,24 @@ def decode_launches(
     partial_out = q.new_empty((splits_kept, *out.shape), dtype=torch.float32)
     partial_lse = q.new_empty((splits_kept, *lse.shape), dtype=torch.float32)
     merge_rows = min(LEAST_ROWS, 1 << (rows - 1).bit_length())
+    block_d, block_dv = padded(head_dim), padded(v_head_dim)
     arguments = {
-        **{"p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse},
-        **{"p_partial_out": partial_out, "p_partial_lse": partial_lse},
+        "p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_partial_out": partial_out, "p_partial_lse": partial_lse,
         "p_arrivals": arrivals(batch * kv_heads * row_blocks, q.device) if options.merge_in_kernel else None,
-        **{"p_lengths": options.lengths, "p_table": table, "stride_table": 0 if table is None else table.stride(0)},
+        "p_lengths": options.lengths, "p_table": table, "stride_table": 0 if table is None else table.stride(0),
         **strides(q=q, k=k, v=v),
-        **{"q_heads": q_heads, "q_len": q_len, "row_blocks": row_blocks, "n_rows": batch * q_heads * q_len},
-        **{"capacity": capacity, "num_splits": options.num_splits, "split_size": options.split_size or 0},
-        **{"left": options.left or 0, "right": options.right or 0, "scale": options.scale, "softcap": options.softcap},
-        **{"head_dim": head_dim, "v_head_dim": v_head_dim},
-        **{"CHECK_D": head_dim != padded(head_dim), "CHECK_DV": v_head_dim != padded(v_head_dim)},
-        **{"BLOCK_D": padded(head_dim), "BLOCK_DV": padded(v_head_dim)},
-        **{"GROUP_SIZE": q_heads // kv_heads, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
-        **{
-            "HAS_LEFT": options.left is not None,
-            "HAS_RIGHT": options.right is not None,
-            "SOFTCAP": options.softcap > 0,
-        },
+        "q_heads": q_heads, "q_len": q_len, "row_blocks": row_blocks, "n_rows": batch * q_heads * q_len, "capacity": capacity,
+        "num_splits": options.num_splits, "split_size": options.split_size or 0,
+        "left": options.left or 0, "right": options.right or 0, "scale": options.scale, "softcap": options.softcap,
+        "head_dim": head_dim, "v_head_dim": v_head_dim, "CHECK_D": head_dim != block_d, "CHECK_DV": v_head_dim != block_dv,
+        "BLOCK_D": block_d, "BLOCK_DV": block_dv, "GROUP_SIZE": q_heads // kv_heads,
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+        "HAS_LEFT": options.left is not None, "HAS_RIGHT": options.right is not None, "SOFTCAP": options.softcap > 0,
         "PAGE_SIZE": 0 if table is None else page_size,
         "WHOLE_TILES": table is None or (page_size % tiles.block_n == 0 and aligned),
-        **{"FIXED_SIZE": options.split_size is not None, "MERGE": options.merge_in_kernel},
-        **{"MERGE_ROWS": merge_rows, "MERGE_SPLITS": merged_at_once(merge_rows, v_head_dim)},
-        "PRECISION": options.precision,
-    }
+        "FIXED_SIZE": options.split_size is not None, "MERGE": options.merge_in_kernel,
+        "MERGE_ROWS": merge_rows, "MERGE_SPLITS": merged_at_once(merge_rows, v_head_dim), "PRECISION": options.precision,
+    }  # fmt: skip
     grid = (kv_heads * row_blocks, options.num_splits, batch)
     launches = [Launch(decode_split, grid, arguments, tiles)]
     if not options.merge_in_kernel:

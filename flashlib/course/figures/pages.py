@@ -8,7 +8,7 @@ from flashlib.course.display import Figure
 from flashlib.course.figures import style
 from flashlib.inference.paged import PagedKVCache
 
-_SLOTS_IN_A_ROW = 24
+_NUMBERED = 4  # up to this page size the slots are wide enough to say which token they hold
 _ROW = 1.2  # inches down for one unit of the drawing
 _GAP = 0.14  # between two pages, in widths of a page
 
@@ -31,7 +31,8 @@ def page_map(cache: PagedKVCache, names: Mapping[str, int], *, title: str) -> Fi
         raise ValueError(f"names must name all requests, {sorted(cache.requests)}; got {dict(names)}")
     held = _held(cache, names)
     colors = dict(zip(names, _colors(names), strict=True))
-    across = max(1, min(_SLOTS_IN_A_ROW // cache.page_size, 12, cache.num_pages))
+    slots_in_a_row = 24 if cache.page_size <= _NUMBERED else 64
+    across = max(1, min(slots_in_a_row // cache.page_size, 12, cache.num_pages))
     rows = -(-cache.num_pages // across)
     width = style.WIDTH / (across * (1 + _GAP) + 0.1)
     with style.drawing((0, across * (1 + _GAP)), (0, rows * 0.56 + 0.06), title, unit=(width, _ROW)) as (fig, ax):
@@ -72,13 +73,12 @@ def _draw_page(
         for s in range(page_size):
             color = style.tint(colors[name], 0.78 if s < len(tokens) else 0.14)
             ax.add_patch(Rectangle((x + s * slot, top), slot, stripe, facecolor=color, edgecolor="none"))
-        # The token's number fits into a wide slot only.
-        labels = [f"{name}{token}" for token in tokens] if page_size <= 4 else [name]
+        labels = [f"{name}{token}" for token in tokens] if page_size <= _NUMBERED else [name]
         ink = style.readable_on(style.tint(colors[name], 0.78))
         for s, label in enumerate(labels):
-            at = x + (s + 0.5) * max(slot, 0.06), top + stripe / 2
+            at = x + (s + 0.5) * max(slot, 0.1), top + stripe / 2
             ax.text(*at, label, ha="center", va="center", fontsize=7.5, color=ink)
-    for s in range(1, page_size):
+    for s in range(1, page_size if page_size <= 8 else 1):
         ax.plot([x + s * slot] * 2, [y, y + height], color=style.PAPER, linewidth=0.8)
     ax.add_patch(Rectangle((x, y), 1, height, fill=False, edgecolor=style.SOFT_INK, linewidth=1))
     ax.text(x, y - 0.02, f"page {page}", ha="left", va="bottom", fontsize=7.5, color=style.SOFT_INK)

@@ -33,7 +33,7 @@ Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 ROWS = 16
 TILES = [
     TileConfig(ROWS, *shape)
-    for shape in [(64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 8, 3), (32, 4, 4), (32, 1, 4), (64, 2, 3)]
+    for shape in [(64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 8, 3), (32, 4, 4), (32, 4, 6), (64, 4, 6)]
 ]  # fmt: skip
 if DEVICE == "cpu":
     TILES = TILES[:1]

@@ -7,11 +7,12 @@ import torch
 from typer.testing import CliRunner
 
 from flashlib.inference.decode import decode_attention
-from flashlib.measure import load_record
-from flashlib.measure.bench import plan, race, run, summary
+from flashlib.measure import load_record, sources_hash
+from flashlib.measure.bench import decode_sources, kernel_sources, plan, race, run, summary
 from flashlib.measure.contender import draw_inputs
 from flashlib.measure.decoding import DECODE_PRESETS, Decode, DecodeCase, SharedPrefixPeer, decode_cases, decode_peers
 from flashlib.measure.peers import Peer
+from flashlib.measure.record import PACKAGE
 
 CPU = torch.device("cpu")
 
@@ -64,6 +65,16 @@ def test_keys_are_counted_once_however_often_they_are_held():
     ragged = a_case(batch=6, length=3000, cache="ragged")
     assert min(ragged.lengths) == 100 and max(ragged.lengths) == 3000 and len(set(ragged.lengths)) == 6
     assert ragged.bytes == sum(ragged.lengths) * token
+
+
+def test_sources_of_attention_and_of_decoding_are_all_that_there_are():
+    kernels = {f"kernels/{path.name}" for path in (PACKAGE / "kernels").glob("*.py")} - {
+        "kernels/__init__.py",
+        "kernels/inspect.py",
+    }
+    assert kernels <= {*kernel_sources(), *decode_sources()}
+    assert not [name for name in kernel_sources() if "decode" in name]
+    assert len(sources_hash(decode_sources())) == 64
 
 
 def test_pages_hold_what_the_table_says():

@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 
 from flashlib import masks
+from flashlib.config import INJECTION_MODES, InjectionConfig
 from flashlib.course import figures
 from flashlib.course.display import Figure, format_bytes, widgets_run
+from flashlib.course.memory_stories import Story, log_probabilities
 from flashlib.course.models import capture_qkv
 from flashlib.course.serving import SCRIPT, replay
+from flashlib.inference.injection import KVInjector
 from flashlib.masks import Mask
 from flashlib.reference import naive_attention
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PLAY_MILLISECONDS = 900
 
@@ -388,6 +391,48 @@ def cache_explorer(
         context=Choice(lengths, 8192),
         batch=Choice([1, 4, 16, 64, 256], 1),
         itemsize=Choice({"fp32": 4, "bf16": 2, "fp8": 1}, 2),
+    )
+
+
+def memory_explorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, story: Story) -> Figure | Explorer:
+    """Choose alpha, its meaning and the layers, and see how likely a model then thinks the answers about a story.
+
+    Args:
+        model, tokenizer: from `flashlib.course.load_smollm2`.
+        story: what it is given as a memory, as `flashlib.course.memory_stories.HARBOR`.
+    """
+    from flashlib.interop.transformers_memory import encode_memory, with_memory
+
+    memory = encode_memory(model, tokenizer(story.text).input_ids)
+    layers = len(memory.layers)
+
+    @cache
+    def answers(alpha: float, mode: str, first: int, last: int) -> list[float]:
+        alphas = dict.fromkeys(range(first, last + 1), alpha)
+        with with_memory(model, memory, alpha=alphas, injector=KVInjector(InjectionConfig(mode=mode))):
+            return log_probabilities(model, tokenizer, story.questions)
+
+    def draw(alpha: float, mode: str, first_layer: int, last_layer: int) -> Figure:
+        if first_layer > last_layer:
+            raise ValueError(f"there is no layer from {first_layer} to {last_layer}")
+        bars = {
+            "without the memory": answers(0.0, "blend", 0, layers - 1),
+            "with it": answers(alpha, mode, first_layer, last_layer),
+        }
+        rounded = {name: [round(value, 1) for value in values] for name, values in bars.items()}
+        return figures.bars(
+            [question.answer.strip() for question in story.questions],
+            rounded,
+            ylabel="log-probability of the answer",
+            title=f"{mode}, alpha = {alpha:g}, layers {first_layer} to {last_layer}",
+        )
+
+    return explore(
+        draw,
+        alpha=Choice([0.01, 0.03, 0.1, 0.25, 0.5, 0.75, 1.0], 0.25),
+        mode=Choice(list(INJECTION_MODES), "gate"),
+        first_layer=Slider(0, layers - 1, 0),
+        last_layer=Slider(0, layers - 1, layers - 1),
     )
 
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from flashlib.inference.cache import CacheFullError
+from flashlib.inference.decode import decode_attention
 from flashlib.inference.paged import OutOfPagesError, PagedKVCache
+from flashlib.reference import assert_within_budget
 from flashlib.rotary import apply_rotary, rotary_frequencies
 
 KV_HEADS, HEAD_DIM, V_HEAD_DIM = 2, 6, 4
@@ -142,6 +144,33 @@ def test_random_operations(page_size, round, rng):
                 model.truncate(request, length)
         poison(cache)
         model.expect(cache)
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_decoding_reads_pages_where_they_lie(page_size, q_len, rng):
+    """A ragged batch, some of it forked, on pages that others have left: each request gets what its own tokens give."""
+    cache, model = cache_of(200 // page_size, page_size), PlainModel()
+    for _ in range(4):
+        model.add(cache.add())
+        random_append(cache, model, rng)
+    leaver = rng.choice(cache.requests)
+    cache.free(leaver)
+    del model.texts[leaver]
+    child = cache.fork(cache.requests[0])
+    model.texts[child] = model.texts[cache.requests[0]]
+    requests = rng.sample(cache.requests, 4)
+    k, v = new_tokens(4, q_len)
+    cache.append(requests, k, v)
+    model.append(requests, k, v, [q_len] * 4)
+    poison(cache)
+    q = torch.randn(4, 3 * KV_HEADS, q_len, HEAD_DIM)
+    where = {"lengths": cache.lengths(requests), "block_table": cache.block_table(requests)}
+    out, lse = decode_attention(q, cache.key_pages, cache.value_pages, **where, return_lse=True)
+    for i, request in enumerate(requests):
+        one = slice(i, i + 1)
+        text = (x[None] for x in model.texts[request])
+        assert_within_budget(out[one], q[one], *text, lse=lse[one], causal=True)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16])

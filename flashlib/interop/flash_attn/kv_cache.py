@@ -210,19 +210,20 @@ def _lengths_before(cache_seqlens: int | Tensor | None, cache: _Cache, new: Tens
         if new is not None:
             raise ValueError("cache_seqlens must say where k is to be written; got None")
         cache_seqlens = capacity
-    if not isinstance(cache_seqlens, Tensor):
+    if isinstance(cache_seqlens, Tensor):
+        _check_indices("cache_seqlens", cache_seqlens, cache.table, "[batch]")
+        known = lengths = cache_seqlens.to(torch.int64)
+    else:
         try:
-            cache_seqlens = operator.index(cache_seqlens)
+            known = torch.tensor(
+                [operator.index(cache_seqlens)]
+            )  # on the CPU, whatever the device: there it can be checked
         except TypeError:
             raise TypeError(f"cache_seqlens must be an int or a torch.Tensor [batch]; got {cache_seqlens!r}") from None
-        # Checked on the CPU, whatever the device.
-        lengths = torch.full((batch,), cache_seqlens, dtype=torch.int64)
-    else:
-        _check_indices("cache_seqlens", cache_seqlens, cache.table, "[batch]")
-        lengths = cache_seqlens.to(torch.int64)
+        lengths = torch.full((batch,), int(known), dtype=torch.int64, device=cache.table.device)
     count = 0 if new is None else new.shape[1]
-    _check_range("cache_seqlens", lengths, 0, capacity - count, f", where each request has room for {capacity} tokens")
-    return lengths.to(cache.table.device)
+    _check_range("cache_seqlens", known, 0, capacity - count, f", where each request has room for {capacity} tokens")
+    return lengths
 
 
 def _leftpad(cache_leftpad: Tensor | None, cache: _Cache, lengths: Tensor) -> Tensor | None:

@@ -145,7 +145,8 @@ def choose_num_splits(
     Args:
         batch, kv_heads: requests, and key/value heads of each.
         max_length: most keys that a request may have (its capacity; or what a window leaves of it). A split never has more than
-            :data:`LONGEST_SPLIT` keys.
+            :data:`LONGEST_SPLIT` keys, which may take more splits than are fastest for requests of equal length. Those are for the
+            long requests: decoding cuts a shorter one into fewer.
         sm_count: multiprocessors of the GPU.
         block_n: keys of a tile.
         row_blocks: programs that share the query rows of one request and KV head.
@@ -158,20 +159,19 @@ def choose_num_splits(
         *(("block_n", block_n, 1), ("row_blocks", row_blocks, 0)),
     ):
         _check_count(name, value, least)
-    return _fewest_waves(batch * kv_heads * row_blocks, max_length, sm_count, block_n)
+    return max(
+        _fewest_waves(batch * kv_heads * row_blocks, max_length, sm_count, block_n), _blocks(max_length, LONGEST_SPLIT)
+    )
 
 
 @cache
 def _fewest_waves(pairs: int, max_length: int, sm_count: int, block_n: int) -> int:
     tiles = max(_blocks(max_length, block_n), 1)
-    candidates = range(
-        max(_blocks(max_length, LONGEST_SPLIT), 1), max(min(tiles, MOST_SPLITS), _blocks(max_length, LONGEST_SPLIT)) + 1
-    )
 
     def tile_times(splits: int) -> int:
         return _blocks(pairs * splits, sm_count) * (_blocks(tiles, splits) + SPLIT_COST)
 
-    return min(candidates, key=tile_times)
+    return min(range(1, min(tiles, MOST_SPLITS) + 1), key=tile_times)
 
 
 def split_partials(
@@ -293,13 +293,6 @@ class _Problem:
         """How many keys a request may have."""
         return self.k.shape[2] if self.block_table is None else self.k.shape[2] * self.block_table.shape[1]
 
-    @property
-    def most_keys(self) -> int:
-        """How many keys the rows of one request may see, together."""
-        if self.left is None:
-            return self.capacity
-        return min(self.capacity, self.left + self.q.shape[2])
-
     def first_key(self, length: int) -> int:
         """The first key that any row sees, of a request of this length."""
         return 0 if self.left is None else max(length - self.q.shape[2] - self.left, 0)
@@ -377,7 +370,7 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
 def _run_triton(problem: _Problem) -> tuple[Tensor, Tensor]:
     from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
 
-    splits = _grid_splits(problem)
+    splits, fewest = _splits(problem)
     for name, size in (("splits", splits), ("requests", problem.q.shape[0])):
         if size > MOST_PROGRAMS:
             raise ValueError(
@@ -386,6 +379,7 @@ def _run_triton(problem: _Problem) -> tuple[Tensor, Tensor]:
     options = DecodeOptions(
         problem.lengths, problem.block_table, problem.left, problem.right, problem.scale, problem.softcap, splits,
         problem.split_size, precision=current_config().triton.fp32_precision if problem.q.dtype == torch.float32 else "ieee",
+        fewest_splits=fewest,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         from flashlib.kernels.decode_ops import decode
@@ -395,20 +389,25 @@ def _run_triton(problem: _Problem) -> tuple[Tensor, Tensor]:
     return launch_decode(problem.q, problem.k, problem.v, options)
 
 
-def _grid_splits(problem: _Problem) -> int:
-    """How many splits to launch for each request and KV head: host-side numbers only, since lengths are on the device."""
+def _splits(problem: _Problem) -> tuple[int, int]:
+    """How many splits to launch for each request and KV head, and into how many a short request is cut at least.
+
+    From host-side numbers only, since lengths are on the device.
+    """
+    from flashlib.kernels.decode_launch import most_keys, tiles_for
+
     if problem.num_splits:
-        return problem.num_splits
+        return problem.num_splits, problem.num_splits
+    visible = most_keys(problem.q.shape[2], problem.capacity, problem.left)
     if problem.split_size:
         # What a window leaves of the keys may begin and end within a split.
-        most = _blocks(problem.most_keys, problem.split_size) + (problem.left is not None)
-        return max(min(most, _blocks(problem.capacity, problem.split_size)), 1)
-    from flashlib.kernels.decode_launch import tiles_for
-
+        most = _blocks(visible, problem.split_size) + (problem.left is not None)
+        return max(min(most, _blocks(problem.capacity, problem.split_size)), 1), 1
     tiles = tiles_for(problem.q, problem.v)
     rows = problem.q.shape[1] // problem.k.shape[1] * problem.q.shape[2]
     pairs = problem.q.shape[0] * problem.k.shape[1] * _blocks(rows, tiles.block_m)
-    return _fewest_waves(pairs, problem.most_keys, _multiprocessors(problem.q.device), tiles.block_n)
+    fewest = _fewest_waves(pairs, visible, _multiprocessors(problem.q.device), tiles.block_n)
+    return max(fewest, _blocks(visible, LONGEST_SPLIT)), fewest
 
 
 @cache

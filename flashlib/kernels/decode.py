@@ -17,13 +17,13 @@ from flashlib.kernels.common import LN_2, LOG2_E, cap, load_tile, score_unit
 
 @triton.jit(
     do_not_specialize=[
-        "q_heads", "q_len", "n_rows", "capacity", "num_splits", "split_size", "left", "right", "stride_table",
+        "q_heads", "q_len", "n_rows", "capacity", "fewest_splits", "split_size", "left", "right", "stride_table",
     ]
 )  # fmt: skip
 def decode_split(
     p_q, p_k, p_v, p_out, p_lse, p_partial_out, p_partial_lse, p_arrivals, p_lengths, p_table,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_table,
-    q_heads, q_len, row_blocks, n_rows, capacity, num_splits, split_size, left, right, scale, softcap, head_dim, v_head_dim,
+    q_heads, q_len, row_blocks, n_rows, capacity, fewest_splits, split_size, left, right, scale, softcap, head_dim, v_head_dim,
     CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr,
     WHOLE_TILES: tl.constexpr, FIXED_SIZE: tl.constexpr, MERGE: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
@@ -52,7 +52,7 @@ def decode_split(
     last_token = tl.minimum((i_m * BLOCK_M + BLOCK_M - 1) // GROUP_SIZE, q_len - 1)
     first, _ = visible_keys(first_token, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
     _, last = visible_keys(last_token, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
-    begin, size, n_live = splits_of(first, last, num_splits, split_size, BLOCK_N, FIXED_SIZE)
+    begin, size, n_live = splits_of(first, last, fewest_splits, split_size, BLOCK_N, FIXED_SIZE)
     if MERGE and i_split >= n_live:
         return
     begin += i_split * size
@@ -156,17 +156,19 @@ def visible_keys(token, q_len, length, left, right, HAS_LEFT: tl.constexpr, HAS_
 
 
 @triton.jit
-def splits_of(first, last, num_splits, split_size, BLOCK_N: tl.constexpr, FIXED_SIZE: tl.constexpr):
+def splits_of(first, last, fewest_splits, split_size, BLOCK_N: tl.constexpr, FIXED_SIZE: tl.constexpr):
     """Where the splits of keys [first, last) begin, how many keys each has, and how many of them there are, at least 1.
 
-    With FIXED_SIZE, boundaries are multiples of ``split_size``. Otherwise ``num_splits`` share the tiles evenly.
+    With FIXED_SIZE, boundaries are multiples of ``split_size``. Otherwise the tiles are shared evenly by ``fewest_splits``, or by as many
+    more as keep a split within ``split_size`` keys.
     """
     if FIXED_SIZE:
         size = split_size
         begin = first // size * size
     else:
         begin = first // BLOCK_N * BLOCK_N
-        size = tl.maximum(tl.cdiv(tl.cdiv(last - begin, BLOCK_N), num_splits), 1) * BLOCK_N
+        n_splits = tl.minimum(tl.maximum(tl.cdiv(last - begin, split_size), fewest_splits), tl.num_programs(1))
+        size = tl.maximum(tl.cdiv(tl.cdiv(last - begin, BLOCK_N), n_splits), 1) * BLOCK_N
     return begin, size, tl.maximum(tl.cdiv(last - begin, size), 1)
 
 

@@ -41,6 +41,8 @@ class DecodeOptions:
         block_table: int32 ``[B, max_pages]``, or None for a contiguous cache.
         left, right: how many keys before and after its own position a row sees; None for no limit.
         num_splits: splits per request and KV head, at most. split_size: keys per split; None to share the tiles evenly.
+        fewest_splits: without ``split_size``: a request with fewer keys than the cache has room for is cut into as many splits as keep
+            them as short as those of a full cache would be, but not into fewer than this; None for ``num_splits`` always.
         merge_in_kernel: whether the last program to finish merges, or a second kernel.
     """
 
@@ -54,6 +56,7 @@ class DecodeOptions:
     split_size: int | None = None
     merge_in_kernel: bool = True
     precision: str = "ieee"
+    fewest_splits: int | None = None
 
     def values(self) -> tuple:
         """All attributes in order, as the operator of :mod:`flashlib.kernels.decode_ops` takes them after the tensors."""
@@ -100,7 +103,8 @@ def decode_launches(
         "p_lengths": options.lengths, "p_table": table, "stride_table": 0 if table is None else table.stride(0),
         **strides(q=q, k=k, v=v),
         "q_heads": q_heads, "q_len": q_len, "row_blocks": row_blocks, "n_rows": batch * q_heads * q_len, "capacity": capacity,
-        "num_splits": options.num_splits, "split_size": options.split_size or 0,
+        "fewest_splits": options.fewest_splits or options.num_splits,
+        "split_size": options.split_size or max(blocks(most_keys(q_len, capacity, options.left), options.num_splits), 1),
         "left": options.left or 0, "right": options.right or 0, "scale": options.scale, "softcap": options.softcap,
         "head_dim": head_dim, "v_head_dim": v_head_dim, "CHECK_D": head_dim != block_d, "CHECK_DV": v_head_dim != block_dv,
         "BLOCK_D": block_d, "BLOCK_DV": block_dv, "GROUP_SIZE": q_heads // kv_heads,
@@ -116,6 +120,11 @@ def decode_launches(
     if not options.merge_in_kernel:
         launches.append(combine_launch(partial_out, partial_lse, out, lse))
     return launches, out, lse
+
+
+def most_keys(q_len: int, capacity: int, left: int | None) -> int:
+    """How many keys the rows of one request may see, together."""
+    return capacity if left is None else min(capacity, left + q_len)
 
 
 def combine_launch(partial_out: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> Launch:

@@ -14,10 +14,21 @@ __all__ = ["decode"]
 def decode(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, block_table: Tensor | None, left: int | None, right: int | None,
     scale: float, softcap: float, num_splits: int, split_size: int | None, merge_in_kernel: bool, precision: str,
+    fewest_splits: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(out, lse)`` of one decoding step; arguments after v as in :class:`~flashlib.kernels.decode_launch.DecodeOptions`."""
     options = DecodeOptions(
-        lengths, block_table, left, right, scale, softcap, num_splits, split_size, merge_in_kernel, precision
+        lengths,
+        block_table,
+        left,
+        right,
+        scale,
+        softcap,
+        num_splits,
+        split_size,
+        merge_in_kernel,
+        precision,
+        fewest_splits,
     )
     return launch_decode(q, k, v, options)
 

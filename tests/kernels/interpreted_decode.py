@@ -65,6 +65,20 @@ def check_both_merges_and_the_cuts(seed: int) -> None:
     torch.testing.assert_close(out, fold(cut).out)
 
 
+def check_short_requests() -> None:
+    """A short request is cut into no more splits than keep it as finely cut as a full cache, and not into fewer than it should be."""
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 100, 16)
+    for length in (0, 10, 33, 41, 70, 100):
+        options = DecodeOptions(
+            torch.tensor([length]), None, None, 0, 0.25, 0.0, 5, merge_in_kernel=False, fewest_splits=2
+        )
+        (launch, _), _, _ = decode_launches(q, k, k, options)
+        launch.start()
+        live = int((launch.arguments["p_partial_lse"] > float("-inf")).sum())
+        wanted = split_ranges(length, num_splits=max(2, -(-length // 20)), tile=SMALL_TILE)
+        assert live == sum(1 for keys in wanted if keys), (length, live, wanted)
+
+
 def check_batch_invariance(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(6, 4, 1, 16, generator=generator).half()
@@ -108,8 +122,8 @@ def check_the_operator() -> None:
     q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 8)
     lengths, table = torch.tensor([40, 7]), torch.tensor([[0, 1], [1, 1]], dtype=torch.int32)
     for options in (
-        (lengths, None, None, 0, 0.25, 0.0, 2, None, True, "ieee"),
-        (None, table, 9, 0, 0.25, 2.0, 3, 32, True, "ieee"),
+        (lengths, None, None, 0, 0.25, 0.0, 2, None, True, "ieee", None),
+        (None, table, 9, 0, 0.25, 2.0, 3, 32, True, "ieee", None),
     ):
         torch.library.opcheck(decode_ops.decode, (q, k, v, *options))
 
@@ -139,10 +153,12 @@ def main() -> None:
     assert interpreting(), "set TRITON_INTERPRET=1"
     tile_of = decode_launch.decode_tiles
     decode_launch.decode_tiles = lambda *problem: TileConfig(tile_of(*problem).block_m, SMALL_TILE, 4, 1)
+    decode.LONGEST_SPLIT = 48
     decode_launch.MERGED_AT_ONCE = 512  # so that a merge takes several rounds
     for seed in range(options.seed, options.seed + options.problems):
         run_one(seed)
         check_both_merges_and_the_cuts(seed)
+    check_short_requests()
     check_batch_invariance(options.seed)
     check_combine(options.seed)
     check_the_operator()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from flashlib import AttentionSpec
-from flashlib.kernels.hopper_launch import hopper_launch
+from flashlib.kernels.hopper_launch import hopper_launches
 from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch
 from flashlib.kernels.tiles import HopperTiles, TileConfig, capability_of, tile_config
 from flashlib.measure import time_call
@@ -39,7 +39,7 @@ def launch(kernel: str, tiles: TileConfig | HopperTiles, head_dim: int, length: 
     q, k, v, grad_out = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     options = KernelOptions.from_spec(AttentionSpec.from_tensors(q, k, v, causal=causal))
     if kernel == "hopper":
-        return hopper_launch(q, k, v, options, tiles=tiles)[0]
+        return hopper_launches(q, k, v, options, tiles=tiles)[0][-1]
     if kernel == "forward":
         return forward_launch(q, k, v, options, tiles=tiles)[0]
     forward, out, lse = forward_launch(q, k, v, options)

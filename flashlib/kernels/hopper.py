@@ -1,11 +1,15 @@
 """FlashAttention forward for Hopper GPUs, warp-specialised, in Gluon (Shah et al. 2024, arXiv 2407.08608, sections 3.1 and 3.2).
 
-Triton's language leaves to the compiler who does what. Gluon lets one say it: in each program one warp only moves K and V into
-shared memory (the producer), and two or three groups of four warps only compute, 64 rows each (the consumers). They meet at
+Triton's language leaves to the compiler who does what. Gluon lets one say it: in each program one warp only moves Q, K and V
+into shared memory (the producer), and two or three groups of four warps only compute, 64 rows each (the consumers). They meet at
 barriers in shared memory: "ready" once a tile has arrived, "empty" once every consumer is done with it.
 
-Within a consumer the two matrix products run asynchronously, so that while the tensor cores form P V of one tile, the softmax
-of the next is computed.
+There is one program per multiprocessor, and it works through many blocks of rows: while the consumers finish one, the producer
+already brings the keys of the next. Which block comes next is asked of a counter in memory, so that a program whose blocks
+were short takes more of them.
+
+Within a consumer the two matrix products run asynchronously: while the tensor cores form P V of one tile, the softmax of the next
+is computed. Between consumers the right to start products goes round, so that they do not all compute their softmax at once.
 
 Tiles of keys are visited from the last to the first: under a causal mask the partial ones are then the first few, under a
 window also the last few.
@@ -19,257 +23,391 @@ from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
 
 # Of flashlib.kernels.common only the constants serve here: its functions are Triton's and cannot be called from Gluon.
 ROWS = gl.constexpr(64)  # of one consumer: what one warpgroup's instruction takes
+PLAN = gl.constexpr(7)  # numbers that the producer tells the consumers about each block of rows
+FIRST_TURN = gl.constexpr(8)  # the hardware barrier of the first consumer's turn; the compiler uses those with lower numbers
 
 
-@gluon.jit(do_not_specialize=["stride_interval", "stride_slope", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right"])  # fmt: skip
+@gluon.jit(do_not_specialize=["stride_interval", "stride_tiles", "stride_slope", "heads", "q_heads", "group_size", "heads_together", "q_len", "kv_len", "offset", "left", "right"])  # fmt: skip
 def hopper_forward(
-    desc_q, desc_k, desc_v, p_out, p_lse, p_start, p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope,
-    q_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    desc_q, desc_k, desc_v, desc_blanked, p_out, p_lse, p_counter, p_start, p_stop, p_tiles, p_blanked, p_slopes, stride_ob,
+    stride_oh, stride_os, stride_interval, stride_tiles, stride_blanked, stride_slope, heads, q_heads, group_size, heads_together,
+    q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
-    """``64 * CONSUMERS`` rows of one query head. The keys given are those that some row sees, so that none need be blanked."""
-    BLOCK_M: gl.constexpr = ROWS * CONSUMERS
-    row_blocks = (q_len + BLOCK_M - 1) // BLOCK_M
-    i_head = gl.program_id(0) // row_blocks
-    i_m = row_blocks - 1 - gl.program_id(0) % row_blocks
-    i_b, i_h = i_head // q_heads, i_head % q_heads
-    i_kv = i_h // group_size
-    row = i_m * BLOCK_M
-    if MASK == INTERVALS:
-        p_start += i_b.to(gl.int64) * stride_interval
-        p_stop += i_b.to(gl.int64) * stride_interval
-    tiles, right_partial, full = key_tiles(
-        row, q_len, kv_len, offset, left, right, p_start, p_stop, BLOCK_M, BLOCK_N, MASK, HAS_LEFT, HAS_RIGHT
-    )
-    first_tile, n_tiles = tiles
-
+    """Blocks of ``64 * CONSUMERS`` rows of one query head. The keys given are those that some row sees, so that none need be blanked."""
     smem_q = gl.allocate_shared_memory(desc_q.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], desc_q.layout)
     smem_k = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], desc_k.layout)
     smem_v = gl.allocate_shared_memory(desc_v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], desc_v.layout)
+    smem_plan = gl.allocate_shared_memory(gl.int32, [2 * PLAN, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ready_plan = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ready_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    empty_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(ready_q, count=1)
+    mbarrier.init(empty_q, count=CONSUMERS)
+    for i in gl.static_range(2):
+        mbarrier.init(ready_plan.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready_k.index(i), count=1)
         mbarrier.init(ready_v.index(i), count=1)
         mbarrier.init(empty_k.index(i), count=CONSUMERS)
         mbarrier.init(empty_v.index(i), count=CONSUMERS)
 
-    p_out += i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
-    p_lse += i_head.to(gl.int64) * q_len
-    slope = 0.0
-    if ALIBI:
-        slope = gl.load(p_slopes + i_b * stride_slope + i_h)
+    row_blocks = (q_len + ROWS * CONSUMERS - 1) // (ROWS * CONSUMERS)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (0, smem_q, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse, p_start, p_stop, stride_os,
-                       row, first_tile, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, slope,
-                       v_head_dim, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (consume, (1, smem_q, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse, p_start, p_stop, stride_os,
-                       row, first_tile, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, slope,
-                       v_head_dim, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (produce, (desc_q, desc_k, desc_v, smem_q, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, i_b, i_h, i_kv, row,
-                       first_tile, n_tiles, CONSUMERS, BLOCK_N, STAGES)),
+            (consume, (0, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
+                       p_start, p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV,
+                       BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
+            (consume, (1, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
+                       p_start, p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV,
+                       BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
+            (produce, (desc_q, desc_k, desc_v, desc_blanked, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v,
+                       empty_k, empty_v, p_counter, p_tiles, p_blanked, stride_tiles, stride_blanked, heads, q_heads, group_size,
+                       heads_together, row_blocks, q_len, kv_len, offset, left, right, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT,
+                       HAS_RIGHT)),
         ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (0, smem_q, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse, p_start, p_stop, stride_os,
-                       row, first_tile, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, slope,
-                       v_head_dim, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (consume, (1, smem_q, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse, p_start, p_stop, stride_os,
-                       row, first_tile, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, slope,
-                       v_head_dim, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (consume, (2, smem_q, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse, p_start, p_stop, stride_os,
-                       row, first_tile, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, slope,
-                       v_head_dim, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (produce, (desc_q, desc_k, desc_v, smem_q, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, i_b, i_h, i_kv, row,
-                       first_tile, n_tiles, CONSUMERS, BLOCK_N, STAGES)),
-        ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24])  # fmt: skip
+            (consume, (0, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
+                       p_start, p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV,
+                       BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
+            (consume, (1, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
+                       p_start, p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV,
+                       BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
+            (consume, (2, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
+                       p_start, p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV,
+                       BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
+            (produce, (desc_q, desc_k, desc_v, desc_blanked, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v,
+                       empty_k, empty_v, p_counter, p_tiles, p_blanked, stride_tiles, stride_blanked, heads, q_heads, group_size,
+                       heads_together, row_blocks, q_len, kv_len, offset, left, right, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT,
+                       HAS_RIGHT)),
+        ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 32])  # fmt: skip
 
 
 @gluon.jit
-def row_intervals(
-    o_rows, q_len, kv_len, offset, left, right, p_start, p_stop, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr
-):  # fmt: skip
-    """First visible key, and one past the last, of each row. A row past the end sees nothing."""
-    m_rows = o_rows < q_len
-    start = gl.zeros_like(o_rows)
-    stop = gl.zeros_like(o_rows) + kv_len
-    if MASK == INTERVALS:
-        start = gl.load(p_start + o_rows, mask=m_rows, other=0)
-        stop = gl.load(p_stop + o_rows, mask=m_rows, other=0)
-    if MASK == BAND:
-        if HAS_LEFT:
-            start = gl.maximum(start, o_rows + offset - left)
-        if HAS_RIGHT:
-            stop = gl.minimum(stop, o_rows + offset + right + 1)
-    return start, gl.where(m_rows, stop, start)
+def place(block, heads, q_heads, heads_together, row_blocks):
+    """Which rows a block is: ``(batch entry, query head, block of rows of that head)``.
+
+    ``heads_together`` heads, as many as have room for their keys in the cache between memory and multiprocessors, are worked on
+    together, and of all their blocks the last rows come first: under a causal mask they have most to do.
+    """
+    before = block // (heads_together * row_blocks) * heads_together
+    rest = block % (heads_together * row_blocks)
+    together = gl.minimum(heads_together, heads - before)
+    i_head = before + rest % together
+    return i_head // q_heads, i_head % q_heads, row_blocks - 1 - rest // together
 
 
 @gluon.jit
 def key_tiles(
-    row, q_len, kv_len, offset, left, right, p_start, p_stop, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    i_b, i_m, q_len, kv_len, offset, left, right, p_tiles, stride_tiles, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Which tiles of keys these rows need: ``(the first, how many)``, how many of the last are partial, how many then are full.
+    """Which tiles of keys a block of rows needs: the first, how many, how many of the last are partial, how many then are full.
 
-    At least one tile is visited, so that a program whose rows see nothing needs no code of its own.
+    At least one tile is visited, so that rows that see nothing need no code of their own. For row intervals this has been looked
+    up by ``hopper_prepare``.
     """
-    WIDTH: gl.constexpr = 256  # rows per block are no power of two when there are three consumers
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    o_rows = row + gl.arange(0, WIDTH, layout=layout)
-    m_rows = (o_rows < q_len) & (o_rows < row + BLOCK_M)
-    start, stop = row_intervals(o_rows, q_len, kv_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
-    sees = m_rows & (start < stop)
-    first = gl.min(gl.where(sees, start, kv_len), 0) // BLOCK_N
-    last = (gl.max(gl.where(sees, stop, 0), 0) + BLOCK_N - 1) // BLOCK_N
-    full_first = (gl.max(gl.where(m_rows, start, 0), 0) + BLOCK_N - 1) // BLOCK_N
-    full_last = gl.min(gl.where(m_rows, gl.maximum(stop, start), kv_len), 0) // BLOCK_N
-    full_last = gl.where(gl.max((m_rows & (start >= stop)).to(gl.int32), 0) > 0, 0, full_last)
-    first = gl.minimum(first, gl.maximum(last - 1, 0))
-    n_tiles = gl.maximum(last - first, 1)
-    full_first = gl.minimum(gl.maximum(full_first, first), first + n_tiles)
-    full_last = gl.minimum(gl.maximum(full_last, full_first), first + n_tiles)
-    return (first, n_tiles), first + n_tiles - full_last, full_last - full_first
+    if MASK == INTERVALS:
+        p_tiles += (i_b * stride_tiles + i_m) * 4
+        first, n_tiles = gl.load(p_tiles), gl.load(p_tiles + 1)
+        right_partial, full = gl.load(p_tiles + 2), gl.load(p_tiles + 3)
+    else:
+        row = i_m * BLOCK_M
+        last_row = gl.minimum(row + BLOCK_M, q_len) - 1
+        start, latest_start = 0, 0
+        stop, earliest_stop = kv_len, kv_len
+        if MASK == BAND:
+            if HAS_LEFT:
+                start, latest_start = gl.maximum(row + offset - left, 0), gl.maximum(last_row + offset - left, 0)
+            if HAS_RIGHT:
+                stop = gl.maximum(gl.minimum(last_row + offset + right + 1, kv_len), 0)
+                earliest_stop = gl.maximum(gl.minimum(row + offset + right + 1, kv_len), 0)
+        last = (stop + BLOCK_N - 1) // BLOCK_N
+        first = gl.minimum(start // BLOCK_N, gl.maximum(last - 1, 0))
+        n_tiles = gl.maximum(last - first, 1)
+        full_first = gl.minimum(gl.maximum((latest_start + BLOCK_N - 1) // BLOCK_N, first), first + n_tiles)
+        full_last = gl.minimum(gl.maximum(earliest_stop // BLOCK_N, full_first), first + n_tiles)
+        right_partial, full = first + n_tiles - full_last, full_last - full_first
+    return first, n_tiles, right_partial, full
 
 
 @gluon.jit
 def produce(
-    desc_q, desc_k, desc_v, smem_q, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, i_b, i_h, i_kv, row, first_tile,
-    n_tiles, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    desc_q, desc_k, desc_v, desc_blanked, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k,
+    empty_v, p_counter, p_tiles, p_blanked, stride_tiles, stride_blanked, heads, q_heads, group_size, heads_together, row_blocks,
+    q_len, kv_len, offset, left, right, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """The warp that moves data: Q once, then K and V as stages of the rings come free. Beyond the edges it brings zeros."""
-    mbarrier.expect(ready_q, CONSUMERS * desc_q.block_type.nbytes)
-    for i in gl.static_range(CONSUMERS):
-        tma.async_copy_global_to_shared(desc_q, [i_b, i_h, row + i * ROWS, 0], ready_q, smem_q.index(i))
-    for i in range(n_tiles):
-        n = (first_tile + n_tiles - 1 - i) * BLOCK_N
-        stage, phase = i % STAGES, i // STAGES & 1
-        mbarrier.wait(empty_k.index(stage), phase ^ 1)
-        mbarrier.expect(ready_k.index(stage), desc_k.block_type.nbytes)
-        tma.async_copy_global_to_shared(desc_k, [i_b, i_kv, n, 0], ready_k.index(stage), smem_k.index(stage))
-        mbarrier.wait(empty_v.index(stage), phase ^ 1)
-        mbarrier.expect(ready_v.index(stage), desc_v.block_type.nbytes)
-        tma.async_copy_global_to_shared(desc_v, [i_b, i_kv, n, 0], ready_v.index(stage), smem_v.index(stage))
+    """The warp that moves data, and that asks for the next block: Q, then K and V as stages of the rings come free.
+
+    Beyond the edges the copy engine brings zeros. A tile of V in which some keys are seen by no row comes from a copy in which they
+    are zeros too.
+    """
+    block = gl.program_id(0)
+    visited, done = 0, 0  # tiles of keys, and blocks of rows, so far
+    while block < heads * row_blocks:
+        i_b, i_h, i_m = place(block, heads, q_heads, heads_together, row_blocks)
+        first, n_tiles, right_partial, full = key_tiles(
+            i_b, i_m, q_len, kv_len, offset, left, right, p_tiles, stride_tiles, ROWS * CONSUMERS, BLOCK_N, MASK, HAS_LEFT, HAS_RIGHT
+        )
+        block = gl.atomic_add(p_counter, 1) + gl.num_programs(0)
+        # Once the Q before this one is no longer needed, nobody reads the plan before that one any more: its place is free.
+        mbarrier.wait(empty_q, (done & 1) ^ 1)
+        announce(smem_plan, ready_plan, done, i_b, i_h, i_m, first, n_tiles, right_partial, full)
+        mbarrier.expect(ready_q, CONSUMERS * desc_q.block_type.nbytes)
+        for i in gl.static_range(CONSUMERS):
+            tma.async_copy_global_to_shared(
+                desc_q, [i_b, i_h, (i_m * CONSUMERS + i) * ROWS, 0], ready_q, smem_q.index(i)
+            )
+        i_kv = i_h // group_size
+        for i in range(n_tiles):
+            tile = first + n_tiles - 1 - i
+            stage, phase = (visited + i) % STAGES, (visited + i) // STAGES & 1
+            mbarrier.wait(empty_k.index(stage), phase ^ 1)
+            mbarrier.expect(ready_k.index(stage), desc_k.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                desc_k, [i_b, i_kv, tile * BLOCK_N, 0], ready_k.index(stage), smem_k.index(stage)
+            )
+            mbarrier.wait(empty_v.index(stage), phase ^ 1)
+            mbarrier.expect(ready_v.index(stage), desc_v.block_type.nbytes)
+            blanked = 0
+            if MASK == INTERVALS:
+                blanked = gl.load(p_blanked + i_b * stride_blanked + tile)
+            if blanked != 0:
+                tma.async_copy_global_to_shared(
+                    desc_blanked, [i_b, i_kv, tile * BLOCK_N, 0], ready_v.index(stage), smem_v.index(stage)
+                )
+            else:
+                tma.async_copy_global_to_shared(
+                    desc_v, [i_b, i_kv, tile * BLOCK_N, 0], ready_v.index(stage), smem_v.index(stage)
+                )
+        visited += n_tiles
+        done += 1
+    mbarrier.wait(empty_q, (done & 1) ^ 1)
+    announce(smem_plan, ready_plan, done, 0, 0, -1, 0, 0, 0, 0)
+    # The last program to finish leaves the counters as it found them, for the next launch.
+    if gl.atomic_add(p_counter + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(p_counter, 0)
+        gl.store(p_counter + 1, 0)
+
+
+@gluon.jit
+def announce(smem_plan, ready_plan, done, i_b, i_h, i_m, first, n_tiles, right_partial, full):
+    """Tell the consumers what comes next: which rows, and which tiles of keys they need. ``i_m`` of -1 says that all is done."""
+    slot = (done & 1) * PLAN
+    note(smem_plan, slot, i_b)
+    note(smem_plan, slot + 1, i_h)
+    note(smem_plan, slot + 2, i_m)
+    note(smem_plan, slot + 3, first)
+    note(smem_plan, slot + 4, n_tiles)
+    note(smem_plan, slot + 5, right_partial)
+    note(smem_plan, slot + 6, full)
+    mbarrier.arrive(ready_plan.index(done & 1), count=1)
+
+
+@gluon.jit
+def note(smem_plan, slot, number):
+    smem_plan.index(slot).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + number)
+
+
+@gluon.jit
+def noted(smem_plan, slot):
+    return gl.max(smem_plan.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def next_plan(smem_plan, ready_plan, done):
+    """What the producer has announced."""
+    mbarrier.wait(ready_plan.index(done & 1), done // 2 & 1)
+    slot = (done & 1) * PLAN
+    place = noted(smem_plan, slot), noted(smem_plan, slot + 1), noted(smem_plan, slot + 2)
+    tiles = noted(smem_plan, slot + 3), noted(smem_plan, slot + 4), noted(smem_plan, slot + 5), noted(smem_plan, slot + 6)
+    return place, tiles
 
 
 @gluon.jit
 def consume(
-    which, smem_q, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse, p_start, p_stop, stride_os,
-    row, first_tile, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, slope, v_head_dim,
-    CHECK_DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    which, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse, p_start,
+    p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
-    """Four warps that compute 64 rows."""
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    unit = softcap if SOFTCAP else scale  # what one unit of a score tile is worth
-    o_m = row + which * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
-    start, stop = row_intervals(o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
-    b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    b_l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
-    b_acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, o_layout)
-    q = smem_q.index(which).reshape([ROWS, BLOCK_D])
-
-    # The first tile has no P V of a tile before it to run beside.
-    mbarrier.wait(ready_q, 0)
-    mbarrier.wait(ready_k.index(0), 0)
-    k = smem_k.index(0).reshape([BLOCK_N, BLOCK_D])
-    b_s = warpgroup_mma(
-        q, k.permute((1, 0)), gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout), use_acc=False, is_async=True
-    )
-    b_s = warpgroup_mma_wait(0, deps=(b_s,))
-    mbarrier.arrive(empty_k.index(0), count=1)
-    n = (first_tile + n_tiles - 1) * BLOCK_N
-    b_s = score(b_s, o_m, n, start, stop, offset, scale, softcap, slope / unit, BLOCK_N, s_layout, True, SOFTCAP, ALIBI)
-    b_m, b_l, b_p, _ = softmax(b_s, b_m, b_l, unit * LOG2_E, True)
-    b_p = gl.convert_layout(b_p.to(smem_v.dtype), gl.DotOperandLayout(0, o_layout, 2))
-
-    b_m, b_l, b_acc, b_p = attend(
-        1, gl.maximum(right_partial, 1), b_m, b_l, b_acc, b_p, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, o_m, start, stop,
-        first_tile, n_tiles, offset, scale, softcap, slope, BLOCK_D, BLOCK_DV, BLOCK_N, STAGES, s_layout, o_layout, True, SOFTCAP, ALIBI,
-    )  # fmt: skip
-    b_m, b_l, b_acc, b_p = attend(
-        gl.maximum(right_partial, 1), right_partial + full, b_m, b_l, b_acc, b_p, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
-        o_m, start, stop, first_tile, n_tiles, offset, scale, softcap, slope, BLOCK_D, BLOCK_DV, BLOCK_N, STAGES, s_layout, o_layout,
-        False, SOFTCAP, ALIBI,
-    )  # fmt: skip
-    if HAS_LEFT or MASK == INTERVALS:
-        b_m, b_l, b_acc, b_p = attend(
-            gl.maximum(right_partial + full, 1), n_tiles, b_m, b_l, b_acc, b_p, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, o_m,
-            start, stop, first_tile, n_tiles, offset, scale, softcap, slope, BLOCK_D, BLOCK_DV, BLOCK_N, STAGES, s_layout, o_layout,
-            True, SOFTCAP, ALIBI,
+    """Four warps that compute 64 rows of each block."""
+    visited, done = 0, 0
+    if which == CONSUMERS - 1:
+        pass_turn(which, CONSUMERS)  # the first consumer begins
+    place, tiles = next_plan(smem_plan, ready_plan, done)
+    i_b, i_h, i_m = place
+    first, n_tiles, right_partial, full = tiles
+    while i_m >= 0:
+        slope = 0.0
+        if ALIBI:
+            slope = gl.load(p_slopes + i_b * stride_slope + i_h)
+        row = (i_m * CONSUMERS + which) * ROWS
+        mbarrier.wait(ready_q, done & 1)
+        b_m, b_l, b_acc = attend(
+            which, smem_q.index(which).reshape([ROWS, BLOCK_D]), smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, empty_q, p_start, p_stop,
+            i_b * stride_interval, visited, row, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap,
+            slope, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI,
         )  # fmt: skip
-
-    stage, phase = (n_tiles - 1) % STAGES, (n_tiles - 1) // STAGES & 1
-    mbarrier.wait(ready_v.index(stage), phase)
-    v = smem_v.index(stage).reshape([BLOCK_N, BLOCK_DV])
-    b_acc = warpgroup_mma(b_p, v, b_acc, is_async=True)
-    b_acc, b_p = warpgroup_mma_wait(0, deps=(b_acc, b_p))
-
-    # A row that saw nothing has l = 0: it gives 0, and an LSE of -inf.
-    b_norm = gl.where(b_l == 0.0, 1.0, 1.0 / b_l)
-    b_out = b_acc * gl.convert_layout(b_norm, gl.SliceLayout(1, o_layout))[:, None]
-    gl.store(p_lse + o_m, b_m * unit + gl.log2(b_l) * LN_2, mask=o_m < q_len)
-    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
-    b_out = gl.convert_layout(b_out.to(p_out.dtype.element_ty), out_layout)
-    o_rows = row + which * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
-    o_dv = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, out_layout))
-    m_out = o_rows[:, None] < q_len
-    if CHECK_DV:
-        m_out = m_out & (o_dv[None, :] < v_head_dim)
-    gl.store(p_out + o_rows.to(gl.int64)[:, None] * stride_os + o_dv[None, :], b_out, mask=m_out)
+        p_block = p_out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
+        p_rows = p_lse + (i_b * q_heads + i_h).to(gl.int64) * q_len
+        store(
+            p_block, p_rows, b_m, b_l, b_acc, row, stride_os, q_len, softcap if SOFTCAP else scale, v_head_dim, CHECK_DV, BLOCK_DV
+        )
+        visited += n_tiles
+        done += 1
+        place, tiles = next_plan(smem_plan, ready_plan, done)
+        i_b, i_h, i_m = place
+        first, n_tiles, right_partial, full = tiles
 
 
 @gluon.jit
 def attend(
-    from_tile, to_tile, b_m, b_l, b_acc, b_p, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, o_m, start, stop, first_tile,
-    n_tiles, offset, scale, softcap, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
+    which, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, empty_q, p_start, p_stop, entry, visited, row, first, n_tiles,
+    right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+):  # fmt: skip
+    """Attention of 64 rows over their tiles: the running maximum, the sum of each thread's weights, and the unnormalised output."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    unit = softcap if SOFTCAP else scale  # what one unit of a score tile is worth
+    if MASK == INTERVALS:
+        p_start += entry
+        p_stop += entry
+
+    # The first tile has no P V of a tile before it to run beside.
+    stage, phase = visited % STAGES, visited // STAGES & 1
+    mbarrier.wait(ready_k.index(stage), phase)
+    k = smem_k.index(stage).reshape([BLOCK_N, BLOCK_D])
+    b_s = warpgroup_mma(
+        q, k.permute((1, 0)), gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout), use_acc=False, is_async=True
+    )
+    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+    mbarrier.arrive(empty_k.index(stage), count=1)
+    b_s = score(
+        b_s, row, (first + n_tiles - 1) * BLOCK_N, p_start, p_stop, q_len, kv_len, offset, left, right, scale, softcap, slope / unit,
+        BLOCK_N, s_layout, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI,
+    )  # fmt: skip
+    b_m = gl.max(b_s, 1)
+    left_s, right_s = halves(b_s)
+    left_p, right_p = weights(left_s, finite(b_m, True), unit * LOG2_E), weights(right_s, finite(b_m, True), unit * LOG2_E)
+    b_l = thread_sums(left_p) + thread_sums(right_p)
+    p_left, p_right = pack(left_p, smem_v.dtype), pack(right_p, smem_v.dtype)
+    b_acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, o_layout)
+
+    b_m, b_l, b_acc, p_left, p_right = turns(
+        1, gl.maximum(right_partial, 1), which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, p_start, p_stop,
+        visited, row, first + n_tiles - 1, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV, BLOCK_N,
+        CONSUMERS, STAGES, s_layout, o_layout, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI,
+    )  # fmt: skip
+    b_m, b_l, b_acc, p_left, p_right = turns(
+        gl.maximum(right_partial, 1), right_partial + full, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
+        p_start, p_stop, visited, row, first + n_tiles - 1, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV,
+        BLOCK_N, CONSUMERS, STAGES, s_layout, o_layout, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI,
+    )  # fmt: skip
+    if HAS_LEFT or MASK == INTERVALS:
+        b_m, b_l, b_acc, p_left, p_right = turns(
+            gl.maximum(right_partial + full, 1), n_tiles, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
+            p_start, p_stop, visited, row, first + n_tiles - 1, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D,
+            BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, s_layout, o_layout, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI,
+        )  # fmt: skip
+
+    mbarrier.arrive(empty_q, count=1)
+    stage, phase = (visited + n_tiles - 1) % STAGES, (visited + n_tiles - 1) // STAGES & 1
+    mbarrier.wait(ready_v.index(stage), phase)
+    v = smem_v.index(stage).reshape([BLOCK_N, BLOCK_DV])
+    b_p = unpack(p_left, p_right, smem_v.dtype, o_layout)
+    b_acc = warpgroup_mma(b_p, v, b_acc, is_async=True)
+    b_acc, b_p = warpgroup_mma_wait(0, deps=(b_acc, b_p))
+    mbarrier.arrive(empty_v.index(stage), count=1)
+    return b_m, b_l, b_acc
+
+
+@gluon.jit
+def turns(
+    from_tile, to_tile, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, p_start, p_stop, visited, row,
+    last_tile, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
     ALIBI: gl.constexpr,
 ):  # fmt: skip
     """The tiles from the ``from_tile``-th visited on. Each turn starts S of one tile, then P V of the one before, and computes
     the softmax of S while the latter runs."""
     unit = softcap if SOFTCAP else scale
     for i in range(from_tile, to_tile):
-        stage, phase = i % STAGES, i // STAGES & 1
-        before, before_phase = (i - 1) % STAGES, (i - 1) // STAGES & 1
+        stage, phase = (visited + i) % STAGES, (visited + i) // STAGES & 1
+        before, before_phase = (visited + i - 1) % STAGES, (visited + i - 1) // STAGES & 1
+        wait_turn(which)
         mbarrier.wait(ready_k.index(stage), phase)
         k = smem_k.index(stage).reshape([BLOCK_N, BLOCK_D])
         b_s = warpgroup_mma(
-            q, k.permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, s_layout), use_acc=False, is_async=True
+            q, k.permute((1, 0)), gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout), use_acc=False, is_async=True
         )
         mbarrier.wait(ready_v.index(before), before_phase)
         v = smem_v.index(before).reshape([BLOCK_N, BLOCK_DV])
+        b_p = unpack(p_left, p_right, smem_v.dtype, o_layout)
         b_acc = warpgroup_mma(b_p, v, b_acc, is_async=True)
+        pass_turn(which, CONSUMERS)
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
         mbarrier.arrive(empty_k.index(stage), count=1)
-        n = (first_tile + n_tiles - 1 - i) * BLOCK_N
         b_s = score(
-            b_s, o_m, n, start, stop, offset, scale, softcap, slope / unit, BLOCK_N, s_layout, MASKED, SOFTCAP, ALIBI
-        )
-        b_m, b_l, p_new, rescale = softmax(b_s, b_m, b_l, unit * LOG2_E, MASKED)
-        # The assembler moves the wait below up, above the softmax, as long as both stand in one basic block, and then nothing
-        # overlaps. Waiting for a barrier that is already complete costs nothing and ends the block.
+            b_s, row, (last_tile - i) * BLOCK_N, p_start, p_stop, q_len, kv_len, offset, left, right, scale, softcap, slope / unit, BLOCK_N,
+            s_layout, MASK, HAS_LEFT, HAS_RIGHT, MASKED, SOFTCAP, ALIBI,
+        )  # fmt: skip
+        m_new = gl.maximum(b_m, gl.max(b_s, 1))
+        pivot = finite(m_new, MASKED)
+        rescale = gl.exp2((b_m - pivot) * (unit * LOG2_E))
+        b_m = m_new
+        # Half of the weights, then P V, which must be done before its P is overwritten, then the other half. The assembler moves the
+        # wait up, above all of them, if it stands in their basic block, and then nothing overlaps. Waiting for a barrier that is
+        # already complete costs nothing and ends the block.
+        left_s, right_s = halves(b_s)
+        left_p = weights(left_s, pivot, unit * LOG2_E)
         mbarrier.wait(ready_k.index(stage), phase)
         b_acc, b_p = warpgroup_mma_wait(0, deps=(b_acc, b_p))
         mbarrier.arrive(empty_v.index(before), count=1)
+        right_p = weights(right_s, pivot, unit * LOG2_E)
+        l_rescale = gl.convert_layout(rescale, gl.SliceLayout(1, b_l.type.layout), assert_trivial=True)
+        b_l = b_l * l_rescale[:, None] + (thread_sums(left_p) + thread_sums(right_p))
         b_acc = b_acc * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None]
-        b_p = gl.convert_layout(p_new.to(smem_v.dtype), gl.DotOperandLayout(0, o_layout, 2))
-    return b_m, b_l, b_acc, b_p
+        p_left, p_right = pack(left_p, smem_v.dtype), pack(right_p, smem_v.dtype)
+    return b_m, b_l, b_acc, p_left, p_right
+
+
+@gluon.jit
+def wait_turn(which):
+    """Wait until the consumer before this one has started its products: all threads of both meet at a hardware barrier."""
+    meet("bar.sync $1, 256; mov.b32 $0, $1;", which)
+
+
+@gluon.jit
+def pass_turn(which, CONSUMERS: gl.constexpr):
+    """Let the next consumer start its products, and go on."""
+    meet("bar.arrive $1, 256; mov.b32 $0, $1;", (which + 1) % CONSUMERS)
+
+
+@gluon.jit
+def meet(instruction: gl.constexpr, which):
+    threads = gl.full([128], FIRST_TURN, gl.int32, gl.BlockedLayout([1], [32], [4], [0])) + which
+    gl.inline_asm_elementwise(instruction, "=r,r", [threads], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def score(
-    b_s, o_m, n, start, stop, offset, scale, softcap, slope, BLOCK_N: gl.constexpr, s_layout: gl.constexpr, MASKED: gl.constexpr,
+    b_s, row, n, p_start, p_stop, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_N: gl.constexpr,
+    s_layout: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
-    """Raw products to scores: softcap, ALiBi, mask."""
+    """Raw products to scores: softcap, ALiBi, mask. Rows past the end see what they like: they are not stored."""
+    o_m = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
     o_n = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
     if SOFTCAP:
         # tanh; its error near 0, where this subtracts two numbers close to 1, is far below a rounding of 16-bit inputs
@@ -277,15 +415,81 @@ def score(
     if ALIBI:
         b_s = b_s - slope * gl.abs(o_m[:, None] + offset - o_n[None, :]).to(gl.float32)
     if MASKED:
-        b_s = gl.where((o_n[None, :] >= start[:, None]) & (o_n[None, :] < stop[:, None]), b_s, float("-inf"))
+        start = gl.zeros_like(o_m)
+        stop = gl.zeros_like(o_m) + kv_len
+        if MASK == INTERVALS:
+            start = gl.load(p_start + o_m, mask=o_m < q_len, other=0)
+            stop = gl.load(p_stop + o_m, mask=o_m < q_len, other=0)
+        if MASK == BAND:
+            if HAS_LEFT:
+                start = o_m + offset - left
+            if HAS_RIGHT:
+                stop = gl.minimum(stop, o_m + offset + right + 1)
+        if MASK == INTERVALS or HAS_LEFT:
+            b_s = gl.where(o_n[None, :] >= start[:, None], b_s, float("-inf"))
+        b_s = gl.where(o_n[None, :] < stop[:, None], b_s, float("-inf"))
     return b_s
 
 
 @gluon.jit
-def softmax(b_s, b_m, b_l, unit, MASKED: gl.constexpr):
-    """One step of online softmax: the new maximum and sum, the weights, and the factor for what was summed before."""
-    m_new = gl.maximum(b_m, gl.max(b_s, 1))
-    pivot = gl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-    b_p = gl.exp2(b_s * unit - (pivot * unit)[:, None])
-    rescale = gl.exp2((b_m - pivot) * unit)
-    return m_new, b_l * rescale + gl.sum(b_p, 1), b_p, rescale
+def finite(b_m, MASKED: gl.constexpr):
+    """What scores are measured against: their maximum, or 0 for a row that has seen nothing yet."""
+    return gl.where(b_m == float("-inf"), 0.0, b_m) if MASKED else b_m
+
+
+@gluon.jit
+def weights(b_s, pivot, unit):
+    pivot = gl.convert_layout(pivot, gl.SliceLayout(1, b_s.type.layout), assert_trivial=True)
+    return gl.exp2(b_s * unit - (pivot * unit)[:, None])
+
+
+@gluon.jit
+def halves(b_s):
+    """The left and the right half of the columns, which stay in the registers where they are."""
+    return b_s.reshape([b_s.shape[0], 2, b_s.shape[1] // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def pack(b_p, dtype: gl.constexpr):
+    """Weights rounded to 16 bits, two columns to an int32. Carried from one turn to the next as single 16-bit numbers, they would be
+    taken apart and put together again, 64 instructions of 500."""
+    even, odd = b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]).split()
+    convert: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(convert, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def unpack(left, right, dtype: gl.constexpr, o_layout: gl.constexpr):
+    """Both halves of the weights as the first operand of P V."""
+    packed = gl.join(left, right).permute((0, 2, 1)).reshape([left.shape[0], 2 * left.shape[1]])
+    even = packed.to(gl.int16).to(dtype, bitcast=True)
+    odd = (packed >> 16).to(gl.int16).to(dtype, bitcast=True)
+    b_p = gl.join(even, odd).reshape([packed.shape[0], 2 * packed.shape[1]])
+    return gl.convert_layout(b_p, gl.DotOperandLayout(0, o_layout, 2), assert_trivial=True)
+
+
+@gluon.jit
+def thread_sums(b_p):
+    """The sum of what each thread holds of a row, ``[64, 4]``: the four threads of a row add up once, at the end."""
+    b_p = b_p.reshape([b_p.shape[0], b_p.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(b_p, 3), 1)
+
+
+@gluon.jit
+def store(
+    p_out, p_lse, b_m, b_l, b_acc, row, stride_os, q_len, unit, v_head_dim, CHECK_DV: gl.constexpr, BLOCK_DV: gl.constexpr
+):  # fmt: skip
+    """Normalise 64 rows and write them and their LSE. A row that saw nothing has l = 0: it gives 0, and an LSE of -inf."""
+    b_l = gl.convert_layout(gl.sum(b_l, 1), b_m.type.layout)
+    b_norm = gl.where(b_l == 0.0, 1.0, 1.0 / b_l)
+    b_out = b_acc * gl.convert_layout(b_norm, gl.SliceLayout(1, b_acc.type.layout))[:, None]
+    o_m = row + gl.arange(0, ROWS, layout=b_m.type.layout)
+    gl.store(p_lse + o_m, b_m * unit + gl.log2(b_l) * LN_2, mask=o_m < q_len)
+    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
+    b_out = gl.convert_layout(b_out.to(p_out.dtype.element_ty), out_layout)
+    o_rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
+    o_dv = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, out_layout))
+    m_out = o_rows[:, None] < q_len
+    if CHECK_DV:
+        m_out = m_out & (o_dv[None, :] < v_head_dim)
+    gl.store(p_out + o_rows.to(gl.int64)[:, None] * stride_os + o_dv[None, :], b_out, mask=m_out)

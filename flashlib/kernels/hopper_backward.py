@@ -7,18 +7,25 @@ in the very registers in which the next one takes them: nothing but Q, dO, K and
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from flashlib.kernels.common import BAND, INTERVALS, LOG2_E, UNMASKED
+from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E, UNMASKED
+from flashlib.kernels.hopper import noted
 
 KEYS = gl.constexpr(64)  # of one consumer: what one warpgroup's instruction takes
 
 
 @gluon.jit(do_not_specialize=["stride_interval", "stride_slope", "stride_range", "kv_heads", "group_size", "q_len", "kv_len", "unseeing", "offset", "left", "right"])  # fmt: skip
 def hopper_dkdv(
-    desc_q, desc_k, desc_v, desc_do, desc_rows, p_dk, p_dv, p_start, p_stop, p_ranges, p_slopes,
-    stride_interval, stride_slope, stride_range, kv_heads, group_size, q_len, kv_len, unseeing, offset, left, right, scale, softcap, head_dim, v_head_dim, CHECK_D: gl.constexpr,
-    CHECK_DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr,
+    desc_q, desc_k, desc_v, desc_do, desc_rows, desc_dk, desc_dv, p_start, p_stop, p_ranges, p_slopes,
+    stride_interval, stride_slope, stride_range, kv_heads, group_size, q_len, kv_len, unseeing, offset, left, right,
+    scale, softcap, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
@@ -42,6 +49,11 @@ def hopper_dkdv(
     smem_do = gl.allocate_shared_memory(desc_do.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DV], desc_do.layout)
     smem_lse = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], desc_rows.layout)
     smem_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], desc_rows.layout)
+    smem_place = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    place_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    smem_place.index(0).store(gl.full([1], 0, gl.int32, place_layout) + i_b)
+    smem_place.index(1).store(gl.full([1], 0, gl.int32, place_layout) + i_kv)
+    smem_place.index(2).store(gl.full([1], 0, gl.int32, place_layout) + group_size * n_tiles)
     ready_kv = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready_do = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -54,17 +66,14 @@ def hopper_dkdv(
 
     if ALIBI:
         p_slopes += i_b * stride_slope + i_kv * group_size
-    key = i_head.to(gl.int64) * kv_len + n  # dK and dV are contiguous
-    p_dk += key * (head_dim if CHECK_D else BLOCK_D)
-    p_dv += key * (v_head_dim if CHECK_DV else BLOCK_DV)
     gl.warp_specialize([
-        (consume, (0, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, p_dk, p_dv, p_start, p_stop,
-                   p_slopes, n, first, full_first, n_full, n_tiles, group_size, q_len,
-                   kv_len, offset, left, right, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M,
+        (consume, (0, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, desc_dk, desc_dv, smem_place, p_start, p_stop,
+                   p_slopes, n, first, full_first, n_full, n_tiles, q_len,
+                   offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_M,
                    STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-        (consume, (1, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, p_dk, p_dv, p_start, p_stop,
-                   p_slopes, n, first, full_first, n_full, n_tiles, group_size, q_len,
-                   kv_len, offset, left, right, scale, softcap, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M,
+        (consume, (1, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, desc_dk, desc_dv, smem_place, p_start, p_stop,
+                   p_slopes, n, first, full_first, n_full, n_tiles, q_len,
+                   offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_M,
                    STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
         (produce, (desc_q, desc_k, desc_v, desc_do, desc_rows, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, i_b, i_kv, kv_heads, n,
                    unseeing, first, full_first, n_full, n_tiles, group_size, CONSUMERS, BLOCK_M, STAGES, HAS_LEFT or MASK == INTERVALS)),
@@ -143,9 +152,9 @@ def produce(
 
 @gluon.jit
 def consume(
-    which, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, p_dk, p_dv, p_start, p_stop, p_slopes,
-    n, first, full_first, n_full, n_tiles, group_size, q_len, kv_len, offset, left, right, scale,
-    softcap, head_dim, v_head_dim, CHECK_D: gl.constexpr, CHECK_DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    which, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, desc_dk, desc_dv, smem_place, p_start, p_stop, p_slopes,
+    n, first, full_first, n_full, n_tiles, q_len, offset, left, right, scale,
+    softcap, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
@@ -158,28 +167,37 @@ def consume(
     v = smem_v.index(which).reshape([KEYS, BLOCK_DV])
     slope = 0.0
     mbarrier.wait(ready_kv, 0)
-    for g in range(group_size):
+    before = 0  # tiles of the group's heads that have passed by
+    while before < noted(smem_place, 2):
         if ALIBI:
-            slope = gl.load(p_slopes + g)
+            slope = gl.load(p_slopes)
+            p_slopes += 1
         b_dk, b_dv = gather_rows(
-            0, n_full, g * n_tiles, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start, p_stop,
-            n + which * KEYS, first, full_first, n_full, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV,
+            0, n_full, before, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start, p_stop,
+            n + which * KEYS, first, full_first, n_full, q_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV,
             BLOCK_M, STAGES, UNMASKED, False, False, SOFTCAP, ALIBI, dk_layout, dv_layout,
         )  # fmt: skip
         if MASK != UNMASKED:
             b_dk, b_dv = gather_rows(
-                n_full, n_tiles, g * n_tiles, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start,
-                p_stop, n + which * KEYS, first, full_first, n_full, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D,
+                n_full, n_tiles, before, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start,
+                p_stop, n + which * KEYS, first, full_first, n_full, q_len, offset, left, right, scale, softcap, slope, BLOCK_D,
                 BLOCK_DV, BLOCK_M, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, dk_layout, dv_layout,
             )  # fmt: skip
-    store(p_dk, b_dk * scale, which * KEYS, kv_len - n, head_dim, CHECK_D, BLOCK_D)
-    store(p_dv, b_dv, which * KEYS, kv_len - n, v_head_dim, CHECK_DV, BLOCK_DV)
+        before += n_tiles
+    # K and V are no longer needed: the gradients take their places, and the copy engine takes them from there.
+    k.store((b_dk * (scale if SOFTCAP else scale * LOG2_E * LN_2)).to(smem_k.dtype))
+    v.store(b_dv.to(smem_v.dtype))
+    fence_async_shared()
+    i_b, i_kv = noted(smem_place, 0), noted(smem_place, 1)  # kept there because the loops need every register
+    tma.async_copy_shared_to_global(desc_dk, [i_b, i_kv, n + which * KEYS, 0], smem_k.index(which))
+    tma.async_copy_shared_to_global(desc_dv, [i_b, i_kv, n + which * KEYS, 0], smem_v.index(which))
+    tma.store_wait(0)
 
 
 @gluon.jit
 def gather_rows(
     from_tile, to_tile, before, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start, p_stop, n, first,
-    full_first, n_full, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    full_first, n_full, q_len, offset, left, right, scale, softcap, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, dk_layout: gl.constexpr, dv_layout: gl.constexpr,
 ):  # fmt: skip
@@ -244,18 +262,3 @@ def hide(
         if HAS_RIGHT:
             b_p = gl.where(o_n[:, None] <= o_m[None, :] + (offset + right), b_p, 0.0)
     return b_p
-
-
-@gluon.jit
-def store(p_out, b_tile, n, keys, width, CHECK: gl.constexpr, BLOCK: gl.constexpr):
-    """Write 64 keys of a gradient, from the ``n``-th of the program on, of which there are ``keys``."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [4, 1], [1, 0])
-    b_tile = gl.convert_layout(b_tile.to(p_out.dtype.element_ty), layout)
-    o_n = n + gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
-    o_d = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
-    m_tile = o_n[:, None] < keys
-    if CHECK:
-        m_tile = m_tile & (o_d[None, :] < width)
-        gl.store(p_out + o_n[:, None] * width + o_d[None, :], b_tile, mask=m_tile)
-    else:
-        gl.store(p_out + o_n[:, None] * BLOCK + o_d[None, :], b_tile, mask=m_tile)

@@ -15,6 +15,7 @@ from flashlib.kernels.launch import (
     batch_stride,
     blocks,
     empty_results,
+    padded,
     row_ranges_launch,
     strides,
 )
@@ -23,15 +24,20 @@ from flashlib.kernels.tiles import (
     HOPPER_BACKWARD,
     HOPPER_BACKWARD_ROOMY,
     HOPPER_LEAST_KEYS,
+    HOPPER_NARROW,
     HOPPER_ROOMY,
     HOPPER_ROWS,
     HopperBackwardTiles,
     HopperTiles,
     capability_of,
 )
-from flashlib.masks import RowIntervals
 
-__all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_launch", "hopper_runs"]
+__all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_launches", "hopper_runs"]
+
+
+HOPPER_CACHE = 8 << 20  # bytes of K and V that heads worked on together may take
+HOPPER_SPREAD = 4  # blocks of rows for each program that a group of heads must have, where some have more work than others
+PREPARE_CHUNK = 1024  # rows that hopper_prepare looks at together
 
 
 def hopper_runs(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> bool:
@@ -42,8 +48,7 @@ def hopper_runs(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> bool
         and q.dtype in (torch.float16, torch.bfloat16)
         and max(q.shape[3], v.shape[3]) <= 128
         and all(copy_engine_reads(x) for x in (q, k, v))
-        and keys_per_row(q.shape[2], k.shape[2], options)
-        > (HOPPER_LEAST_KEYS if max(q.shape[3], v.shape[3]) <= 64 else 0)
+        and len(seen_range(q.shape[2], k.shape[2], options)) > 0
     )
 
 
@@ -70,42 +75,101 @@ def seen_range(q_len: int, kv_len: int, options: KernelOptions) -> range:
     return range(first, last)
 
 
-def hopper_launch(
+def hopper_launches(
     q: Tensor, k: Tensor, v: Tensor, options: KernelOptions, *, tiles: HopperTiles | None = None
-) -> tuple[Launch, Tensor, Tensor]:
-    """The launch of the warp-specialised forward, and the ``out`` and ``lse`` that it will write.
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """The launches of the warp-specialised forward, and the ``out`` and ``lse`` that they will write.
 
     It multiplies whole tiles of V by weights, and a weight of 0 does not hide a NaN. So it is given only keys that some row
-    sees: a band's are a range, and under row intervals the others are blanked in a copy of V.
+    sees: a band's are a range, and under row intervals a first kernel blanks the others in a copy.
     """
     from flashlib.kernels.hopper import hopper_forward
 
     batch, q_heads, q_len, head_dim = q.shape
     seen = seen_range(q_len, k.shape[2], options)
+    tiles = tiles or hopper_tiles(max(head_dim, v.shape[3]), keys_per_row(q_len, k.shape[2], options), options)
     offset = k.shape[2] - q_len - seen.start
     k, v = (x[:, :, seen.start : seen.stop] for x in (k, v))
-    if options.mask_kind == INTERVALS:
-        unseen = ~RowIntervals(options.start.long(), options.stop.long(), k.shape[2]).seen_keys()
-        v = v.masked_fill(unseen[:, None, :, None], 0.0)
-    plain = (
-        options.mask_kind != INTERVALS and options.left is None and not options.softcap and options.alibi_slopes is None
-    )
-    table = HOPPER[64 if max(head_dim, v.shape[3]) <= 64 else 128]
-    tiles = tiles or (table if plain else HOPPER_ROOMY)
     out, lse = empty_results(q, v)
     arguments = options.arguments(q, k, v)
     for name in ("head_dim", "CHECK_D", "PRECISION"):
         del arguments[name]
     block_d, block_dv = (max(64, arguments[name]) for name in ("BLOCK_D", "BLOCK_DV"))
+    row_blocks, heads = blocks(q_len, tiles.block_m), batch * q_heads
+    launches, prepared = [], NOTHING_PREPARED
+    if options.mask_kind == INTERVALS:
+        launch, prepared = prepare_launch(v, options, q_len, tiles)
+        launches.append(launch)
+    blanked = v if prepared["blanked"] is None else prepared["blanked"]
+    programs = min(multiprocessors(q.device), row_blocks * heads)
+    bytes_per_head = k.shape[2] * (head_dim + v.shape[3]) * k.element_size() / arguments["group_size"]
+    uneven = options.mask_kind == INTERVALS or options.right is not None
     arguments |= {
         **{"desc_q": tile_descriptor(q, HOPPER_ROWS, block_d), "desc_k": tile_descriptor(k, tiles.block_n, block_d)},
-        **{"desc_v": tile_descriptor(v, tiles.block_n, block_dv), "p_out": out, "p_lse": lse, "offset": offset},
+        **{"desc_v": tile_descriptor(v, tiles.block_n, block_dv), "desc_blanked": tile_descriptor(blanked, tiles.block_n, block_dv)},
+        **{"p_out": out, "p_lse": lse, "p_counter": torch.zeros(2, dtype=torch.int32, device=q.device), "offset": offset},
+        **{"p_tiles": prepared["tiles"], "stride_tiles": 0 if prepared["tiles"] is None else batch_stride(prepared["tiles"]) // 4},
+        **{"p_blanked": prepared["flags"], "stride_blanked": batch_stride(prepared["flags"])},
         **strides(o=out),
-        **{"q_heads": q_heads, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "CHECK_DV": v.shape[3] != block_dv},
+        **{"heads": heads, "q_heads": q_heads, "heads_together": heads_together(heads, row_blocks, programs, bytes_per_head, uneven)},
+        **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "CHECK_DV": v.shape[3] != block_dv},
         **{"BLOCK_N": tiles.block_n, "CONSUMERS": tiles.consumers, "STAGES": tiles.num_stages},
         **{"CONSUMER_REGISTERS": tiles.registers},
+    }  # fmt: skip
+    return [*launches, Launch(hopper_forward, (programs,), arguments, tiles)], out, lse
+
+
+def hopper_tiles(head_dim: int, keys: int, options: KernelOptions) -> HopperTiles:
+    """The shape of the forward for about so many ``keys`` per row."""
+    extras = [options.mask_kind == INTERVALS, options.softcap > 0, options.alibi_slopes is not None]
+    if head_dim > 64:
+        return HOPPER_NARROW if all(extras) else HOPPER[128]
+    return HOPPER_ROOMY if any(extras) or options.left is not None or keys < HOPPER_LEAST_KEYS else HOPPER[64]
+
+
+def heads_together(heads: int, row_blocks: int, programs: int, bytes_per_head: float, uneven: bool) -> int:
+    """How many heads are worked on side by side: as many as have room in the L2 cache for their K and V.
+
+    Where blocks of rows have unequal work, more, so that the last group still has several blocks for each program: the longest of
+    them come first, and the short ones fill the gaps.
+    """
+    together = max(1, HOPPER_CACHE // max(1, int(bytes_per_head)))
+    if uneven:
+        together = max(together, blocks(HOPPER_SPREAD * programs, row_blocks))
+    groups = max(1, round(heads / together))
+    return blocks(heads, groups)
+
+
+NOTHING_PREPARED = {"tiles": None, "flags": None, "blanked": None}
+
+
+def prepare_launch(
+    v: Tensor, options: KernelOptions, q_len: int, tiles: HopperTiles
+) -> tuple[Launch, dict[str, Tensor | None]]:
+    """The launch that looks up what row intervals mean for the tiles, and what it will write."""
+    from flashlib.kernels.hopper_prepare import hopper_prepare
+
+    batch, kv_heads, kv_len, v_head_dim = v.shape
+    entries, row_blocks, key_tiles = options.start.shape[0], blocks(q_len, tiles.block_m), blocks(kv_len, tiles.block_n)
+    prepared = {
+        "tiles": torch.empty(entries, row_blocks, 4, dtype=torch.int32, device=v.device),
+        "flags": torch.empty(entries, key_tiles, dtype=torch.int32, device=v.device),
+        "blanked": torch.empty(v.shape, dtype=v.dtype, device=v.device),
     }
-    return Launch(hopper_forward, (blocks(q_len, tiles.block_m) * batch * q_heads,), arguments, tiles), out, lse
+    arguments = {
+        **{"p_start": options.start, "p_stop": options.stop, "p_v": v, "p_tiles": prepared["tiles"]},
+        **{"p_blanked": prepared["blanked"], "p_flags": prepared["flags"], "stride_interval": batch_stride(options.start)},
+        **{"stride_tiles": row_blocks, "stride_flags": key_tiles, **strides(v=v, b=prepared["blanked"])},
+        **{"batch": batch, "entries": entries, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len},
+        **{"v_head_dim": v_head_dim, "BLOCK_M": tiles.block_m, "WIDTH": padded(tiles.block_m), "BLOCK_N": tiles.block_n},
+        **{"BLOCK_DV": padded(v_head_dim), "CHUNK": PREPARE_CHUNK},
+    }
+    return Launch(hopper_prepare, (row_blocks + key_tiles, entries), arguments), prepared
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once; an H200's number where there is no GPU to ask."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def hopper_backward_runs(tensors: BackwardTensors) -> bool:
@@ -163,10 +227,9 @@ def hopper_dkdv_launches(
         **{"desc_q": tile_descriptor(q, tiles.block_m, block_d), "desc_do": tile_descriptor(grad_out, tiles.block_m, block_dv)},
         **{"desc_k": tile_descriptor(tensors.k, HOPPER_ROWS, block_d), "desc_rows": row_descriptor(tensors.rows, tiles.block_m)},
         **{"desc_v": tile_descriptor(tensors.v, HOPPER_ROWS, block_dv)},
-        **{"p_dk": tensors.dk, "p_dv": tensors.dv},
+        **{"desc_dk": tile_descriptor(tensors.dk, HOPPER_ROWS, block_d), "desc_dv": tile_descriptor(tensors.dv, HOPPER_ROWS, block_dv)},
         **{"p_ranges": ranges, "stride_range": batch_stride(ranges), "kv_heads": kv_heads, "unseeing": unseeing},
         **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_M": tiles.block_m, "CONSUMERS": tiles.consumers},
-        **{"CHECK_D": q.shape[3] != block_d, "CHECK_DV": v_head_dim != block_dv},
         **{"STAGES": tiles.num_stages, "CONSUMER_REGISTERS": tiles.registers},
     }  # fmt: skip
     grid = (blocks(kv_len, tiles.block_n) * batch * kv_heads,)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from flashlib.kernels.hopper_launch import hopper_launch
+from flashlib.kernels.hopper_launch import hopper_launches
 from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch, interpreting
 from flashlib.kernels.tiles import TileConfig, tile_config
 from flashlib.masks import Window
@@ -156,7 +156,7 @@ def inspect(
     }
     tiles = table | ({kernel: tiles} if isinstance(tiles, TileConfig) else tiles or {})
     if kernel == "hopper":
-        return [compile_launch(hopper_launch(q, k, v, options, tiles=tiles.get("hopper"))[0], arch)]
+        return [compile_launch(hopper_launches(q, k, v, options, tiles=tiles.get("hopper"))[0][-1], arch)]
     launch, out, lse = forward_launch(q, k, v, options, tiles=tiles["forward"])
     launches = [launch]
     if kernel == "backward":

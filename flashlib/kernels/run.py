@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashlib.kernels.hopper_launch import hopper_backward_runs, hopper_dkdv_launches, hopper_launch, hopper_runs
+from flashlib.kernels.hopper_launch import hopper_backward_runs, hopper_dkdv_launches, hopper_launches, hopper_runs
 from flashlib.kernels.launch import (
     BackwardTensors,
     KernelOptions,
@@ -20,9 +20,13 @@ __all__ = ["launch_backward", "launch_forward"]
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> tuple[Tensor, Tensor]:
     """Start the forward kernel: ``(out, lse)``, ``[B, Hq, Sq, Dv]`` in the dtype of q and fp32 ``[B, Hq, Sq]``."""
-    make = hopper_launch if hopper_runs(q, k, v, options) else forward_launch
-    launch, out, lse = make(q, k, v, options)
-    launch.start()
+    if hopper_runs(q, k, v, options):
+        launches, out, lse = hopper_launches(q, k, v, options)
+    else:
+        launch, out, lse = forward_launch(q, k, v, options)
+        launches = [launch]
+    for launch in launches:
+        launch.start()
     return out.to(q.dtype), lse
 
 

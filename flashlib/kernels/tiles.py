@@ -11,6 +11,8 @@ __all__ = [
     "HOPPER_BACKWARD",
     "HOPPER_BACKWARD_ROOMY",
     "HOPPER_LEAST_KEYS",
+    "HOPPER_NARROW",
+    "HOPPER_ROOMY",
     "HOPPER_ROWS",
     "TABLE",
     "HopperBackwardTiles",
@@ -68,11 +70,13 @@ class HopperBackwardTiles:
 HOPPER_BACKWARD = {64: HopperBackwardTiles(128, 2, 2, 240), 128: HopperBackwardTiles(64, 2, 2, 240)}
 # With row intervals, a softcap or ALiBi, whose values take registers too.
 HOPPER_BACKWARD_ROOMY = {64: HopperBackwardTiles(64, 2, 3, 240), 128: HopperBackwardTiles(32, 2, 3, 240)}
+# With a softcap, ALiBi or row intervals at head_dim 64: the 160 registers a thread of three consumers are too few for them. Also
+# for windows and short sequences, of which blocks of 192 rows cut off too much.
 HOPPER = {64: HopperTiles(3, 128, 2, 160), 128: HopperTiles(2, 128, 2, 240)}
-# For all but plain and causal attention: three consumers have 160 registers a thread, too few for where each row starts as well.
 HOPPER_ROOMY = HopperTiles(2, 128, 2, 240)
-# With a head_dim up to 64 a program has so little to do that starting it weighs: with fewer keys per row the plain kernel, two
-# programs of which share a multiprocessor, was faster on an H200 (355 against 346 TFLOP/s, causal at 4k; 410 against 430, full).
+# With all three at head_dim 128.
+HOPPER_NARROW = HopperTiles(2, 64, 3, 240)
+# Keys per row from which on three consumers were faster: at 4k, 496 against 415 TFLOP/s full, and 406 against 411 causal.
 HOPPER_LEAST_KEYS = 3072
 
 # By compute capability (major), kernel, and padded head_dim; 16-bit inputs. All of them hold everything in registers

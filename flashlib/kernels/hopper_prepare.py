@@ -1,0 +1,93 @@
+"""What the warp-specialised forward must know of a mask given as row intervals, looked up beforehand."""
+
+import triton
+import triton.language as tl
+
+from flashlib.kernels.common import key_ranges, load_tile, store_tile
+
+
+@triton.jit(do_not_specialize=["stride_interval", "stride_tiles", "stride_blanked", "batch", "entries", "kv_heads", "q_len", "kv_len"])
+def hopper_prepare(
+    p_start, p_stop, p_v, p_tiles, p_blanked, p_flags, stride_interval, stride_tiles, stride_flags, stride_vb, stride_vh, stride_vs,
+    stride_bb, stride_bh, stride_bs, batch, entries, kv_heads, q_len, kv_len, v_head_dim, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """For each block of rows, which tiles of keys it needs; for each tile of keys, whether some of them are seen by no row.
+
+    Of a tile with unseen keys a copy of V is made in which they are 0: the kernel multiplies whole tiles by weights, and a weight of
+    0 does not hide a NaN. Tiles without unseen keys, nearly all as a rule, are not copied.
+
+    Writes int32 ``[B or 1, row blocks, 4]``: first tile, how many, how many of the last are partial, how many then are full; and
+    int32 ``[B or 1, key tiles]``: 1 if the copy must be used.
+    """
+    row_blocks = tl.cdiv(q_len, BLOCK_M)
+    i_e = tl.program_id(1)
+    p_start += i_e.to(tl.int64) * stride_interval
+    p_stop += i_e.to(tl.int64) * stride_interval
+    if tl.program_id(0) < row_blocks:
+        count_tiles(
+            p_start, p_stop, p_tiles + (i_e * stride_tiles + tl.program_id(0)) * 4, tl.program_id(0) * BLOCK_M, q_len, kv_len, BLOCK_M, WIDTH, BLOCK_N
+        )  # fmt: skip
+    else:
+        i_n = tl.program_id(0) - row_blocks
+        unseen = unseen_keys(p_start, p_stop, i_n * BLOCK_N, q_len, kv_len, BLOCK_N, CHUNK)
+        flag = tl.max(unseen.to(tl.int32))
+        tl.store(p_flags + i_e * stride_flags + i_n, flag)
+        if flag > 0:
+            o_n, o_dv = i_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_DV)
+            m_keys = (o_n < kv_len) & (unseen == 0)
+            p_v += i_e.to(tl.int64) * stride_vb
+            p_blanked += i_e.to(tl.int64) * stride_bb
+            for _ in range(i_e, batch, entries):
+                p_tile, p_copy = p_v, p_blanked
+                for _ in range(0, kv_heads):
+                    b_v = load_tile(p_tile, o_n, o_dv, stride_vs, m_keys, v_head_dim, True, True)
+                    store_tile(p_copy, b_v, o_n, o_dv, stride_bs, kv_len, v_head_dim, True)
+                    p_tile += stride_vh
+                    p_copy += stride_bh
+                p_v += tl.cast(stride_vb, tl.int64) * entries
+                p_blanked += tl.cast(stride_bb, tl.int64) * entries
+
+
+@triton.jit
+def count_tiles(
+    p_start, p_stop, p_tiles, row, q_len, kv_len, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Four numbers for one block of rows. At least one tile is visited, so that rows that see nothing need no code of their own."""
+    o_m = row + tl.arange(0, WIDTH)  # a power of two, which BLOCK_M need not be
+    m_rows = (o_m < q_len) & (o_m < row + BLOCK_M)
+    start = tl.load(p_start + o_m, mask=m_rows, other=0)
+    stop = tl.load(p_stop + o_m, mask=m_rows, other=0)
+    first, full_first, full_last, last = key_ranges(start, stop, m_rows, kv_len, BLOCK_N)
+    first, full_first, full_last, last = first // BLOCK_N, full_first // BLOCK_N, full_last // BLOCK_N, last // BLOCK_N
+    first = tl.minimum(first, tl.maximum(last - 1, 0))
+    last = tl.maximum(last, first + 1)
+    full_first = tl.minimum(tl.maximum(full_first, first), last)
+    full_last = tl.minimum(tl.maximum(full_last, full_first), last)
+    tl.store(p_tiles, first)
+    tl.store(p_tiles + 1, last - first)
+    tl.store(p_tiles + 2, last - full_last)
+    tl.store(p_tiles + 3, full_last - full_first)
+
+
+@triton.jit
+def unseen_keys(p_start, p_stop, n, q_len, kv_len, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+    """Which keys of a tile no row sees, int32 ``[BLOCK_N]``. As a rule one row sees them all, and the search ends there."""
+    end = tl.minimum(n + BLOCK_N, kv_len)
+    o_n = n + tl.arange(0, BLOCK_N)
+    unseen = (o_n < kv_len).to(tl.int32)
+    chunks = tl.cdiv(q_len, CHUNK)
+    first = (n.to(tl.int64) * q_len // kv_len).to(tl.int32) // CHUNK  # near the diagonal, where most masks have such a row
+    left = chunks
+    while left > 0:
+        o_m = (first + left) % chunks * CHUNK + tl.arange(0, CHUNK)
+        start = tl.load(p_start + o_m, mask=o_m < q_len, other=0)
+        stop = tl.load(p_stop + o_m, mask=o_m < q_len, other=0)
+        left -= 1
+        if tl.max(((start <= n) & (stop >= end)).to(tl.int32)) > 0:
+            unseen = tl.zeros_like(unseen)
+            left = 0
+        elif tl.max(((start < end) & (stop > n)).to(tl.int32)) > 0:
+            sees = (start[:, None] <= o_n[None, :]) & (stop[:, None] > o_n[None, :])
+            unseen = unseen & (1 - tl.max(sees.to(tl.int32), 0))
+    return unseen

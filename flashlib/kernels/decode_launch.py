@@ -24,7 +24,8 @@ __all__ = [
 LEAST_ROWS = 16  # of a tile of query rows; what the problem does not fill is padding
 MERGED_AT_ONCE = 8192  # numbers of the partial outputs that one program holds while it merges
 
-# By compute capability (major) and padded head_dim, 16-bit inputs: the most rows of a tile, its keys, warps, stages.
+# By compute capability (major) and padded head_dim, 16-bit inputs: the most rows of a tile, its keys, warps, stages. By what fits: no
+# value is spilled, and where head_dim allows two programs share a multiprocessor. benchmarks/tune_decode.py times others.
 DECODE_TABLE = {
     9: {64: TileConfig(32, 128, 4, 3), 128: TileConfig(32, 64, 4, 3), 256: TileConfig(16, 64, 4, 3)},
     8: {64: TileConfig(32, 64, 4, 3), 128: TileConfig(16, 32, 4, 3), 256: TileConfig(16, 16, 4, 3)},

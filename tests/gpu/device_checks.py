@@ -75,7 +75,7 @@ def one_spec(features: FeatureSet, seed: int) -> dict:
 def random_specs(count: int, seed: int, workers: int, out: Path, limit_s: float = float("inf")) -> Record:
     """``count`` problems of :mod:`feature_sets` in so many processes."""
     options = {"count": count, "seed": seed, "workers": workers, "out": out, "limit_s": limit_s}
-    return run_in_sets(FeatureSet.draw, one_spec, _specs_record, **options)
+    return run_in_sets(FeatureSet.draw, one_spec, _specs_record, cost=FeatureSet.cost, **options)
 
 
 def _specs_record(rows: list[dict], asked: int, **extra) -> Record:

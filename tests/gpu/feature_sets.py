@@ -113,6 +113,10 @@ class FeatureSet:
             if options["mask"] is not None and options["mask"].band() is None:
                 return options
 
+    def cost(self) -> float:
+        """About how long the kernels compile: products in fp32 are unrolled into single instructions."""
+        return max(self.head_dim, self.v_head_dim) * (10 if self.dtype == torch.float32 else 1)
+
     def told(self) -> dict[str, str]:
         """The features by name, in words that a record can count."""
         head_dims = f"{self.head_dim}" if self.head_dim == self.v_head_dim else f"{self.head_dim}/{self.v_head_dim}"

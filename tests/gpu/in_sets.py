@@ -34,6 +34,7 @@ def run_in_sets(
     workers: int,
     out: Path,
     limit_s: float = float("inf"),
+    cost: Callable[[Any], float] | None = None,
 ) -> Record:
     """Check ``count`` problems. The record is written every few seconds, so that a run that is killed keeps what it has done.
 
@@ -44,11 +45,15 @@ def run_in_sets(
             ``of_budget``, ``kernels`` and ``seconds``. Both are module-level functions.
         record_of: makes the record of ``(rows, count, **extra)``. A row holds ``set`` and ``seed`` too.
         limit_s: seconds after which no set is begun.
+        cost: about how long a set's kernels compile, in any unit: the longest come first, so that none is left for the end.
     """
     started, context = time.monotonic(), multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         files, next_set = [Path(folder) / f"{worker}.jsonl" for worker in range(workers)], context.Value("i", 0)
-        jobs = [(draw, one, seed, count, next_set, file, limit_s) for file in files]
+        firsts = sorted(
+            range(0, count, PROBLEMS_IN_A_SET), key=lambda first: -cost(draw(seed + first)) if cost else first
+        )
+        jobs = [(draw, one, seed, count, firsts, next_set, file, limit_s) for file in files]
         processes = [context.Process(target=_work, args=job) for job in jobs]
         for process in processes:
             process.start()
@@ -68,7 +73,7 @@ def run_in_sets(
             )
 
 
-def _work(draw, one, seed: int, count: int, next_set, file: Path, limit_s: float) -> None:
+def _work(draw, one, seed: int, count: int, firsts: list[int], next_set, file: Path, limit_s: float) -> None:
     started = time.monotonic()
     torch.set_num_threads(1)
     with file.open("w", encoding="utf-8") as lines:
@@ -79,10 +84,11 @@ def _work(draw, one, seed: int, count: int, next_set, file: Path, limit_s: float
 
         while time.monotonic() - started < limit_s:
             with next_set.get_lock():
-                first = next_set.value
-                next_set.value += PROBLEMS_IN_A_SET
-            if first >= count:
+                taken = next_set.value
+                next_set.value += 1
+            if taken >= len(firsts):
                 return
+            first = firsts[taken]
             drawn = draw(seed + first)
             for number in range(seed + first, seed + min(first + PROBLEMS_IN_A_SET, count)):
                 known = {"set": seed + first, "seed": number}

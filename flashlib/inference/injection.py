@@ -31,6 +31,7 @@ gate on its output; Zhang et al. 2023, "LLaMA-Adapter" (arXiv 2303.16199), secti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,7 @@ from flashlib.rotary import apply_rotary
 __all__ = ["InjectionStatistics", "KVInjector", "Memory", "alphas_by_layer"]
 
 Alpha = float | Tensor
+_LARGEST_ODDS = 60.0  # keeps the gradient at alpha = 0, exp of a difference of LSEs, within fp32
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,16 +296,17 @@ class KVInjector:
 
     def _attend(self, local: Partial, q, k, v, chunks: Iterable[Memory], scale, softcap) -> tuple[Partial, int]:
         """Attention over all chunks together, and how many keys they had."""
-        total, keys = Partial(torch.zeros_like(local.out), torch.full_like(local.lse, float("-inf"))), 0
+        nothing_seen = torch.full_like(local.lse, float("-inf"))
+        total, keys = Partial(torch.zeros_like(local.out), nothing_seen), 0
+        options = {"scale": scale, "softcap": softcap, "backend": self.backend}
         for chunk in chunks:
             _check_fits(chunk, q, k, v)
             if chunk.k.shape[0] == 1:
-                piece = SharedPrefix(chunk.k, chunk.v).attend(q, scale=scale, softcap=softcap, backend=self.backend)
+                piece = SharedPrefix(chunk.k, chunk.v).attend(q, **options)
             else:
-                options = {"scale": scale, "softcap": softcap, "backend": self.backend}
                 piece = Partial(*attention(q, chunk.k, chunk.v, return_lse=True, **options))
             total, keys = merge(total, _piece(piece.out, piece.lse)), keys + chunk.length
-            del chunk  # before the iterator makes the next one: two chunks are never there at once
+            del chunk  # before the iterator makes the next: two are never there at once
         return total, keys
 
     def _checked_alpha(self, alpha: Alpha, q: Tensor) -> Alpha:
@@ -354,19 +357,20 @@ def _blend(local: Partial, memory: Partial, alpha: Alpha) -> tuple[Tensor, Tenso
 
 
 def _gate(local: Partial, memory: Partial, alpha: Alpha) -> tuple[Tensor, Tensor]:
-    """Softmax with the memory's exponentials times alpha, and the memory's part in it ``[B, Hq, Sq]``.
-
-    Formed from shares and not by adding ``log(alpha)`` to the LSE: at alpha = 0, where many learned gates begin, the logarithm
-    has no gradient and the share has.
-    """
-    injected = merge(local, memory)
-    share = _share(memory, injected)
+    """Softmax with the memory's exponentials times alpha, and the memory's part in it ``[B, Hq, Sq]``."""
     if not isinstance(alpha, Tensor) and alpha == 1:
-        return injected.out, share
-    # A share below the floor, 4e-31 in fp32, is there only by underflow. The floor keeps 0 / 0 away, and the gradient at
-    # alpha = 0 (true value: exp of the difference of two LSEs) within what its dtype can hold.
-    own = _share(local, injected).clamp_min(torch.finfo(share.dtype).tiny ** 0.8)
-    share = alpha * share / (own + alpha * share)
+        injected = merge(local, memory)
+        return injected.out, _share(memory, injected)
+    nothing = memory.lse == float("-inf")
+    odds = (memory.lse - local.lse).masked_fill(nothing, float("-inf"))  # log of w / (1 - w)
+    if isinstance(alpha, Tensor):
+        # Many learned gates begin at 0, where the logarithm has no gradient and the share has, and may step below it.
+        shut = alpha <= 0
+        share = torch.sigmoid(odds + alpha.masked_fill(shut, 1.0).log())
+        ratio = alpha.masked_fill(~shut, 0.0) * odds.clamp(max=_LARGEST_ODDS).exp()
+        share = torch.where(shut, ratio / (1 + ratio), share)
+    else:
+        share = torch.sigmoid(odds + math.log(alpha))
     return torch.lerp(local.out, memory.out, share[..., None]), share
 
 

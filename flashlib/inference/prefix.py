@@ -11,6 +11,8 @@ request attends to its own keys; and the two pieces are merged::
     own      = attention(q, k, v), causal                      B short problems
     out      = merge(prefix, own)
 
+On a GPU, few requests make few rows: then the keys are split as well (:mod:`flashlib.inference.decode`).
+
 Every row sees all of a prefix, since a prefix lies in every row's past: no mask is needed there. Several levels work the same
 way (a system prompt for everyone, below it a document for each group of requests): one pass per level, and one merge.
 
@@ -29,10 +31,13 @@ import torch
 from torch import Tensor
 
 from flashlib.attention import attention
-from flashlib.masks import Causal, KeyLengths, Mask
+from flashlib.inference.decode import decode_attention
+from flashlib.masks import Causal, KeyLengths
 from flashlib.partial import Partial, fold
 
 __all__ = ["SharedPrefix", "shared_prefix_attention"]
+
+_ROW_BLOCK = 128  # rows of a tile of the forward kernels
 
 
 class SharedPrefix:
@@ -70,9 +75,9 @@ class SharedPrefix:
         if members is None and k.shape[0] != 1:
             raise ValueError(f"members must say which of the {k.shape[0]} prefixes each request has; got None")
         self.k, self.v = k, v
-        self.mask = None if lengths is None else KeyLengths(lengths)
-        if self.mask is not None and len(self.mask.lengths) != k.shape[0]:
-            raise ValueError(f"lengths must be one per prefix, [{k.shape[0]}]; got {list(self.mask.lengths.shape)}")
+        self.lengths = _lengths_on(k.device, lengths)
+        if self.lengths is not None and len(self.lengths) != k.shape[0]:
+            raise ValueError(f"lengths must be one per prefix, [{k.shape[0]}]; got {list(self.lengths.shape)}")
         self.members = None if members is None else _members(members, k.shape[0])
         if self.members is not None:
             self._request_at, self._slot_of = (x.to(k.device) for x in _places(self.members, k.shape[0]))
@@ -94,9 +99,9 @@ class SharedPrefix:
         if self.members is not None and len(self.members) != q.shape[0]:
             raise ValueError(f"members are {len(self.members)}, but q has batch {q.shape[0]}; expected one per request")
         rows = self._pack(q)
-        options = {"scale": q.shape[3] ** -0.5 if scale is None else scale, "softcap": softcap, "backend": backend}
-        out, lse = attention(rows, self.k, self.v, mask=self.mask, return_lse=True, **options)
-        return Partial(self._unpack(out, q), self._unpack(lse[..., None], q)[..., 0])
+        options = {"scale": scale, "softcap": softcap, "backend": backend}
+        piece = _attend(rows, self.k, self.v, self.lengths, causal=False, **options)
+        return Partial(self._unpack(piece.out, q), self._unpack(piece.lse[..., None], q)[..., 0])
 
     def _pack(self, q: Tensor) -> Tensor:
         """``[B, Hq, Sq, D]`` -> ``[P, Hkv, n * G * Sq, D]``: n requests per prefix, with the G heads of a group as rows."""
@@ -151,18 +156,36 @@ def shared_prefix_attention(
         if not isinstance(level, SharedPrefix):
             raise TypeError(f"prefixes must be SharedPrefix objects; got {type(level).__name__}")
     options = {"scale": scale, "softcap": softcap, "backend": backend}
-    own = Partial(*attention(q, k, v, mask=_own_mask(q, lengths), return_lse=True, **options))
+    own = _attend(q, k, v, _lengths_on(k.device, lengths), causal=True, **options)
     parts = [level.attend(q, **options) for level in levels]
     whole = fold(Partial(part.out.to(part.lse.dtype), part.lse) for part in [*parts, own])
     out = whole.out.to(q.dtype)
     return (out, whole.lse) if return_lse else out
 
 
-def _own_mask(q: Tensor, lengths: Tensor | Sequence[int] | None) -> Mask:
-    if lengths is None:
-        return Causal()
-    filled = KeyLengths(lengths)
-    return filled & Causal(offset=filled.lengths - q.shape[2])
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, *, causal: bool, backend: str, **options
+) -> Partial:
+    """Attention over the first ``lengths`` keys of each batch entry; if causal, the last row sits at the last of them."""
+    if backend == "auto" and _leaves_a_gpu_idle(q, k, v):
+        return Partial(*decode_attention(q, k, v, lengths=lengths, causal=causal, return_lse=True, **options))
+    mask = None if lengths is None else KeyLengths(lengths)
+    if causal:
+        mask = Causal() if mask is None else mask & Causal(offset=lengths - q.shape[2])
+    return Partial(*attention(q, k, v, mask=mask, return_lse=True, backend=backend, **options))
+
+
+def _leaves_a_gpu_idle(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there are fewer blocks of rows than multiprocessors, so that splitting the keys pays (no gradient flows there)."""
+    if not q.is_cuda or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        return False
+    rows_of_a_head = q.shape[1] // k.shape[1] * q.shape[2]
+    blocks = q.shape[0] * k.shape[1] * -(-rows_of_a_head // _ROW_BLOCK)
+    return blocks < torch.cuda.get_device_properties(q.device).multi_processor_count
+
+
+def _lengths_on(device: torch.device, lengths: Tensor | Sequence[int] | None) -> Tensor | None:
+    return None if lengths is None else KeyLengths(lengths).lengths.to(device)
 
 
 def _check_queries(q: Tensor, k: Tensor) -> None:

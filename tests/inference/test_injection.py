@@ -131,6 +131,14 @@ def test_alpha_of_each_head_and_request(rng, mode):
     assert torch.equal(per_head, tool.inject(q, k, v, memory, alpha=alpha[:1].expand(batch, -1), **options))
 
 
+def test_the_smallest_gate_is_enough_for_rows_that_have_nothing_else(rng):
+    q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8)
+    memory = Memory(torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8))
+    for alpha in (1e-30, torch.tensor(1e-30)):
+        out = injector("gate").inject(q, k, v, memory, alpha=alpha, mask=KeyLengths([0]))
+        assert_within_budget(out, q, memory.k, memory.v)
+
+
 def test_rows_that_see_nothing_of_their_own_see_the_memory(rng):
     q, k, v = torch.randn(2, 2, 1, 8), torch.randn(2, 1, 4, 8), torch.randn(2, 1, 4, 8)
     memory = Memory(torch.randn(2, 1, 6, 8), torch.randn(2, 1, 6, 8))

@@ -22,7 +22,7 @@ def test_the_figure_tells_both_log_probabilities(smollm2, monkeypatch):
     without = log_probabilities(model, tokenizer, SHORT.questions)
     with with_memory(model, memory, alpha=0.25, injector=KVInjector(InjectionConfig(mode="gate"))):
         remembered = log_probabilities(model, tokenizer, SHORT.questions)
-    told = [float(number) for number in re.findall(r"(?:Brask|green) (-[\d.]+)", figure.alt)]
+    told = [float(number) for number in re.findall(r"(?:Brask|green) (-\d+\.?\d*)", figure.alt)]
     assert told == pytest.approx([*without, *remembered], abs=0.051)
     assert "gate, alpha = 0.25, layers 0 to 29" in figure.alt
 

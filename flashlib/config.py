@@ -35,6 +35,7 @@ __all__ = [
 
 INJECTION_MODES = ("blend", "gate")
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
+AUTOTUNE = ("unknown", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,22 @@ class FA2Config:
 
 @dataclass(frozen=True)
 class TritonConfig:
-    """Our own kernels. ``fp32_precision``: how fp32 products are formed. ``"ieee"`` is true fp32; ``"tf32"`` keeps 10 bits of each
-    factor and runs on tensor cores; ``"tf32x3"`` makes up for the lost bits with three such products."""
+    """Our own kernels.
+
+    Attributes:
+        fp32_precision: how fp32 products are formed. ``"ieee"`` is true fp32; ``"tf32"`` keeps 10 bits of each factor and runs on
+            tensor cores; ``"tf32x3"`` makes up for the lost bits with three such products.
+        autotune: when tile sizes are found by timing them, once per kind of problem, and kept on disk. ``"unknown"``: on GPUs for
+            which there is no table; ``"always"``: on every GPU; ``"never"``: the table, or that of the nearest GPU.
+    """
 
     fp32_precision: str = "ieee"
+    autotune: str = "unknown"
 
     def __post_init__(self):
-        if self.fp32_precision not in FP32_PRECISIONS:
-            raise ValueError(f"fp32_precision must be one of {', '.join(FP32_PRECISIONS)}; got {self.fp32_precision!r}")
+        for name, allowed in (("fp32_precision", FP32_PRECISIONS), ("autotune", AUTOTUNE)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

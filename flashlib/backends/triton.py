@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashlib.backends.base import Backend
-from flashlib.kernels.launch import KernelOptions, blocks, choose_tiles, forward_launch, interpreting
+from flashlib.kernels.launch import KernelOptions, blocks, forward_launch, interpreting
 from flashlib.kernels.tiles import TileConfig
 from flashlib.spec import AttentionSpec
 
@@ -44,7 +44,7 @@ class TritonBackend(Backend):
     def run(self, q, k, v, spec, config):
         from flashlib.kernels.ops import attention_forward  # registering operators imports torch's compiler
 
-        options = KernelOptions.from_spec(spec, config.triton.fp32_precision)
+        options = KernelOptions.from_spec(spec, config.triton.fp32_precision, config.triton.autotune)
         return attention_forward(q, k, v, *options.values())
 
 
@@ -56,7 +56,7 @@ def count_tiles(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tiles: Til
         tiles: tile sizes; None for those that the forward would use.
     """
     options = KernelOptions.from_spec(spec)
-    tiles = tiles or choose_tiles("forward", q, v, options)
+    tiles = tiles or forward_launch(q, k, v, options)[0].tiles
     shape = (spec.batch, spec.q_heads, blocks(spec.q_len, tiles.block_m), 3)
     counts = torch.zeros(shape, dtype=torch.int32, device=spec.device)
     forward_launch(q, k, v, options, tiles=tiles, counts=counts)[0].start()

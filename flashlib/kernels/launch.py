@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashlib.kernels.autotune import Device, Problem, search, searches, time_launches
 from flashlib.kernels.tiles import HopperTiles, TileConfig, capability_of, tile_config
 from flashlib.spec import AttentionSpec
 
@@ -43,6 +44,7 @@ class KernelOptions:
         alibi_slopes: fp32 ``[B or 1, Hq]``, or None.
         scale, softcap: as in :func:`flashlib.attention`.
         precision: how fp32 products are formed: ``"ieee"``, or ``"tf32"`` or ``"tf32x3"`` on tensor cores.
+        autotune: when tile sizes are searched for (:mod:`flashlib.kernels.autotune`).
     """
 
     start: Tensor | None
@@ -53,16 +55,17 @@ class KernelOptions:
     scale: float
     softcap: float
     precision: str = "ieee"
+    autotune: str = "never"
 
     @classmethod
-    def from_spec(cls, spec: AttentionSpec, precision: str = "ieee") -> KernelOptions:
+    def from_spec(cls, spec: AttentionSpec, precision: str = "ieee", autotune: str = "never") -> KernelOptions:
         """A plain band is two numbers; any other mask is its row intervals."""
         band = spec.mask.band()
         left, right = band or (None, None)
         start, stop = None, None
         if band is None:
             start, stop = (x.to(torch.int32).contiguous() for x in (spec.intervals.start, spec.intervals.stop))
-        return cls(start, stop, left, right, spec.alibi_slopes, spec.scale, spec.softcap, precision)
+        return cls(start, stop, left, right, spec.alibi_slopes, spec.scale, spec.softcap, precision, autotune)
 
     @property
     def mask_kind(self) -> int:
@@ -147,14 +150,15 @@ def forward_launch(
     """The launch of the forward, and the ``out`` and ``lse`` that it will write.
 
     Args:
-        tiles: tile sizes; None for the table's.
+        tiles: tile sizes; None for those of :func:`choose_tiles`.
         counts: int32 ``[B, Hq, row blocks, 3]`` to receive how many tiles each program skipped, masked and took whole.
     """
     from flashlib.kernels.forward import attention_forward
 
     q, k, v = (readable(x) for x in (q, k, v))
     batch, q_heads, q_len, _ = q.shape
-    tiles = tiles or choose_tiles("forward", q, v, options)
+    if tiles is None:
+        tiles = choose_tiles("forward", q, k, v, options, lambda t: [forward_launch(q, k, v, options, tiles=t)[0]])
     out, lse = empty_results(q, v)
     arguments = {
         **{"p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_counts": counts},
@@ -199,7 +203,7 @@ def backward_launches(
     """The launches of the backward, in order, and the ``(dq, dk, dv)`` that they will write.
 
     Args:
-        tiles: tile sizes of "dkdv" and "dq"; None for the table's.
+        tiles: tile sizes of "dkdv" and "dq"; those of :func:`choose_tiles` for what is left out.
         dkdv: makes the launches of dK and dV, as :func:`dkdv_launches`, which is what None stands for.
     """
     q, k, v, out, grad_out = (readable(x) for x in (q, k, v, out, grad_out))
@@ -207,11 +211,11 @@ def backward_launches(
     padded_rows = blocks(q.shape[2], ROW_PADDING) * ROW_PADDING
     rows = lse.new_empty(2, *lse.shape[:2], padded_rows)
     tensors = BackwardTensors(q, k, v, grad_out, rows, dq, dk, dv)
-    tiles = tiles or {kernel: choose_tiles(kernel, q, v, options) for kernel in ("dkdv", "dq")}
+    tiles = tiles or {}
     launches = [
         delta_launch(out, lse, grad_lse, tensors),
-        *(dkdv or dkdv_launches)(tensors, options, tiles["dkdv"]),
-        dq_launch(tensors, options, tiles["dq"]),
+        *(dkdv or dkdv_launches)(tensors, options, tiles.get("dkdv")),
+        dq_launch(tensors, options, tiles.get("dq")),
     ]
     return launches, (dq, dk, dv)
 
@@ -244,10 +248,13 @@ def row_ranges_launch(tensors: BackwardTensors, options: KernelOptions, block_n:
     return Launch(backward_row_ranges, (key_blocks, entries), arguments), ranges
 
 
-def dkdv_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig) -> list[Launch]:
+def dkdv_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig | None = None) -> list[Launch]:
     """The launches of dK and dV: one, or under row intervals two."""
     from flashlib.kernels.backward import backward_dkdv
 
+    if tiles is None:
+        inputs = tensors.q, tensors.k, tensors.v
+        tiles = choose_tiles("dkdv", *inputs, options, lambda t: dkdv_launches(tensors, options, t))
     launches, ranges = [], None
     if options.mask_kind == INTERVALS:
         launch, ranges = row_ranges_launch(tensors, options, tiles.block_n)
@@ -263,10 +270,13 @@ def dkdv_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileC
     return [*launches, Launch(backward_dkdv, grid, arguments, tiles)]
 
 
-def dq_launch(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig) -> Launch:
+def dq_launch(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig | None = None) -> Launch:
     """The launch of dQ."""
     from flashlib.kernels.backward import backward_dq
 
+    if tiles is None:
+        inputs = tensors.q, tensors.k, tensors.v
+        tiles = choose_tiles("dq", *inputs, options, lambda t: [dq_launch(tensors, options, t)])
     batch, q_heads, q_len, _ = tensors.q.shape
     arguments = {
         **tensors.inputs(options),
@@ -276,10 +286,20 @@ def dq_launch(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfi
     return Launch(backward_dq, (blocks(q_len, tiles.block_m) * batch * q_heads,), arguments, tiles)
 
 
-def choose_tiles(kernel: str, q: Tensor, v: Tensor, options: KernelOptions) -> TileConfig:
-    """The tile sizes of ``kernel``, "forward", "dkdv" or "dq", for one problem."""
+def choose_tiles(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, options: KernelOptions, launches: Callable[[TileConfig], list[Launch]]
+) -> TileConfig:
+    """The tile sizes of ``kernel``, "forward", "dkdv" or "dq": the table's, or where ``options.autotune`` asks for it the fastest.
+
+    Args:
+        launches: what is timed to find out, for given tiles.
+    """
     widest = max(q.shape[3], v.shape[3])
-    return tile_config(kernel, q.dtype, widest, capability_of(q.device), crowded=options.crowded)
+    tiles = tile_config(kernel, q.dtype, widest, capability_of(q.device), crowded=options.crowded)
+    if not searches(options.autotune, q.device):
+        return tiles
+    problem = Problem.of(kernel, q, options.arguments(q, k, v))
+    return search(problem, Device.of(q.device), tiles, lambda t: time_launches(launches(t)))
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

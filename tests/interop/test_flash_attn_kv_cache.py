@@ -333,6 +333,6 @@ def test_bad_input_to_combine(args, options, error, message):
 
 def test_combine_is_the_merge_of_partials(rng):
     outs, lses = torch.randn(2, 1, 2, 3, 4), torch.randn(2, 1, 2, 3)
-    merged = Partial(outs[0], lses[0]).merge(Partial(outs[1], lses[1]))
-    out, lse = flash_attn_combine(outs, lses)
-    assert torch.equal(out, merged.out) and torch.equal(lse, merged.lse)
+    merged = Partial(outs[0].double(), lses[0].double()).merge(Partial(outs[1].double(), lses[1].double()))
+    for got, exact in zip(flash_attn_combine(outs, lses), (merged.out, merged.lse), strict=True):
+        assert largest_error(got, exact) <= 4 * one_rounding(exact, torch.float32)

@@ -364,7 +364,8 @@ def _gate(local: Partial, memory: Partial, alpha: Alpha) -> tuple[Tensor, Tensor
     nothing = memory.lse == float("-inf")
     odds = (memory.lse - local.lse).masked_fill(nothing, float("-inf"))  # log of w / (1 - w)
     if isinstance(alpha, Tensor):
-        # Many learned gates begin at 0, where the logarithm has no gradient and the share has, and may step below it.
+        # Learned gates often begin at 0, and may step below it. The logarithm has no gradient there;
+        # the share has.
         shut = alpha <= 0
         share = torch.sigmoid(odds + alpha.masked_fill(shut, 1.0).log())
         ratio = alpha.masked_fill(~shut, 0.0) * odds.clamp(max=_LARGEST_ODDS).exp()

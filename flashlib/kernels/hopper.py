@@ -24,7 +24,9 @@ from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
 # Of flashlib.kernels.common only the constants serve here: its functions are Triton's and cannot be called from Gluon.
 ROWS = gl.constexpr(64)  # of one consumer: what one warpgroup's instruction takes
 PLAN = gl.constexpr(7)  # numbers that the producer tells the consumers about each block of rows
-FIRST_TURN = gl.constexpr(8)  # the hardware barrier of the first consumer's turn; the compiler uses those with lower numbers
+FIRST_TURN = gl.constexpr(
+    8
+)  # the hardware barrier of the first consumer's turn; the compiler uses those with lower numbers
 
 
 @gluon.jit(do_not_specialize=["stride_interval", "stride_tiles", "stride_slope", "heads", "q_heads", "group_size", "heads_together", "q_len", "kv_len", "offset", "left", "right"])  # fmt: skip
@@ -91,33 +93,35 @@ def hopper_forward(
 
 @gluon.jit
 def place(block, heads, q_heads, heads_together, row_blocks):
-    """Which rows a block is: ``(batch entry, query head, block of rows of that head)``.
+    """Which rows a block is: ``(batch entry, query head, rank among the blocks of rows of that head)``, most work first.
 
     ``heads_together`` heads, as many as have room for their keys in the cache between memory and multiprocessors, are worked on
-    together, and of all their blocks the last rows come first: under a causal mask they have most to do.
+    together, and of all their blocks the longest come first.
     """
     before = block // (heads_together * row_blocks) * heads_together
     rest = block % (heads_together * row_blocks)
     together = gl.minimum(heads_together, heads - before)
     i_head = before + rest % together
-    return i_head // q_heads, i_head % q_heads, row_blocks - 1 - rest // together
+    return i_head // q_heads, i_head % q_heads, rest // together
 
 
 @gluon.jit
 def key_tiles(
-    i_b, i_m, q_len, kv_len, offset, left, right, p_tiles, stride_tiles, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    i_b, rank, row_blocks, q_len, kv_len, offset, left, right, p_tiles, stride_tiles, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Which tiles of keys a block of rows needs: the first, how many, how many of the last are partial, how many then are full.
+    """Which block of rows this is, and which tiles of keys it needs: the first, how many, how many of the last are partial, how many
+    then are full.
 
-    At least one tile is visited, so that rows that see nothing need no code of their own. For row intervals this has been looked
-    up by ``hopper_prepare``.
+    At least one tile is visited, so that rows that see nothing need no code of their own. For row intervals ``hopper_prepare`` has
+    looked all this up. Otherwise the last rows have most to do.
     """
     if MASK == INTERVALS:
-        p_tiles += (i_b * stride_tiles + i_m) * 4
-        first, n_tiles = gl.load(p_tiles), gl.load(p_tiles + 1)
-        right_partial, full = gl.load(p_tiles + 2), gl.load(p_tiles + 3)
+        p_tiles += (i_b * stride_tiles + rank) * 5
+        i_m, first, n_tiles = gl.load(p_tiles), gl.load(p_tiles + 1), gl.load(p_tiles + 2)
+        right_partial, full = gl.load(p_tiles + 3), gl.load(p_tiles + 4)
     else:
+        i_m = row_blocks - 1 - rank
         row = i_m * BLOCK_M
         last_row = gl.minimum(row + BLOCK_M, q_len) - 1
         start, latest_start = 0, 0
@@ -134,7 +138,7 @@ def key_tiles(
         full_first = gl.minimum(gl.maximum((latest_start + BLOCK_N - 1) // BLOCK_N, first), first + n_tiles)
         full_last = gl.minimum(gl.maximum(earliest_stop // BLOCK_N, full_first), first + n_tiles)
         right_partial, full = first + n_tiles - full_last, full_last - full_first
-    return first, n_tiles, right_partial, full
+    return i_m, first, n_tiles, right_partial, full
 
 
 @gluon.jit
@@ -152,10 +156,11 @@ def produce(
     block = gl.program_id(0)
     visited, done = 0, 0  # tiles of keys, and blocks of rows, so far
     while block < heads * row_blocks:
-        i_b, i_h, i_m = place(block, heads, q_heads, heads_together, row_blocks)
-        first, n_tiles, right_partial, full = key_tiles(
-            i_b, i_m, q_len, kv_len, offset, left, right, p_tiles, stride_tiles, ROWS * CONSUMERS, BLOCK_N, MASK, HAS_LEFT, HAS_RIGHT
-        )
+        i_b, i_h, rank = place(block, heads, q_heads, heads_together, row_blocks)
+        i_m, first, n_tiles, right_partial, full = key_tiles(
+            i_b, rank, row_blocks, q_len, kv_len, offset, left, right, p_tiles, stride_tiles, ROWS * CONSUMERS, BLOCK_N, MASK, HAS_LEFT,
+            HAS_RIGHT,
+        )  # fmt: skip
         block = gl.atomic_add(p_counter, 1) + gl.num_programs(0)
         # Once the Q before this one is no longer needed, nobody reads the plan before that one any more: its place is free.
         mbarrier.wait(empty_q, (done & 1) ^ 1)
@@ -227,7 +232,12 @@ def next_plan(smem_plan, ready_plan, done):
     mbarrier.wait(ready_plan.index(done & 1), done // 2 & 1)
     slot = (done & 1) * PLAN
     place = noted(smem_plan, slot), noted(smem_plan, slot + 1), noted(smem_plan, slot + 2)
-    tiles = noted(smem_plan, slot + 3), noted(smem_plan, slot + 4), noted(smem_plan, slot + 5), noted(smem_plan, slot + 6)
+    tiles = (
+        noted(smem_plan, slot + 3),
+        noted(smem_plan, slot + 4),
+        noted(smem_plan, slot + 5),
+        noted(smem_plan, slot + 6),
+    )
     return place, tiles
 
 
@@ -259,7 +269,18 @@ def consume(
         p_block = p_out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
         p_rows = p_lse + (i_b * q_heads + i_h).to(gl.int64) * q_len
         store(
-            p_block, p_rows, b_m, b_l, b_acc, row, stride_os, q_len, softcap if SOFTCAP else scale, v_head_dim, CHECK_DV, BLOCK_DV
+            p_block,
+            p_rows,
+            b_m,
+            b_l,
+            b_acc,
+            row,
+            stride_os,
+            q_len,
+            softcap if SOFTCAP else scale,
+            v_head_dim,
+            CHECK_DV,
+            BLOCK_DV,
         )
         visited += n_tiles
         done += 1
@@ -298,7 +319,10 @@ def attend(
     )  # fmt: skip
     b_m = gl.max(b_s, 1)
     left_s, right_s = halves(b_s)
-    left_p, right_p = weights(left_s, finite(b_m, True), unit * LOG2_E), weights(right_s, finite(b_m, True), unit * LOG2_E)
+    left_p, right_p = (
+        weights(left_s, finite(b_m, True), unit * LOG2_E),
+        weights(right_s, finite(b_m, True), unit * LOG2_E),
+    )
     b_l = thread_sums(left_p) + thread_sums(right_p)
     p_left, p_right = pack(left_p, smem_v.dtype), pack(right_p, smem_v.dtype)
     b_acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, o_layout)

@@ -143,10 +143,14 @@ def produce(
         stage, phase = i % STAGES, i // STAGES & 1
         mbarrier.wait(empty.index(stage), phase ^ 1)
         mbarrier.expect(ready_q.index(stage), desc_q.block_type.nbytes + desc_rows.block_type.nbytes)
-        tma.async_copy_global_to_shared(desc_q, [i_b, i_h, row - unseeing, 0], ready_q.index(stage), smem_q.index(stage))
+        tma.async_copy_global_to_shared(
+            desc_q, [i_b, i_h, row - unseeing, 0], ready_q.index(stage), smem_q.index(stage)
+        )
         tma.async_copy_global_to_shared(desc_rows, [0, head, row], ready_q.index(stage), smem_lse.index(stage))
         mbarrier.expect(ready_do.index(stage), desc_do.block_type.nbytes + desc_rows.block_type.nbytes)
-        tma.async_copy_global_to_shared(desc_do, [i_b, i_h, row - unseeing, 0], ready_do.index(stage), smem_do.index(stage))
+        tma.async_copy_global_to_shared(
+            desc_do, [i_b, i_h, row - unseeing, 0], ready_do.index(stage), smem_do.index(stage)
+        )
         tma.async_copy_global_to_shared(desc_rows, [1, head, row], ready_do.index(stage), smem_delta.index(stage))
 
 

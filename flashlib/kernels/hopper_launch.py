@@ -36,7 +36,9 @@ __all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_launches", "h
 
 
 HOPPER_CACHE = 8 << 20  # bytes of K and V that heads worked on together may take
-HOPPER_SPREAD = 4  # blocks of rows for each program that a group of heads must have, where some have more work than others
+HOPPER_SPREAD = (
+    4  # blocks of rows for each program that a group of heads must have, where some have more work than others
+)
 PREPARE_CHUNK = 1024  # rows that hopper_prepare looks at together
 
 
@@ -108,7 +110,7 @@ def hopper_launches(
         **{"desc_q": tile_descriptor(q, HOPPER_ROWS, block_d), "desc_k": tile_descriptor(k, tiles.block_n, block_d)},
         **{"desc_v": tile_descriptor(v, tiles.block_n, block_dv), "desc_blanked": tile_descriptor(blanked, tiles.block_n, block_dv)},
         **{"p_out": out, "p_lse": lse, "p_counter": torch.zeros(2, dtype=torch.int32, device=q.device), "offset": offset},
-        **{"p_tiles": prepared["tiles"], "stride_tiles": 0 if prepared["tiles"] is None else batch_stride(prepared["tiles"]) // 4},
+        **{"p_tiles": prepared["tiles"], "stride_tiles": 0 if prepared["tiles"] is None else batch_stride(prepared["tiles"]) // 5},
         **{"p_blanked": prepared["flags"], "stride_blanked": batch_stride(prepared["flags"])},
         **strides(o=out),
         **{"heads": heads, "q_heads": q_heads, "heads_together": heads_together(heads, row_blocks, programs, bytes_per_head, uneven)},
@@ -152,16 +154,25 @@ def prepare_launch(
     batch, kv_heads, kv_len, v_head_dim = v.shape
     entries, row_blocks, key_tiles = options.start.shape[0], blocks(q_len, tiles.block_m), blocks(kv_len, tiles.block_n)
     prepared = {
-        "tiles": torch.empty(entries, row_blocks, 4, dtype=torch.int32, device=v.device),
+        "tiles": torch.empty(entries, row_blocks, 5, dtype=torch.int32, device=v.device),
         "flags": torch.empty(entries, key_tiles, dtype=torch.int32, device=v.device),
         "blanked": torch.empty(v.shape, dtype=v.dtype, device=v.device),
     }
     arguments = {
         **{"p_start": options.start, "p_stop": options.stop, "p_v": v, "p_tiles": prepared["tiles"]},
-        **{"p_blanked": prepared["blanked"], "p_flags": prepared["flags"], "stride_interval": batch_stride(options.start)},
+        **{
+            "p_blanked": prepared["blanked"],
+            "p_flags": prepared["flags"],
+            "stride_interval": batch_stride(options.start),
+        },
         **{"stride_tiles": row_blocks, "stride_flags": key_tiles, **strides(v=v, b=prepared["blanked"])},
         **{"batch": batch, "entries": entries, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len},
-        **{"v_head_dim": v_head_dim, "BLOCK_M": tiles.block_m, "WIDTH": padded(tiles.block_m), "BLOCK_N": tiles.block_n},
+        **{
+            "v_head_dim": v_head_dim,
+            "BLOCK_M": tiles.block_m,
+            "WIDTH": padded(tiles.block_m),
+            "BLOCK_N": tiles.block_n,
+        },
         **{"BLOCK_DV": padded(v_head_dim), "CHUNK": PREPARE_CHUNK},
     }
     return Launch(hopper_prepare, (row_blocks + key_tiles, entries), arguments), prepared
@@ -209,20 +220,11 @@ def hopper_dkdv_launches(
     elif options.right is not None:
         unseeing = min(max(0, q_len - kv_len - options.right), q_len - 1)
         q, grad_out = q[:, :, unseeing:], grad_out[:, :, unseeing:]
-    arguments = tensors.inputs(options)
-    block_d, block_dv = (max(64, arguments[name]) for name in ("BLOCK_D", "BLOCK_DV"))
-    for name in (
-        "p_q",
-        "p_k",
-        "p_v",
-        "p_do",
-        "p_lse",
-        "p_delta",
-        "stride_row",
-        "PRECISION",
-        *strides(q=q, k=q, v=q, g=q),
-    ):
-        del arguments[name]
+    shared = options.arguments(q, tensors.k, tensors.v)
+    block_d, block_dv = (max(64, shared[name]) for name in ("BLOCK_D", "BLOCK_DV"))
+    taken = ("p_start", "p_stop", "p_slopes", "stride_interval", "stride_slope", "group_size", "kv_len", "left", "right", "scale",
+             "softcap", "MASK", "HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "ALIBI")  # fmt: skip
+    arguments = {name: shared[name] for name in taken} | {"q_len": q_len, "offset": kv_len - q_len}
     arguments |= {
         **{"desc_q": tile_descriptor(q, tiles.block_m, block_d), "desc_do": tile_descriptor(grad_out, tiles.block_m, block_dv)},
         **{"desc_k": tile_descriptor(tensors.k, HOPPER_ROWS, block_d), "desc_rows": row_descriptor(tensors.rows, tiles.block_m)},

@@ -6,7 +6,18 @@ import triton.language as tl
 from flashlib.kernels.common import key_ranges, load_tile, store_tile
 
 
-@triton.jit(do_not_specialize=["stride_interval", "stride_tiles", "stride_blanked", "batch", "entries", "kv_heads", "q_len", "kv_len"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_interval",
+        "stride_tiles",
+        "stride_blanked",
+        "batch",
+        "entries",
+        "kv_heads",
+        "q_len",
+        "kv_len",
+    ]
+)
 def hopper_prepare(
     p_start, p_stop, p_v, p_tiles, p_blanked, p_flags, stride_interval, stride_tiles, stride_flags, stride_vb, stride_vh, stride_vs,
     stride_bb, stride_bh, stride_bs, batch, entries, kv_heads, q_len, kv_len, v_head_dim, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
@@ -17,17 +28,19 @@ def hopper_prepare(
     Of a tile with unseen keys a copy of V is made in which they are 0: the kernel multiplies whole tiles by weights, and a weight of
     0 does not hide a NaN. Tiles without unseen keys, nearly all as a rule, are not copied.
 
-    Writes int32 ``[B or 1, row blocks, 4]``: first tile, how many, how many of the last are partial, how many then are full; and
-    int32 ``[B or 1, key tiles]``: 1 if the copy must be used.
+    Writes int32 ``[B or 1, row blocks, 5]``: the block, its first tile, how many, how many of the last are partial, how many then are
+    full, the blocks that have most to do first; and int32 ``[B or 1, key tiles]``: 1 if the copy must be used.
     """
     row_blocks = tl.cdiv(q_len, BLOCK_M)
     i_e = tl.program_id(1)
     p_start += i_e.to(tl.int64) * stride_interval
     p_stop += i_e.to(tl.int64) * stride_interval
     if tl.program_id(0) < row_blocks:
-        count_tiles(
-            p_start, p_stop, p_tiles + (i_e * stride_tiles + tl.program_id(0)) * 4, tl.program_id(0) * BLOCK_M, q_len, kv_len, BLOCK_M, WIDTH, BLOCK_N
-        )  # fmt: skip
+        i_m = tl.program_id(0)
+        rank = rank_of(p_start, p_stop, i_m, row_blocks, q_len, BLOCK_M, CHUNK)
+        p_tiles += (i_e * stride_tiles + rank) * 5
+        tl.store(p_tiles, i_m)
+        count_tiles(p_start, p_stop, p_tiles + 1, i_m * BLOCK_M, q_len, kv_len, BLOCK_M, WIDTH, BLOCK_N)
     else:
         i_n = tl.program_id(0) - row_blocks
         unseen = unseen_keys(p_start, p_stop, i_n * BLOCK_N, q_len, kv_len, BLOCK_N, CHUNK)
@@ -47,6 +60,30 @@ def hopper_prepare(
                     p_copy += stride_bh
                 p_v += tl.cast(stride_vb, tl.int64) * entries
                 p_blanked += tl.cast(stride_bb, tl.int64) * entries
+
+
+@triton.jit
+def span(p_start, p_stop, i_m, m_blocks, q_len, BLOCK_M: tl.constexpr):
+    """About how many keys blocks of rows need: from the intervals of their first and their last rows."""
+    first, last = i_m * BLOCK_M, tl.minimum((i_m + 1) * BLOCK_M, q_len) - 1
+    start = tl.minimum(
+        tl.load(p_start + first, mask=m_blocks, other=0), tl.load(p_start + last, mask=m_blocks, other=0)
+    )
+    stop = tl.maximum(tl.load(p_stop + first, mask=m_blocks, other=0), tl.load(p_stop + last, mask=m_blocks, other=0))
+    return stop - start
+
+
+@triton.jit
+def rank_of(p_start, p_stop, i_m, row_blocks, q_len, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):
+    """How many blocks of rows have more to do than this one; of equals, the later comes first."""
+    mine = span(p_start, p_stop, i_m, True, q_len, BLOCK_M)
+    rank = 0
+    for m in range(0, row_blocks, CHUNK):
+        o_m = m + tl.arange(0, CHUNK)
+        theirs = span(p_start, p_stop, o_m, o_m < row_blocks, q_len, BLOCK_M)
+        ahead = (o_m < row_blocks) & ((theirs > mine) | ((theirs == mine) & (o_m > i_m)))
+        rank += tl.sum(ahead.to(tl.int32))
+    return rank
 
 
 @triton.jit
@@ -77,7 +114,9 @@ def unseen_keys(p_start, p_stop, n, q_len, kv_len, BLOCK_N: tl.constexpr, CHUNK:
     o_n = n + tl.arange(0, BLOCK_N)
     unseen = (o_n < kv_len).to(tl.int32)
     chunks = tl.cdiv(q_len, CHUNK)
-    first = (n.to(tl.int64) * q_len // kv_len).to(tl.int32) // CHUNK  # near the diagonal, where most masks have such a row
+    first = (n.to(tl.int64) * q_len // kv_len).to(
+        tl.int32
+    ) // CHUNK  # near the diagonal, where most masks have such a row
     left = chunks
     while left > 0:
         o_m = (first + left) % chunks * CHUNK + tl.arange(0, CHUNK)

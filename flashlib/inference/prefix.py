@@ -185,7 +185,15 @@ def _leaves_a_gpu_idle(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _lengths_on(device: torch.device, lengths: Tensor | Sequence[int] | None) -> Tensor | None:
-    return None if lengths is None else KeyLengths(lengths).lengths.to(device)
+    """int64 lengths where they are needed. Their values are looked at where that makes no GPU wait."""
+    if lengths is None:
+        return None
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must hold integers; got {lengths.dtype}")
+    if lengths.dim() != 1:
+        raise ValueError(f"lengths must be one-dimensional; got {list(lengths.shape)}")
+    return lengths.to(device, torch.int64)
 
 
 def _check_queries(q: Tensor, k: Tensor) -> None:

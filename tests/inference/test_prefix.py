@@ -117,6 +117,12 @@ BAD = [
     (lambda: SharedPrefix(K, V, members=[0, 2]), ValueError, "members must lie between 0 and 1"),
     (lambda: SharedPrefix(K, V, members=[0, 0.5]), TypeError, "members must be ints, one per request; got 0.5"),
     (lambda: SharedPrefix(K, V, members=[0], lengths=[1]), ValueError, "lengths must be one per prefix, [2]; got [1]"),
+    (lambda: SharedPrefix(K, V, members=[0], lengths=[1.0, 2.0]), TypeError, "lengths must hold integers; got torch.f"),
+    (
+        lambda: SharedPrefix(K, V, members=[0], lengths=[[1, 2]]),
+        ValueError,
+        "lengths must be one-dimensional; got [1, 2]",
+    ),
     (lambda: SharedPrefix(K, V, members=[0]).attend(torch.randn(3, 2, 1, 8)), ValueError, "members are 1, but q has"),
     (lambda: SharedPrefix(K, V, members=[0]).attend(torch.randn(1, 3, 1, 8)), ValueError, "q has 3 heads and k has 2"),
     (lambda: SharedPrefix(K, V, members=[0]).attend(torch.randn(1, 2, 8)), ValueError, "q must be [B, Hq, Sq, D]"),

@@ -79,10 +79,11 @@ HOPPER_NARROW = HopperTiles(2, 64, 3, 240)
 # Keys per row from which on three consumers were faster: at 4k, 496 against 415 TFLOP/s full, and 406 against 411 causal.
 HOPPER_LEAST_KEYS = 3072
 
-# By compute capability (major), kernel, and padded head_dim; 16-bit inputs. All of them hold everything in registers
-# (tests/kernels/test_compiled.py): a value that is spilled costs a store and a load in each tile. Those for 9 were the fastest of
-# these in a sweep on an H200 (benchmarks/tune_triton.py). Those for 8 are cut to the shared memory of an A100, 163 KiB, and of
-# consumer cards, 99 KiB: no such GPU was there to measure them on.
+# By compute capability (major), kernel, and padded head_dim; 16-bit inputs. Where D and Dv are equal and a multiple of 16, all of
+# them hold everything in registers (tests/kernels/test_compiled.py): a value that is spilled costs a store and a load in each tile.
+# For 9, those of the forward and of dQ up to head_dim 128 come from a sweep on an H200 (benchmarks/tune_triton.py); the others are
+# the largest found that spill nothing. Those for 8 are cut to the shared memory of an A100, 163 KiB, and of consumer cards, 99 KiB:
+# no such GPU was there to measure them on.
 TABLE = {
     9: {
         "forward": {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 128, 8, 3), 256: TileConfig(128, 64, 8, 2)},
@@ -100,14 +101,14 @@ CROWDED = {
     9: {"dkdv": {128: TileConfig(64, 64, 8, 2), 256: TileConfig(16, 64, 8, 2)}},
     8: {
         "forward": {64: TileConfig(128, 32, 4, 2), 128: TileConfig(128, 32, 8, 2)},
-        "dkdv": {64: TileConfig(32, 64, 4, 2)},
+        "dkdv": {64: TileConfig(32, 64, 4, 2), 128: TileConfig(32, 64, 4, 2)},
     },
 }
-# fp32 products are done without tensor cores (IEEE), and its tiles take twice the shared memory.
+# fp32 products are done without tensor cores (IEEE), from operands in registers: the wider the head, the smaller the tile.
 FP32 = {
-    "forward": TileConfig(32, 32, 4, 1),
-    "dkdv": TileConfig(32, 32, 4, 1),
-    "dq": TileConfig(32, 32, 4, 1),
+    "forward": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(16, 32, 8, 1), 256: TileConfig(16, 16, 8, 1)},
+    "dkdv": {64: TileConfig(32, 32, 8, 1), 128: TileConfig(16, 32, 8, 1), 256: TileConfig(16, 16, 8, 1)},
+    "dq": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(16, 32, 8, 1), 256: TileConfig(16, 16, 8, 1)},
 }
 
 
@@ -121,9 +122,9 @@ def tile_config(
         capability: the major number of the GPU's compute capability (:func:`capability_of`).
         crowded: whether there are row intervals, a softcap or ALiBi.
     """
-    if dtype == torch.float32:
-        return FP32[kernel]
     width = next(width for width in (64, 128, 256) if head_dim <= width)
+    if dtype == torch.float32:
+        return FP32[kernel][width]
     major = 8 if capability < 9 else 9
     exceptions = CROWDED[major].get(kernel, {}) if crowded else {}
     return exceptions.get(width) or TABLE[major][kernel][width]

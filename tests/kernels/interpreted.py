@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     assert interpreting(), "set TRITON_INTERPRET=1"
-    tiles.FP32 = dict.fromkeys(tiles.FP32, SMALL)
+    tiles.FP32 = {kernel: dict.fromkeys((64, 128, 256), SMALL) for kernel in tiles.FP32}
     tiles.TABLE[9] = {kernel: dict.fromkeys((64, 128, 256), SMALL) for kernel in tiles.TABLE[9]}
     tiles.CROWDED[9] = {}
     for seed in range(options.seed, options.seed + options.problems):

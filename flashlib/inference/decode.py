@@ -33,9 +33,11 @@ TILE = 64  # keys; where the tile is not the kernel's own
 SPLIT_COST = 2  # tiles; what a split costs beside the tiles it holds
 MOST_SPLITS = 256  # that are chosen
 MOST_PROGRAMS = 65535  # along the second and third dimension of a CUDA grid
-LONGEST_SPLIT = (
-    4096  # keys; so that in a batch of unequal lengths no program is left with a long request when all others are done
-)
+# keys; so that in a batch of unequal lengths no program is left with a long request when all others are done
+LONGEST_SPLIT = 8192
+# keys; shorter splits are merged by a second kernel: 10.9 us against 12.6 at 4k keys of one request on an H200. Longer ones by the
+# last program to finish, which saves a launch.
+LEAST_MERGED_IN_KERNEL = 1024
 
 
 def decode_attention(
@@ -378,9 +380,10 @@ def _run_triton(problem: _Problem) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"a launch takes at most {MOST_PROGRAMS} {name}; got {size} (split_size={problem.split_size})"
             )
+    split_size = problem.split_size or _blocks(problem.capacity, splits)
     options = DecodeOptions(
         problem.lengths, problem.block_table, problem.left, problem.right, problem.scale, problem.softcap, splits,
-        problem.split_size, precision=current_config().triton.fp32_precision if problem.q.dtype == torch.float32 else "ieee",
+        problem.split_size, merge_in_kernel=splits == 1 or split_size >= LEAST_MERGED_IN_KERNEL, precision=current_config().triton.fp32_precision if problem.q.dtype == torch.float32 else "ieee",
         fewest_splits=fewest,
     )  # fmt: skip
     if torch.compiler.is_compiling():

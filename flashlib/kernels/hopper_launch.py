@@ -30,6 +30,7 @@ from flashlib.kernels.tiles import (
     HopperBackwardTiles,
     HopperTiles,
     capability_of,
+    multiprocessors,
 )
 
 __all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_launches", "hopper_runs"]
@@ -176,11 +177,6 @@ def prepare_launch(
         **{"BLOCK_DV": padded(v_head_dim), "CHUNK": PREPARE_CHUNK},
     }
     return Launch(hopper_prepare, (row_blocks + key_tiles, entries), arguments), prepared
-
-
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once; an H200's number where there is no GPU to ask."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def hopper_backward_runs(tensors: BackwardTensors) -> bool:

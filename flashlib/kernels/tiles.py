@@ -19,6 +19,7 @@ __all__ = [
     "HopperTiles",
     "TileConfig",
     "capability_of",
+    "multiprocessors",
     "tile_config",
 ]
 
@@ -133,3 +134,8 @@ def tile_config(
 def capability_of(device: torch.device) -> int:
     """Major compute capability of a GPU. Where there is none, as in Triton's interpreter, that of a Hopper GPU."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; where there is none, as many as an H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

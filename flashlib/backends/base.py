@@ -15,9 +15,17 @@ class BackendUnavailableError(RuntimeError):
 
 
 class Backend:
-    """One way to run an :class:`flashlib.AttentionSpec`. Stateless."""
+    """One way to run an :class:`flashlib.AttentionSpec`. Stateless.
+
+    Attributes:
+        name: as in ``attention(..., backend=name)``.
+        makes_dense_mask: whether a fused kernel is given any other mask than causal as a matrix of Sq x Sk booleans.
+        repeats_gradients: whether the same call gives the same gradients, bit by bit (for flash_attn: under its own setting).
+    """
 
     name: str
+    makes_dense_mask: bool = False
+    repeats_gradients: bool = True
 
     def missing(self) -> str | None:
         """What this machine lacks for any problem at all (a package, a GPU); None if nothing."""

@@ -23,6 +23,8 @@ __all__ = ["SDPACudnn", "SDPAEfficient", "SDPAFlash", "SDPAMath"]
 
 class _SDPA(Backend):
     kernel: SDPBackend
+    makes_dense_mask = True
+    repeats_gradients = False  # the fused kernels may add up in another order each time
     shares_kv_heads = True  # whether the kernel takes fewer KV heads than query heads as they are
 
     def unsupported(self, spec: AttentionSpec, config) -> str | None:
@@ -97,6 +99,8 @@ class SDPAMath(_SDPA):
 
     name = "torch_sdpa_math"
     kernel = SDPBackend.MATH
+    makes_dense_mask = False  # its scores are a matrix of that size anyway
+    repeats_gradients = True
 
 
 class SDPAFlash(_SDPA):

@@ -303,8 +303,15 @@ def choose_tiles(
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` for a forward to write: ``[B, Hq, Sq, Dv]`` in the dtype of q, and fp32 ``[B, Hq, Sq]``."""
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    """``(out, lse)`` for a forward to write: ``[B, Hq, Sq, Dv]`` in the dtype of q, and fp32 ``[B, Hq, Sq]``.
+
+    Where the heads of a token lie next to each other in q, as in flash_attn's ``[B, S, H, D]``, they do so in ``out``.
+    """
+    batch, q_heads, q_len, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        out = q.new_empty(batch, q_len, q_heads, v.shape[3]).transpose(1, 2)
+    else:
+        out = q.new_empty(batch, q_heads, q_len, v.shape[3])
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 

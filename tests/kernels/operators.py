@@ -27,6 +27,9 @@ def test_operators() -> None:
     ):
         given = options_of(**options)
         torch.library.opcheck(attention_forward, (q, k, v, *given))
+        tokens_first = q.detach().transpose(1, 2).contiguous().transpose(1, 2)
+        torch.library.opcheck(attention_forward, (tokens_first, k, v, *given))
+        assert attention_forward(tokens_first, k, v, *given)[0].transpose(1, 2).is_contiguous()
         inputs = [x.detach() for x in (q, k, v)]
         out, lse = attention_forward(*inputs, *given)
         for grad_lse in (None, torch.randn_like(lse)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashlib.attention import attention
-from flashlib.backends import PREFERENCES, BackendUnavailableError
+from flashlib.backends import BACKENDS, PREFERENCES, BackendUnavailableError
 from flashlib.config import FA2Config, FA3Config, FlashAttentionConfig, current_config
 from flashlib.interop.flash_attn.arguments import Options, check_tensors
 from flashlib.interop.flash_attn.kv_cache import flash_attn_combine, flash_attn_with_kvcache
@@ -25,10 +25,6 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
-
-# "auto" passes these by where they would break a promise. Packed sequences reach them as a matrix of total_q x total_k booleans,
-# and their backward passes may add up in another order each time.
-_FUSED_SDPA = ("torch_sdpa_cudnn", "torch_sdpa_flash", "torch_sdpa_efficient")
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -278,13 +274,18 @@ def _config(options: Options, tensors: tuple[Tensor, ...], *, packed: bool) -> F
     if repeatable:
         fa2, fa3 = (_changed(settings, deterministic=True) for settings in (config.fa2, config.fa3))
         config = _changed(config, fa2=fa2, fa3=fa3)
-        if config.backend in _FUSED_SDPA:
+        if config.backend != "auto" and not BACKENDS[config.backend].repeats_gradients:
             raise BackendUnavailableError(
                 f"deterministic=True: the gradients of {config.backend!r} may differ from run to run"
             )
     if config.backend == "auto" and (packed or repeatable):
         order = config.order or [preference.backend for preference in PREFERENCES]
-        allowed = [name for name in order if name not in _FUSED_SDPA]
+        unfit = [
+            name
+            for name in order
+            if (packed and BACKENDS[name].makes_dense_mask) or (repeatable and not BACKENDS[name].repeats_gradients)
+        ]
+        allowed = [name for name in order if name not in unfit]
         if not allowed:
             raise BackendUnavailableError(
                 f"none of {', '.join(order)} runs packed sequences, or gives deterministic gradients"

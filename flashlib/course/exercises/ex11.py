@@ -702,7 +702,7 @@ def draw(t: Trial, lengths: list[int], *, page_size: int = 4, q_heads: int = 4, 
     """Requests of these lengths on pages in random order, all others of which hold something, too."""
     needed = [-(-length // page_size) for length in lengths]
     num_pages = sum(needed) + 3
-    order = t.permutation(num_pages)
+    order = 1 + t.permutation(num_pages - 1)  # page 0 is nobody's, so that whoever ignores the table reads it
     table = torch.full((len(lengths), max(needed)), -1, dtype=torch.int32)
     for i, pages in enumerate(order[: sum(needed)].split(needed)):
         table[i, : needed[i]] = pages

@@ -229,19 +229,21 @@ class KeyLengths(Mask):
 
     Args:
         lengths: integers ``[B]``, ``0 <= lengths <= Sk``.
+
+    Making a mask reads the lengths, which waits for the GPU if they are there. Using it does not.
     """
 
     lengths: Tensor | Sequence[int]
 
     def __post_init__(self):
-        object.__setattr__(self, "lengths", _integers("lengths", self.lengths, ndims=(1,), minimum=0))
+        lengths = _integers("lengths", self.lengths, ndims=(1,), minimum=0)
+        object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "longest", int(lengths.max()) if lengths.numel() else 0)
 
     def bounds(self, batch, q_len, kv_len, device):
         _expect_batch("KeyLengths", self.lengths, batch)
-        if self.lengths.numel() and int(self.lengths.max()) > kv_len:
-            raise ValueError(
-                f"KeyLengths: lengths go up to {int(self.lengths.max())}, but there are only {kv_len} keys"
-            )
+        if self.longest > kv_len:
+            raise ValueError(f"KeyLengths: lengths go up to {self.longest}, but there are only {kv_len} keys")
         return _row(0, device), self.lengths.to(device)[:, None]
 
 

@@ -102,7 +102,7 @@ CROWDED = {
     9: {"dkdv": {128: TileConfig(64, 64, 8, 2), 256: TileConfig(16, 64, 8, 2)}},
     8: {
         "forward": {64: TileConfig(128, 32, 4, 2), 128: TileConfig(128, 32, 8, 2)},
-        "dkdv": {64: TileConfig(32, 64, 4, 2), 128: TileConfig(32, 64, 4, 2)},
+        "dkdv": {64: TileConfig(32, 64, 4, 2), 128: TileConfig(32, 64, 8, 2)},
     },
 }
 # fp32 products are done without tensor cores (IEEE), from operands in registers: the wider the head, the smaller the tile.

@@ -80,8 +80,9 @@ HOPPER_NARROW = HopperTiles(2, 64, 3, 240)
 # Keys per row from which on three consumers were faster: at 4k, 496 against 415 TFLOP/s full, and 406 against 411 causal.
 HOPPER_LEAST_KEYS = 3072
 
-# By compute capability (major), kernel, and padded head_dim; 16-bit inputs. Where D and Dv are equal and a multiple of 16, all of
-# them hold everything in registers (tests/kernels/test_compiled.py): a value that is spilled costs a store and a load in each tile.
+# By compute capability (major), kernel, and padded head_dim; 16-bit inputs. At D = Dv = 64, 128 and 256 all of them hold everything
+# in registers (tests/kernels/test_compiled.py): a value that is spilled costs a store and a load in each tile. Other sizes check the
+# edges of rows too: at 80 and 96 nothing spills either, at 192 dK and dV spill up to 80 bytes on Hopper.
 # For 9, those of the forward and of dQ up to head_dim 128 come from a sweep on an H200 (benchmarks/tune_triton.py); the others are
 # the largest found that spill nothing. Those for 8 are cut to the shared memory of an A100, 163 KiB, and of consumer cards, 99 KiB:
 # no such GPU was there to measure them on.

@@ -11,7 +11,7 @@ request attends to its own keys; and the two pieces are merged::
     own      = attention(q, k, v), causal                      B short problems
     out      = merge(prefix, own)
 
-On a GPU, few requests make few rows: then the keys are split as well (:mod:`flashlib.inference.decode`).
+On a GPU, few requests make few rows: then the keys are cut into pieces as well, so that every multiprocessor has some.
 
 Every row sees all of a prefix, since a prefix lies in every row's past: no mask is needed there. Several levels work the same
 way (a system prompt for everyone, below it a document for each group of requests): one pass per level, and one merge.
@@ -31,13 +31,14 @@ import torch
 from torch import Tensor
 
 from flashlib.attention import attention
-from flashlib.inference.decode import decode_attention
+from flashlib.inference.decode import combine_splits, decode_attention
 from flashlib.masks import Causal, KeyLengths
 from flashlib.partial import Partial, fold
 
 __all__ = ["SharedPrefix", "shared_prefix_attention"]
 
 _ROW_BLOCK = 128  # rows of a tile of the forward kernels
+_LEAST_PIECE = 1024  # keys of a piece of a prefix: shorter ones cost more to merge than they gain
 
 
 class SharedPrefix:
@@ -100,7 +101,11 @@ class SharedPrefix:
             raise ValueError(f"members are {len(self.members)}, but q has batch {q.shape[0]}; expected one per request")
         rows = self._pack(q)
         options = {"scale": scale, "softcap": softcap, "backend": backend}
-        piece = _attend(rows, self.k, self.v, self.lengths, causal=False, **options)
+        pieces = _pieces(rows, self.k, self.v) if self.lengths is None else 1
+        if pieces > 1:
+            piece = _attend_in_pieces(rows, self.k, self.v, pieces, **options)
+        else:
+            piece = _attend(rows, self.k, self.v, self.lengths, causal=False, **options)
         return Partial(self._unpack(piece.out, q), self._unpack(piece.lse[..., None], q)[..., 0])
 
     def _pack(self, q: Tensor) -> Tensor:
@@ -173,6 +178,24 @@ def _attend(
     if causal:
         mask = Causal() if mask is None else mask & Causal(offset=lengths - q.shape[2])
     return Partial(*attention(q, k, v, mask=mask, return_lse=True, backend=backend, **options))
+
+
+def _pieces(rows: Tensor, k: Tensor, v: Tensor) -> int:
+    """Into how many pieces of equal length to cut the keys of one prefix that many rows share: about one block of rows times
+    piece for each multiprocessor. 1 where that is not to be done, as for few rows, which :func:`decode_attention` splits better."""
+    if k.shape[0] != 1 or rows.shape[2] <= _ROW_BLOCK or not _leaves_a_gpu_idle(rows, k, v):
+        return 1
+    blocks = k.shape[1] * -(-rows.shape[2] // _ROW_BLOCK)
+    wanted = min(torch.cuda.get_device_properties(k.device).multi_processor_count // blocks, k.shape[2] // _LEAST_PIECE)
+    return next((n for n in range(wanted, 1, -1) if k.shape[2] % n == 0), 1)
+
+
+def _attend_in_pieces(rows: Tensor, k: Tensor, v: Tensor, pieces: int, **options) -> Partial:
+    """Attention of ``[1, Hkv, R, D]`` over ``pieces`` equal parts of the keys, as if they were a batch, and their merge."""
+    parts = [x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v)]  # [pieces, Hkv, S / pieces, D], where they lie
+    out, lse = attention(rows.expand(pieces, -1, -1, -1).contiguous(), *parts, return_lse=True, **options)
+    whole = combine_splits(out.float()[:, None], lse[:, None], dtype=rows.dtype)
+    return Partial(*whole)
 
 
 def _leaves_a_gpu_idle(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -32,7 +32,7 @@ DECODE_TABLE = {
     9: {64: TileConfig(32, 128, 4, 3), 128: TileConfig(32, 64, 4, 3), 256: TileConfig(16, 64, 4, 3)},
     8: {64: TileConfig(32, 64, 4, 3), 128: TileConfig(16, 32, 4, 3), 256: TileConfig(16, 16, 4, 3)},
 }
-DECODE_FP32 = TileConfig(16, 16, 8, 1)
+DECODE_FP32 = TileConfig(16, 16, 4, 1)
 
 
 @dataclass(frozen=True)

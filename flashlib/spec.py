@@ -15,6 +15,7 @@ from flashlib.masks import Causal, Mask, RowIntervals, Unmasked
 __all__ = ["AttentionSpec"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CAUSAL = Causal()  # made once: torch.compile in torch 2.11 cannot make one inside a function that it compiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,7 @@ class AttentionSpec:
             device=q.device,
             scale=1.0 / math.sqrt(head_dim) if scale is None else _finite("scale", scale),
             softcap=_finite("softcap", softcap),
-            mask=mask & Causal() if causal else mask,
+            mask=mask & CAUSAL if causal else mask,
             alibi_slopes=_check_slopes(alibi_slopes, batch, q_heads, q.device),
             return_lse=bool(return_lse),
             needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),

@@ -192,7 +192,9 @@ def _pieces(rows: Tensor, k: Tensor, v: Tensor) -> int:
 
 def _attend_in_pieces(rows: Tensor, k: Tensor, v: Tensor, pieces: int, **options) -> Partial:
     """Attention of ``[1, Hkv, R, D]`` over ``pieces`` equal parts of the keys, as if they were a batch, and their merge."""
-    parts = [x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v)]  # [pieces, Hkv, S / pieces, D], where they lie
+    parts = [
+        x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v)
+    ]  # [pieces, Hkv, S / pieces, D], where they lie
     out, lse = attention(rows.expand(pieces, -1, -1, -1).contiguous(), *parts, return_lse=True, **options)
     whole = combine_splits(out.float()[:, None], lse[:, None], dtype=rows.dtype)
     return Partial(*whole)

@@ -82,7 +82,7 @@ def bench(
 @app.command()
 def inspect(
     kernel: Annotated[
-        str, typer.Argument(help="forward, hopper (the forward on Hopper GPUs) or backward.")
+        str, typer.Argument(help="forward, backward, hopper (the forward on Hopper GPUs) or hopper-backward.")
     ] = "forward",
     arch: Annotated[str, typer.Option(help="sm_80, sm_86, sm_89 or sm_90; no such GPU need be here.")] = "sm_90",
     head_dim: Annotated[int, typer.Option(help="At most 256.")] = 128,

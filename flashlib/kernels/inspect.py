@@ -19,8 +19,15 @@ from pathlib import Path
 
 import torch
 
-from flashlib.kernels.hopper_launch import hopper_launches
-from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch, interpreting
+from flashlib.kernels.hopper_launch import hopper_dkdv_launches, hopper_launches
+from flashlib.kernels.launch import (
+    KernelOptions,
+    Launch,
+    backward_launches,
+    dkdv_launches,
+    forward_launch,
+    interpreting,
+)
 from flashlib.kernels.tiles import TileConfig, tile_config
 from flashlib.masks import Window
 from flashlib.spec import AttentionSpec
@@ -28,7 +35,7 @@ from flashlib.spec import AttentionSpec
 __all__ = ["ARCHITECTURES", "KernelReport", "compile_launch", "inspect"]
 
 # Shared memory one program may use, in bytes: CUDA C++ Programming Guide, table of technical specifications per compute capability.
-KERNELS = ("forward", "hopper", "backward")
+KERNELS = ("forward", "hopper", "backward", "hopper-backward")
 ARCHITECTURES = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448}
 
 
@@ -123,8 +130,8 @@ def inspect(
     """Compile the kernels of one pass for a GPU that need not be there.
 
     Args:
-        kernel: "forward"; "hopper", the forward that Hopper GPUs run (sm_90, 16-bit, head_dim up to 128); or "backward", which is
-            three or four kernels.
+        kernel: "forward"; "hopper", the forward that Hopper GPUs run (sm_90, 16-bit, head_dim up to 128); "backward", which is
+            three or four kernels; or "hopper-backward", the same with the dK/dV that Hopper GPUs run.
         arch: one of :data:`ARCHITECTURES`.
         dtype: fp16, bf16 or fp32. head_dim, v_head_dim: at most 256.
         causal, window, softcap, alibi: features, as in :func:`flashlib.attention`.
@@ -159,8 +166,13 @@ def inspect(
         return [compile_launch(hopper_launches(q, k, v, options, tiles=tiles.get("hopper"))[0][-1], arch)]
     launch, out, lse = forward_launch(q, k, v, options, tiles=tiles["forward"])
     launches = [launch]
-    if kernel == "backward":
-        launches, _ = backward_launches(q, k, v, out, lse, torch.empty_like(out), None, options, tiles=tiles)
+    if kernel in ("backward", "hopper-backward"):
+        dkdv = {
+            "backward": dkdv_launches,
+            "hopper-backward": lambda tensors, options, _: hopper_dkdv_launches(tensors, options),
+        }
+        grad_out = torch.empty_like(out)
+        launches, _ = backward_launches(q, k, v, out, lse, grad_out, None, options, tiles=tiles, dkdv=dkdv[kernel])
     return [compile_launch(launch, arch) for launch in launches]
 
 

@@ -32,6 +32,18 @@ def test_the_hopper_kernel_fits_without_spills(head_dim, feature):
     assert report.spills == 0
 
 
+@pytest.mark.parametrize(("head_dim", "feature", "parked"), [(64, "causal", 32), (128, "full", 0), (128, "causal", 32)])
+def test_the_hopper_kernel_of_dk_and_dv_fits(head_dim, feature, parked):
+    """Its loops spill nothing. Under a mask one or two addresses wait in memory until a loop has ended: ``parked`` bytes in all."""
+    report = next(
+        r for r in inspect("hopper-backward", head_dim=head_dim, **FEATURES[feature]) if r.name == "hopper_dkdv"
+    )
+    assert report.tensor_core_instructions.keys() == {"HGMMA"}
+    assert report.shared_memory <= report.shared_memory_limit
+    assert "serialized" not in report.warnings
+    assert report.spills <= parked
+
+
 # What asks for the most registers, and what does so while the problem does not yet count as crowded.
 MOST = {"intervals": True, "softcap": 30.0, "alibi": True}
 UNCROWDED = {"window": (256, 0)}
@@ -100,7 +112,9 @@ def test_fp32_is_not_computed_on_tensor_cores():
 
 
 def test_what_cannot_be_inspected_is_named(monkeypatch):
-    with pytest.raises(ValueError, match="kernel must be one of forward, hopper, backward; got 'sideways'"):
+    with pytest.raises(
+        ValueError, match="kernel must be one of forward, hopper, backward, hopper-backward; got 'sideways'"
+    ):
         inspect("sideways")
     with pytest.raises(ValueError, match="arch must be one of sm_80, .*; got 'sm_10'"):
         inspect(arch="sm_10")

@@ -163,9 +163,18 @@ def shared_prefix_attention(
     options = {"scale": scale, "softcap": softcap, "backend": backend}
     own = _attend(q, k, v, _lengths_on(k.device, lengths), causal=True, **options)
     parts = [level.attend(q, **options) for level in levels]
-    whole = fold(Partial(part.out.to(part.lse.dtype), part.lse) for part in [*parts, own])
-    out = whole.out.to(q.dtype)
-    return (out, whole.lse) if return_lse else out
+    out, lse = _merge([*parts, own], q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _merge(parts: Sequence[Partial], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of all parts, first to last: ``(out, lse)``; in one kernel where there is one."""
+    if parts[0].lse.dtype == torch.float32:
+        return combine_splits(
+            *(torch.stack(x) for x in zip(*((p.out.float(), p.lse) for p in parts), strict=True)), dtype=dtype
+        )
+    whole = fold(parts)  # float64, which the kernel does not take
+    return whole.out.to(dtype), whole.lse
 
 
 def _attend(

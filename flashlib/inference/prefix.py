@@ -32,6 +32,7 @@ from torch import Tensor
 
 from flashlib.attention import attention
 from flashlib.inference.decode import combine_splits, decode_attention
+from flashlib.kernels.tiles import multiprocessors
 from flashlib.masks import Causal, KeyLengths
 from flashlib.partial import Partial, fold
 
@@ -170,9 +171,8 @@ def shared_prefix_attention(
 def _merge(parts: Sequence[Partial], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Attention over the keys of all parts, first to last: ``(out, lse)``; in one kernel where there is one."""
     if parts[0].lse.dtype == torch.float32:
-        return combine_splits(
-            *(torch.stack(x) for x in zip(*((p.out.float(), p.lse) for p in parts), strict=True)), dtype=dtype
-        )
+        outs, lses = torch.stack([part.out.float() for part in parts]), torch.stack([part.lse for part in parts])
+        return combine_splits(outs, lses, dtype=dtype)
     whole = fold(parts)  # float64, which the kernel does not take
     return whole.out.to(dtype), whole.lse
 
@@ -194,16 +194,14 @@ def _pieces(rows: Tensor, k: Tensor, v: Tensor) -> int:
     piece for each multiprocessor. 1 where that is not to be done, as for few rows, which :func:`decode_attention` splits better."""
     if k.shape[0] != 1 or rows.shape[2] <= _ROW_BLOCK or not _leaves_a_gpu_idle(rows, k, v):
         return 1
-    blocks = k.shape[1] * -(-rows.shape[2] // _ROW_BLOCK)
-    wanted = min(torch.cuda.get_device_properties(k.device).multi_processor_count // blocks, k.shape[2] // _LEAST_PIECE)
+    wanted = min(multiprocessors(k.device) // _row_blocks(rows, k), k.shape[2] // _LEAST_PIECE)
     return next((n for n in range(wanted, 1, -1) if k.shape[2] % n == 0), 1)
 
 
 def _attend_in_pieces(rows: Tensor, k: Tensor, v: Tensor, pieces: int, **options) -> Partial:
     """Attention of ``[1, Hkv, R, D]`` over ``pieces`` equal parts of the keys, as if they were a batch, and their merge."""
-    parts = [
-        x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v)
-    ]  # [pieces, Hkv, S / pieces, D], where they lie
+    # [pieces, Hkv, S / pieces, D], where they lie
+    parts = [x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v)]
     out, lse = attention(rows.expand(pieces, -1, -1, -1).contiguous(), *parts, return_lse=True, **options)
     whole = combine_splits(out.float()[:, None], lse[:, None], dtype=rows.dtype)
     return Partial(*whole)
@@ -213,9 +211,13 @@ def _leaves_a_gpu_idle(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether there are fewer blocks of rows than multiprocessors, so that splitting the keys pays (no gradient flows there)."""
     if not q.is_cuda or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return False
+    return _row_blocks(q, k) < multiprocessors(q.device)
+
+
+def _row_blocks(q: Tensor, k: Tensor) -> int:
+    """How many blocks of rows there are, those of a KV head's group together: programs of the forward kernels."""
     rows_of_a_head = q.shape[1] // k.shape[1] * q.shape[2]
-    blocks = q.shape[0] * k.shape[1] * -(-rows_of_a_head // _ROW_BLOCK)
-    return blocks < torch.cuda.get_device_properties(q.device).multi_processor_count
+    return q.shape[0] * k.shape[1] * -(-rows_of_a_head // _ROW_BLOCK)
 
 
 def _lengths_on(device: torch.device, lengths: Tensor | Sequence[int] | None) -> Tensor | None:

@@ -35,11 +35,9 @@ from flashlib.kernels.tiles import (
 
 __all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_launches", "hopper_runs"]
 
-
 HOPPER_CACHE = 8 << 20  # bytes of K and V that heads worked on together may take
-HOPPER_SPREAD = (
-    4  # blocks of rows for each program that a group of heads must have, where some have more work than others
-)
+# blocks of rows for each program that a group of heads must have, where some have more work than others
+HOPPER_SPREAD = 4
 PREPARE_CHUNK = 1024  # rows that hopper_prepare looks at together
 
 

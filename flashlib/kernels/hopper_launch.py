@@ -35,9 +35,11 @@ from flashlib.kernels.tiles import (
 
 __all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_launches", "hopper_runs"]
 
+
 HOPPER_CACHE = 8 << 20  # bytes of K and V that heads worked on together may take
-# blocks of rows for each program that a group of heads must have, where some have more work than others
-HOPPER_SPREAD = 4
+HOPPER_SPREAD = (
+    4  # blocks of rows for each program that a group of heads must have, where some have more work than others
+)
 PREPARE_CHUNK = 1024  # rows that hopper_prepare looks at together
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import ast
 import datetime
 import hashlib
-import io
 import json
 import os
 import platform
 import subprocess
-import tokenize
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,7 +66,10 @@ class Record:
 
 
 def sources_hash(sources: Iterable[str]) -> str:
-    """SHA-256 over the code of package files (paths relative to ``flashlib/``). Comments and docstrings do not count."""
+    """SHA-256 over what package files say to Python (paths relative to ``flashlib/``), however they are laid out.
+
+    Comments, docstrings, line breaks, brackets that change nothing, quotes and trailing commas do not count.
+    """
     digest = hashlib.sha256()
     for name in sorted(sources):
         digest.update(name.encode())
@@ -77,18 +78,27 @@ def sources_hash(sources: Iterable[str]) -> str:
 
 
 def _code_alone(text: str) -> str:
-    """Python source without comments, docstrings and blank lines; the same under every version of Python."""
-    lines = text.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
-            lines[node.body[0].lineno - 1 : node.body[0].end_lineno] = [""] * (
-                node.body[0].end_lineno - node.body[0].lineno + 1
-            )
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+    """The syntax tree of Python source without docstrings, written down; the same under every version of Python."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, _WITH_DOCSTRING) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+        elif isinstance(node, ast.JoinedStr):  # to some releases of Python an f-string ends with an empty text
+            node.values = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
+    return _written(tree)
+
+
+_WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _written(part: ast.AST | list | object) -> str:
+    """`ast.dump` by fixed rules: its own choice of the empty fields to show differs between versions of Python."""
+    if isinstance(part, ast.AST):
+        fields = ((name, value) for name, value in ast.iter_fields(part) if value is not None and value != [])
+        return f"{type(part).__name__}({', '.join(f'{name}={_written(value)}' for name, value in fields)})"
+    if isinstance(part, list):
+        return f"[{', '.join(map(_written, part))}]"
+    return ascii(part)
 
 
 def new_record(topic: str, rows: list[dict], sources: Iterable[str], notes: str = "", **extra) -> Record:

@@ -26,13 +26,62 @@ def test_changed_code_makes_a_record_stale_and_says_so():
     assert record.label.endswith("STALE: the code has changed since")
 
 
-def test_only_code_counts():
-    code = 'def f(x):\n    """Doc."""\n    return x  # why\n'
-    assert _code_alone(code) == _code_alone(
-        "# head\n\n" + code.replace("Doc.", "Other words,\n    longer.").replace("why", "!")
+CODE = '''
+class Scale:
+    """Doc."""
+
+    async def apply(self, x, *, by=1):
+        """Doc."""
+        return f"{x * by!r:>{by}}" + "# kept", (x,)  # why
+'''
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ('"""Doc."""', '"""Other words,\n    longer."""'),
+        ('"""Doc."""', '""""""'),
+        ("  # why", ""),
+        ("class", "# head\n\nclass"),
+        ("(self, x, *, by=1)", "(\n        self,\n        x,\n        *,\n        by=1,\n    )"),
+        ("(x,)  #", "(\n            x,\n        )  #"),
+        ('"# kept"', "('# kept')"),
+        ("    ", "  "),
+    ],
+)
+def test_layout_and_words_do_not_count(was, becomes):
+    assert CODE.replace(was, becomes) != CODE
+    assert _code_alone(CODE.replace(was, becomes)) == _code_alone(CODE)
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ("x * by", "x - by"),
+        ("by=1", "by=1.0"),
+        ("by=1", "by=True"),
+        ("(x,)", "(x)"),
+        ("# kept", "# other"),
+        (">{by}", "<{by}"),
+        ("async ", ""),
+        ("        return", "    return"),
+        ("return", "return\n        return"),
+        ("*, ", ""),
+    ],
+)
+def test_code_counts(was, becomes):
+    assert CODE.replace(was, becomes) != CODE
+    assert _code_alone(CODE.replace(was, becomes)) != _code_alone(CODE)
+
+
+def test_every_version_of_python_writes_code_down_alike():
+    assert _code_alone('"""Doc."""\nf(a, *b)[0] = f"{x:{w}}é", None') == (
+        "Module(body=[Assign(targets=[Subscript(value=Call(func=Name(id='f', ctx=Load()), args=[Name(id='a', ctx=Load()), "
+        "Starred(value=Name(id='b', ctx=Load()), ctx=Load())]), slice=Constant(value=0), ctx=Store())], "
+        "value=Tuple(elts=[JoinedStr(values=[FormattedValue(value=Name(id='x', ctx=Load()), conversion=-1, "
+        "format_spec=JoinedStr(values=[FormattedValue(value=Name(id='w', ctx=Load()), conversion=-1)])), "
+        "Constant(value='\\xe9')]), Constant()], ctx=Load()))])"
     )
-    assert _code_alone(code) != _code_alone(code.replace("return x", "return -x"))
-    assert _code_alone('y = "# kept"\n') == 'y = "# kept"'
 
 
 def test_the_hash_depends_on_each_file():

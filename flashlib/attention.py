@@ -39,8 +39,10 @@ def attention(
             top-left when the lengths differ).
         scale: positive factor on the scores; ``1 / sqrt(D)`` by default.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
-        alibi_slopes: fp32 ``[Hq]`` or ``[B, Hq]``; ``slope * |i + Sk - Sq - j|`` is taken from the score of row i and key j
-            (ALiBi, Press et al. 2022, arXiv 2108.12409). None for no bias. They get no gradient.
+        alibi_slopes: fp32 ``[Hq]`` or ``[B, Hq]``, or with one for each row ``[B or 1, Hq, Sq]``; ``slope * |i + Sk - Sq - j|`` is
+            taken from the score of row i and key j (ALiBi, Press et al. 2022, arXiv 2108.12409). A mask that says where rows sit, by
+            its offset or as :class:`flashlib.masks.Varlen` does, says it here too, in place of Sk - Sq. None for no bias. They get no
+            gradient.
         return_lse: also return the log-sum-exp of each row's scores.
         backend: ``"auto"``, or the name of one backend: it runs there or raises (:func:`flashlib.backends.explain`).
         config: settings for this call; None for those in force (:func:`flashlib.use_config`).

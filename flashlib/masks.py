@@ -139,6 +139,13 @@ class Mask:
         """
         return None
 
+    def row_offsets(self, batch: int, q_len: int, kv_len: int, device: torch.device) -> Tensor | None:
+        """The key at which each row sits, less the row: integers broadcastable to ``[batch, q_len]``.
+
+        From there ALiBi measures its distances. None if the mask does not say: then it is ``Sk - Sq``, bottom-right.
+        """
+        return None
+
     def intervals(self, batch: int, q_len: int, kv_len: int, device: torch.device | str | None = None) -> RowIntervals:
         """The mask for ``batch`` sequences of ``q_len`` queries and ``kv_len`` keys.
 
@@ -206,6 +213,9 @@ class Window(Mask):
 
     def band(self):
         return (self.left, self.right) if self.offset is None else None
+
+    def row_offsets(self, batch, q_len, kv_len, device):
+        return None if self.offset is None else _row_offsets(self.offset, batch, q_len, device)
 
 
 class Causal(Window):
@@ -348,6 +358,13 @@ class Varlen(Mask):
         end = (sequence + 1).clamp(max=len(ends_q) - 1)
         return (ends_k - ends_q)[end]
 
+    def row_offsets(self, batch, q_len, kv_len, device):
+        return self.offset(q_len, device)
+
+    def sequence_of_rows(self, q_len: int, device: torch.device | str | None = None) -> Tensor:
+        """The number of the sequence to which each row belongs: int64 ``[1, q_len]``; N for rows behind the last one."""
+        return self._sequences(q_len, device)[2]
+
     def bounds(self, batch, q_len, kv_len, device):
         for side, length in (("q", q_len), ("k", kv_len)):
             total = int(getattr(self, f"lengths_{side}").sum())
@@ -392,10 +409,16 @@ class Prefix(Mask):
         past = _positions(self.offset, batch, q_len, kv_len, device) + 1
         return _row(0, device), torch.maximum(self.lengths.to(device)[:, None], past)
 
+    def row_offsets(self, batch, q_len, kv_len, device):
+        return None if self.offset is None else _row_offsets(self.offset, batch, q_len, device)
+
 
 @dataclass(frozen=True, eq=False)
 class Intersection(Mask):
-    """Several masks at once: a pair is visible if every part allows it. Written ``a & b``."""
+    """Several masks at once: a pair is visible if every part allows it. Written ``a & b``.
+
+    Rows sit where the first part that says so puts them.
+    """
 
     parts: tuple[Mask, ...]
 
@@ -411,6 +434,10 @@ class Intersection(Mask):
             min((width for width in side if width is not None), default=None) for side in zip(*bands, strict=True)
         )
 
+    def row_offsets(self, batch, q_len, kv_len, device):
+        said = (part.row_offsets(batch, q_len, kv_len, device) for part in self.parts)
+        return next((offsets for offsets in said if offsets is not None), None)
+
 
 def _row(value: int, device: torch.device) -> Tensor:
     return torch.full((1, 1), value, dtype=torch.int64, device=device)
@@ -418,14 +445,19 @@ def _row(value: int, device: torch.device) -> Tensor:
 
 def _positions(offset: int | Tensor | None, batch: int, q_len: int, kv_len: int, device: torch.device) -> Tensor:
     """The key position at which each row sits: ``[B or 1, Sq]``."""
-    rows = torch.arange(q_len, device=device)[None]
+    offset = kv_len - q_len if offset is None else offset
+    return torch.arange(q_len, device=device)[None] + _row_offsets(offset, batch, q_len, device)
+
+
+def _row_offsets(offset: int | Tensor, batch: int, q_len: int, device: torch.device) -> Tensor:
+    """The same, less the row: ``[B or 1, Sq or 1]``."""
     if not isinstance(offset, Tensor):
-        return rows + (kv_len - q_len if offset is None else offset)
+        return _row(offset, device)
     if offset.shape not in ((batch,), (1, q_len), (batch, q_len)):
         raise ValueError(
             f"offset has shape {tuple(offset.shape)}; expected ({batch},) or ({batch}, {q_len}): one per sequence or row"
         )
-    return rows + (offset.to(device)[:, None] if offset.dim() == 1 else offset.to(device))
+    return offset.to(device)[:, None] if offset.dim() == 1 else offset.to(device)
 
 
 def _expect_batch(mask: str, lengths: Tensor, batch: int) -> None:

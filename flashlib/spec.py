@@ -29,8 +29,9 @@ class AttentionSpec:
         dtype, device: of q, k, v and of the output.
         scale: positive factor on the scores, ``1 / sqrt(D)`` unless given (Vaswani et al. 2017, equation 1).
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none (Gemma 2, arXiv 2408.00118, section 2).
-        alibi_slopes: fp32 ``[B or 1, Hq]``, or None: ``slope * |i + Sk - Sq - j|`` is taken from the score of row i and key j
-            (Press et al. 2022, ALiBi, arXiv 2108.12409, section 3).
+        alibi_slopes: fp32 ``[B or 1, Hq]``, or ``[B or 1, Hq, Sq]`` with one for each row, or None: ``slope * |i + offset - j|`` is
+            taken from the score of row i and key j (Press et al. 2022, ALiBi, arXiv 2108.12409, section 3). The offset is Sk - Sq, or
+            what the mask says (:meth:`flashlib.masks.Mask.row_offsets`).
         mask: a :class:`flashlib.masks.Mask`; never None.
         return_lse: whether the log-sum-exp of each row is wanted.
         needs_grad: whether a gradient may be asked for.
@@ -99,7 +100,7 @@ class AttentionSpec:
             scale=1.0 / math.sqrt(head_dim) if scale is None else _finite("scale", scale),
             softcap=_finite("softcap", softcap),
             mask=mask & CAUSAL if causal else mask,
-            alibi_slopes=_check_slopes(alibi_slopes, batch, q_heads, q.device),
+            alibi_slopes=_check_slopes(alibi_slopes, batch, q_heads, q_len, q.device),
             return_lse=bool(return_lse),
             needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
         )
@@ -131,13 +132,20 @@ class AttentionSpec:
         """The mask as one interval of visible keys per row."""
         return self.mask.intervals(self.batch, self.q_len, self.kv_len, self.device)
 
+    @cached_property
+    def row_offsets(self) -> Tensor | None:
+        """The key at which each row sits, less the row, where the mask says it: int64 ``[B or 1, Sq]``. Else None: Sk - Sq for all."""
+        offsets = self.mask.row_offsets(self.batch, self.q_len, self.kv_len, self.device)
+        return None if offsets is None else offsets.expand(-1, self.q_len)
+
     def bias(self, rows: slice, keys: slice) -> Tensor | None:
         """What ALiBi adds to a tile of scores: ``[B or 1, Hq, rows, keys]`` in the accumulation dtype; None without slopes."""
         if self.alibi_slopes is None:
             return None
-        row = torch.arange(rows.start, rows.stop, device=self.device) + self.kv_len - self.q_len
-        distance = (row[:, None] - torch.arange(keys.start, keys.stop, device=self.device)).abs()
-        return -self.alibi_slopes.to(self.accumulate_dtype)[..., None, None] * distance
+        row, key = (torch.arange(tile.start, tile.stop, device=self.device) for tile in (rows, keys))
+        offset = self.kv_len - self.q_len if self.row_offsets is None else self.row_offsets[:, None, rows, None]
+        slope = self.alibi_slopes[..., None] if self.alibi_slopes.dim() == 2 else self.alibi_slopes[:, :, rows]
+        return -slope.to(self.accumulate_dtype)[..., None] * (row[:, None] + offset - key).abs()
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -182,7 +190,7 @@ def _check_mask(mask: Mask | None) -> Mask:
     raise TypeError(f"mask must be a flashlib.masks.Mask or None; got {type(mask).__name__}{hint}")
 
 
-def _check_slopes(slopes: Tensor | None, batch: int, q_heads: int, device: torch.device) -> Tensor | None:
+def _check_slopes(slopes: Tensor | None, batch: int, q_heads: int, q_len: int, device: torch.device) -> Tensor | None:
     if slopes is None:
         return None
     if not isinstance(slopes, Tensor):
@@ -191,13 +199,15 @@ def _check_slopes(slopes: Tensor | None, batch: int, q_heads: int, device: torch
         raise TypeError(f"alibi_slopes is {slopes.dtype}; expected float32")
     if slopes.requires_grad:
         raise ValueError("alibi_slopes requires a gradient, but none is computed for them; pass alibi_slopes.detach()")
-    if slopes.shape not in ((q_heads,), (batch, q_heads)):
+    by_head, by_row = ((q_heads,), (batch, q_heads)), ((1, q_heads, q_len), (batch, q_heads, q_len))
+    if slopes.shape not in (*by_head, *by_row):
         raise ValueError(
-            f"alibi_slopes has shape {tuple(slopes.shape)}; expected ({q_heads},) or ({batch}, {q_heads}): one per query head"
+            f"alibi_slopes has shape {tuple(slopes.shape)}; expected ({q_heads},) or ({batch}, {q_heads}): one per query head; "
+            f"or {by_row[0]} or {by_row[1]}: one per query head and row"
         )
     if slopes.device != device:
         raise TypeError(f"alibi_slopes is on {slopes.device} but q is on {device}; all must be on one device")
-    return slopes.contiguous() if slopes.dim() == 2 else slopes.contiguous()[None]
+    return slopes.contiguous()[None] if slopes.dim() == 1 else slopes.contiguous()
 
 
 def _finite(name: str, value: float) -> float:

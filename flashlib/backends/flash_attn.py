@@ -100,6 +100,11 @@ class FlashAttention2(_FlashAttentionPackage):
     least_capability = (8, 0)
     settings = "fa2"
 
+    def unsupported(self, spec, config):
+        if spec.alibi_slopes is not None and spec.alibi_slopes.dim() == 3:
+            return "takes one ALiBi slope per head; got one for each row"
+        return super().unsupported(spec, config)
+
     def call(self, function, q, k, v, settings, spec, **options):
         slopes = None if spec.alibi_slopes is None else spec.alibi_slopes.expand(spec.batch, -1).contiguous()
         options |= {"alibi_slopes": slopes, "return_attn_probs": spec.return_lse}

@@ -20,6 +20,7 @@ from flashlib.kernels.common import (
     LOG2_E,
     UNMASKED,
     add_alibi,
+    alibi_rows,
     alibi_slope,
     cap,
     key_ranges,
@@ -98,15 +99,15 @@ def backward_row_ranges(
 
 @triton.jit(
     do_not_specialize=[
-        "stride_interval", "stride_slope", "stride_range", "kv_heads", "q_len", "kv_len", "offset", "left", "right",
+        "stride_interval", "stride_slope", "stride_offset", "stride_range", "kv_heads", "q_len", "kv_len", "offset", "left", "right",
     ]
 )  # fmt: skip
 def backward_dkdv(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_start, p_stop, p_ranges, p_slopes,
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_start, p_stop, p_ranges, p_slopes, p_offsets,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
-    stride_row, stride_interval, stride_slope, stride_range, kv_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
-    head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    stride_row, stride_interval, stride_slope, stride_offset, stride_range, kv_heads, group_size, q_len, kv_len, offset, left, right,
+    scale, softcap, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -137,15 +138,17 @@ def backward_dkdv(
         p_qh = p_q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
         p_doh = p_do + i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
         slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
+        slopes_at = i_b.to(tl.int64) * stride_slope + i_h.to(tl.int64) * q_len
+        offsets_at = i_b.to(tl.int64) * stride_offset
         b_dk, b_dv = gather_rows(
-            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, stride_qs, stride_gs, o_n,
-            first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope, head_dim, v_head_dim,
-            CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI, PRECISION,
+            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, p_slopes, p_offsets, slopes_at, offsets_at,
+            stride_qs, stride_gs, o_n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope,
+            head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI, PRECISION,
         )  # fmt: skip
         b_dk, b_dv = gather_rows(
-            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, stride_qs, stride_gs, o_n,
-            first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope, head_dim, v_head_dim,
-            CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI, PRECISION,
+            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, p_slopes, p_offsets, slopes_at, offsets_at,
+            stride_qs, stride_gs, o_n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope,
+            head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI, PRECISION,
         )  # fmt: skip
 
     p_dk += i_b.to(tl.int64) * stride_dkb + i_kv.to(tl.int64) * stride_dkh
@@ -193,8 +196,9 @@ def row_ranges(
 
 @triton.jit
 def gather_rows(
-    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_start, p_stop, stride_qs, stride_gs, o_n, first, full_first, full_last, last,
-    q_len, kv_len, offset, left, right, scale, softcap, slope, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
+    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_start, p_stop, p_slopes, p_offsets, slopes_at, offsets_at, stride_qs, stride_gs,
+    o_n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope, head_dim, v_head_dim,
+    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -217,7 +221,10 @@ def gather_rows(
         b_do = load_tile(p_do, o_m, o_dv, stride_gs, start < stop, v_head_dim, MASKED, CHECK_DV)
         b_t = cap(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scale, softcap, SOFTCAP)
         b_lse = tl.load(p_lse + o_m)
-        b_s = add_alibi(b_t, slope, o_m[None, :], o_n[:, None], offset, ALIBI)
+        row_slope, row_offset = alibi_rows(
+            slope, offset, p_slopes, p_offsets, slopes_at, offsets_at, o_m[None, :], q_len, score_unit(scale, softcap, SOFTCAP), ALIBI
+        )  # fmt: skip
+        b_s = add_alibi(b_t, row_slope, o_m[None, :], o_n[:, None], row_offset, ALIBI)
         if MASKED:
             m_pairs = (o_n[:, None] >= start[None, :]) & (o_n[:, None] < stop[None, :])
             b_p = tl.where(m_pairs, tl.exp2(b_s * unit - b_lse[None, :]), 0.0)
@@ -235,13 +242,13 @@ def gather_rows(
 
 
 @triton.jit(
-    do_not_specialize=["stride_interval", "stride_slope", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right"]
+    do_not_specialize=["stride_interval", "stride_slope", "stride_offset", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right"]
 )  # fmt: skip
 def backward_dq(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_start, p_stop, p_slopes,
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_start, p_stop, p_slopes, p_offsets,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_row, stride_interval, stride_slope,
-    q_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
+    stride_offset, q_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
     head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
@@ -272,6 +279,11 @@ def backward_dq(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     unit = score_unit(scale, softcap, SOFTCAP)
     slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
+    slopes_at = i_b.to(tl.int64) * stride_slope + i_h.to(tl.int64) * q_len
+    offsets_at = i_b.to(tl.int64) * stride_offset
+    slope, offset = alibi_rows(
+        slope, offset, p_slopes, p_offsets, slopes_at, offsets_at, o_m[:, None], q_len, unit, ALIBI
+    )
     b_dq = gather_keys(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
         seen_first, seen_last, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,

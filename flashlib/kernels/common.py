@@ -12,6 +12,10 @@ UNMASKED = tl.constexpr(0)  # all of them
 BAND = tl.constexpr(1)  # i + offset - left .. i + offset + right, from three numbers
 INTERVALS = tl.constexpr(2)  # start[i] .. stop[i] - 1, from two integers per row
 
+# How it learns the slopes of ALiBi; 0 without.
+BY_HEAD = tl.constexpr(1)  # one for each head, and one offset for all rows
+BY_ROW = tl.constexpr(2)  # both for each row
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -140,16 +144,27 @@ def cap(b_s, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def alibi_slope(p_slopes, at, unit, ALIBI: tl.constexpr):
-    """The slope of one head, in score units."""
-    if ALIBI:
+    """The slope of one head, in score units; where each row has its own, :func:`alibi_rows` loads them."""
+    if ALIBI == BY_HEAD:
         return tl.load(p_slopes + at) / unit
     else:
         return 0.0
 
 
 @triton.jit
+def alibi_rows(slope, offset, p_slopes, p_offsets, slopes_at, offsets_at, o_rows, q_len, unit, ALIBI: tl.constexpr):
+    """Slope and offset of each row, shaped as ``o_rows``; or the two given, which serve for all rows."""
+    if ALIBI == BY_ROW:
+        m_rows = o_rows < q_len
+        slope = tl.load(p_slopes + slopes_at + o_rows, mask=m_rows, other=0.0) / unit
+        return slope, tl.load(p_offsets + offsets_at + o_rows, mask=m_rows, other=0)
+    else:
+        return slope, offset
+
+
+@triton.jit
 def add_alibi(b_s, slope, o_rows, o_keys, offset, ALIBI: tl.constexpr):
-    """Take ``slope * |row + offset - key|`` from each score. ``o_rows`` and ``o_keys`` broadcast to the tile."""
+    """Take ``slope * |row + offset - key|`` from each score. All of them broadcast to the tile."""
     if ALIBI:
         return b_s - slope * tl.abs(o_rows + offset - o_keys).to(tl.float32)
     else:

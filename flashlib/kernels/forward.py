@@ -13,6 +13,7 @@ from flashlib.kernels.common import (
     LN_2,
     LOG2_E,
     add_alibi,
+    alibi_rows,
     alibi_slope,
     cap,
     key_ranges,
@@ -29,7 +30,7 @@ from flashlib.kernels.common import (
 # A kernel is compiled anew for each type of argument, and Triton also tells integers apart by being 1 or a multiple of 16. For
 # strides that pays, since it decides how wide a load may be. For the rest it would only compile the same code again.
 @triton.jit(
-    do_not_specialize=["stride_interval", "stride_slope", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right"]
+    do_not_specialize=["stride_interval", "stride_slope", "stride_offset", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right"]
 )  # fmt: skip
 def attention_forward(
     p_q,
@@ -40,6 +41,7 @@ def attention_forward(
     p_start,
     p_stop,
     p_slopes,
+    p_offsets,
     p_counts,
     stride_qb,
     stride_qh,
@@ -55,6 +57,7 @@ def attention_forward(
     stride_os,
     stride_interval,  # from one batch entry's intervals to the next; 0 if they are shared
     stride_slope,  # the same for the slopes
+    stride_offset,  # and for the rows' offsets
     q_heads,
     group_size,
     q_len,
@@ -106,6 +109,11 @@ def attention_forward(
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     unit = score_unit(scale, softcap, SOFTCAP)
     slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
+    slopes_at = i_b.to(tl.int64) * stride_slope + i_h.to(tl.int64) * q_len
+    offsets_at = i_b.to(tl.int64) * stride_offset
+    slope, offset = alibi_rows(
+        slope, offset, p_slopes, p_offsets, slopes_at, offsets_at, o_m[:, None], q_len, unit, ALIBI
+    )
     n_full, n_partial = 0, 0
     b_m, b_l, b_acc, n_full, n_partial = attend(
         b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,

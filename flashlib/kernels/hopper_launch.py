@@ -52,6 +52,7 @@ def hopper_runs(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> bool
         and max(q.shape[3], v.shape[3]) <= 128
         and all(copy_engine_reads(x) for x in (q, k, v))
         and len(seen_range(q.shape[2], k.shape[2], options)) > 0
+        and options.row_offsets is None
     )
 
 
@@ -95,7 +96,7 @@ def hopper_launches(
     k, v = (x[:, :, seen.start : seen.stop] for x in (k, v))
     out, lse = empty_results(q, v)
     arguments = options.arguments(q, k, v)
-    for name in ("head_dim", "CHECK_D", "PRECISION"):
+    for name in ("head_dim", "CHECK_D", "PRECISION", "p_offsets", "stride_offset"):
         del arguments[name]
     block_d, block_dv = (max(64, arguments[name]) for name in ("BLOCK_D", "BLOCK_DV"))
     row_blocks, heads = blocks(q_len, tiles.block_m), batch * q_heads
@@ -179,7 +180,7 @@ def prepare_launch(
     return Launch(hopper_prepare, (row_blocks + key_tiles, entries), arguments), prepared
 
 
-def hopper_backward_runs(tensors: BackwardTensors) -> bool:
+def hopper_backward_runs(tensors: BackwardTensors, options: KernelOptions) -> bool:
     """Whether the warp-specialised kernel of dK and dV takes a problem."""
     q, k, v = tensors.q, tensors.k, tensors.v
     return (
@@ -188,6 +189,7 @@ def hopper_backward_runs(tensors: BackwardTensors) -> bool:
         and q.dtype in (torch.float16, torch.bfloat16)
         and max(q.shape[3], v.shape[3]) <= 128
         and all(copy_engine_reads(x) for x in (q, k, v, tensors.grad_out))
+        and options.row_offsets is None
     )
 
 

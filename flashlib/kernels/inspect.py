@@ -155,7 +155,7 @@ def inspect(
     options = KernelOptions.from_spec(spec)
     rows = torch.empty(2, 1024, dtype=torch.int32, device="meta") if intervals else None
     slopes = torch.empty(1, 4, device="meta") if alibi else None
-    options = KernelOptions(rows, rows, options.left, options.right, slopes, options.scale, softcap)
+    options = KernelOptions(rows, rows, options.left, options.right, slopes, None, options.scale, softcap)
     widest, capability = max(head_dim, v.shape[3]), int(arch.removeprefix("sm_")) // 10
     table = {
         name: tile_config(name, dtype, widest, capability, crowded=options.crowded)

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 UNMASKED, BAND, INTERVALS = 0, 1, 2  # as in flashlib.kernels.common
+BY_HEAD, BY_ROW = 1, 2  # the same
 ROW_PADDING = 128  # a multiple of every kernel's tile of rows
 RANGES_CHUNK = 1024  # rows that backward_row_ranges looks at together
 
@@ -41,7 +42,8 @@ class KernelOptions:
     Attributes:
         start, stop: int32 ``[B or 1, Sq]``, the mask as row intervals; None if it is a band.
         left, right: the band, aligned bottom-right; None for no limit on that side.
-        alibi_slopes: fp32 ``[B or 1, Hq]``, or None.
+        alibi_slopes: fp32 ``[B or 1, Hq]``, or None; with ``row_offsets`` ``[B or 1, Hq, Sq]``.
+        row_offsets: int32 ``[B or 1, Sq]``: ALiBi's distance of row i and key j is ``|i + offset - j|``. None for Sk - Sq.
         scale, softcap: as in :func:`flashlib.attention`.
         precision: how fp32 products are formed: ``"ieee"``, or ``"tf32"`` or ``"tf32x3"`` on tensor cores.
         autotune: when tile sizes are searched for (:mod:`flashlib.kernels.autotune`).
@@ -52,6 +54,7 @@ class KernelOptions:
     left: int | None
     right: int | None
     alibi_slopes: Tensor | None
+    row_offsets: Tensor | None
     scale: float
     softcap: float
     precision: str = "ieee"
@@ -65,13 +68,20 @@ class KernelOptions:
         start, stop = None, None
         if band is None:
             start, stop = (x.to(torch.int32).contiguous() for x in (spec.intervals.start, spec.intervals.stop))
-        return cls(start, stop, left, right, spec.alibi_slopes, spec.scale, spec.softcap, precision, autotune)
+        alibi = alibi_of(spec)
+        return cls(start, stop, left, right, *alibi, spec.scale, spec.softcap, precision, autotune)
 
     @property
     def mask_kind(self) -> int:
         if self.start is not None:
             return INTERVALS
         return UNMASKED if self.left is None and self.right is None else BAND
+
+    @property
+    def alibi_kind(self) -> int:
+        if self.alibi_slopes is None:
+            return 0
+        return BY_HEAD if self.row_offsets is None else BY_ROW
 
     @property
     def crowded(self) -> bool:
@@ -91,6 +101,8 @@ class KernelOptions:
             "stride_interval": batch_stride(self.start),
             "p_slopes": self.alibi_slopes,
             "stride_slope": batch_stride(self.alibi_slopes),
+            "p_offsets": self.row_offsets,
+            "stride_offset": batch_stride(self.row_offsets),
             "group_size": q.shape[1] // k.shape[1],
             "q_len": q.shape[2],
             "kv_len": k.shape[2],
@@ -109,9 +121,24 @@ class KernelOptions:
             "HAS_LEFT": self.left is not None,
             "HAS_RIGHT": self.right is not None,
             "SOFTCAP": self.softcap > 0,
-            "ALIBI": self.alibi_slopes is not None,
+            "ALIBI": self.alibi_kind,
             "PRECISION": self.precision,
         }
+
+
+def alibi_of(spec: AttentionSpec) -> tuple[Tensor | None, Tensor | None]:
+    """``(alibi_slopes, row_offsets)`` of :class:`KernelOptions`. Unless rows share both, both are said for each of them."""
+    slopes = spec.alibi_slopes
+    if slopes is None:
+        return None, None
+    offsets = spec.row_offsets if spec.mask.band() is None else None  # a band is aligned bottom-right
+    if slopes.dim() == 2:
+        if offsets is None:
+            return slopes, None
+        slopes = slopes[..., None].expand(-1, -1, spec.q_len).contiguous()
+    if offsets is None:
+        offsets = torch.full((1, spec.q_len), spec.kv_len - spec.q_len, device=spec.device)
+    return slopes, offsets.to(torch.int32).contiguous()
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ __all__ = ["attention_backward", "attention_forward"]
 @torch.library.custom_op("flashlib::attention_forward", mutates_args=())
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, left: int | None, right: int | None,
-    alibi_slopes: Tensor | None, scale: float, softcap: float, precision: str, autotune: str,
+    alibi_slopes: Tensor | None, row_offsets: Tensor | None, scale: float, softcap: float, precision: str, autotune: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(out, lse)`` of one attention problem; arguments after v as in :class:`~flashlib.kernels.launch.KernelOptions`."""
-    options = KernelOptions(start, stop, left, right, alibi_slopes, scale, softcap, precision, autotune)
+    options = KernelOptions(start, stop, left, right, alibi_slopes, row_offsets, scale, softcap, precision, autotune)
     return launch_forward(q, k, v, options)
 
 
@@ -34,10 +34,10 @@ def _(q, k, v, *options):
 def attention_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
     start: Tensor | None, stop: Tensor | None, left: int | None, right: int | None, alibi_slopes: Tensor | None,
-    scale: float, softcap: float, precision: str, autotune: str,
+    row_offsets: Tensor | None, scale: float, softcap: float, precision: str, autotune: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``(dq, dk, dv)`` from the saved ``out`` and ``lse`` and their gradients."""
-    options = KernelOptions(start, stop, left, right, alibi_slopes, scale, softcap, precision, autotune)
+    options = KernelOptions(start, stop, left, right, alibi_slopes, row_offsets, scale, softcap, precision, autotune)
     return launch_backward(q, k, v, out, lse, grad_out, grad_lse, options)
 
 

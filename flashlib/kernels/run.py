@@ -42,6 +42,6 @@ def launch_backward(
 
 def best_dkdv_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig) -> list[Launch]:
     """The launches of dK and dV; ``tiles`` are those of the plain kernel."""
-    if hopper_backward_runs(tensors):
+    if hopper_backward_runs(tensors, options):
         return hopper_dkdv_launches(tensors, options)
     return dkdv_launches(tensors, options, tiles)

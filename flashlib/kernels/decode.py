@@ -67,7 +67,7 @@ def decode_split(
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # summed over the keys once, at the end
     b_acc = tl.zeros([BLOCK_DV, BLOCK_M], tl.float32)
-    unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
+    unit = score_unit(scale, softcap, SOFTCAP)
     for n in tl.range(begin, end, BLOCK_N):
         o_keys = n + o_n
         # Keys that none of these rows see are not read: they count as 0.
@@ -79,9 +79,11 @@ def decode_split(
         b_s = tl.where(m_pairs, b_s, float("-inf"))
         m_new = tl.maximum(b_m, tl.max(b_s, 0))
         # A row that has seen nothing keeps m = -inf, and -inf - -inf is NaN: subtract 0 there.
-        pivot = tl.where(m_new == float("-inf"), 0.0, m_new * unit)
-        b_p = tl.exp2(b_s * unit - pivot[None, :])
-        rescale = tl.exp2(b_m * unit - pivot)
+        pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+        # Subtract first, and scale then. The difference of two products would be a fused multiply-add, which rounds only one of them:
+        # where the maximum stays, rescale would miss 1 by that rounding, and a long request has as many of these factors as tiles.
+        b_p = tl.exp2((b_s - pivot[None, :]) * (unit * LOG2_E))
+        rescale = tl.exp2((b_m - pivot) * (unit * LOG2_E))
         b_l = b_l * rescale[None, :] + b_p
         b_v = load_keys(
             p_v, page, n, o_n, o_dv, stride_vb, stride_vs, m_keys, v_head_dim, PAGE_SIZE, WHOLE_TILES, CHECK_DV
@@ -94,7 +96,7 @@ def decode_split(
     # A row that saw nothing has l = 0: it gives 0, and an LSE of -inf.
     b_l = tl.sum(b_l, 0)
     b_out = tl.trans(b_acc / tl.where(b_l == 0.0, 1.0, b_l)[None, :])
-    b_lse = (b_m * unit + tl.log2(b_l)) * LN_2
+    b_lse = b_m * unit + tl.log2(b_l) * LN_2
     p_split_out = p_partial_out + i_split.to(tl.int64) * n_rows * v_head_dim
     p_split_lse = p_partial_lse + i_split.to(tl.int64) * n_rows
     if not MERGE:

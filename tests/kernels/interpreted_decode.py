@@ -6,10 +6,15 @@ TRITON_INTERPRET=1 python tests/kernels/interpreted_decode.py --seed 0 --problem
 import argparse
 import random
 import sys
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -99,6 +104,53 @@ def check_batch_invariance(seed: int) -> None:
         assert torch.equal(out[0], whole[b]) and torch.equal(lse[0], whole_lse[b]), (seed, b)
 
 
+@contextmanager
+def fused_multiply_adds():
+    """The interpreter rounds as a GPU does: a product that is added to something, or subtracted, is not rounded by itself."""
+    multiply, reshapes = InterpreterBuilder.create_fmul, ("create_expand_dims", "create_broadcast")
+
+    def product(builder, a, b):
+        result = multiply(builder, a, b)
+        result.set_attr("exact", a.data.astype(np.float64) * b.data.astype(np.float64))
+        return result
+
+    def fused(add):
+        def round_once(builder, a, b):
+            term, other = ("exact", "data") if "exact" in a.attr else ("data", "exact")
+            exact = [x.attr.get("exact", x.data) if how == "exact" else x.data for x, how in ((a, term), (b, other))]
+            return TensorHandle(add(*exact).astype(a.data.dtype), a.dtype.scalar)
+
+        return round_once
+
+    def carried(reshape):
+        def with_product(builder, x, to):
+            result = reshape(builder, x, to)
+            if "exact" in x.attr:
+                result.set_attr("exact", reshape(builder, replace(x, data=x.attr["exact"], dtype=tl.float64), to).data)
+            return result
+
+        return with_product
+
+    with ExitStack() as patches, np.errstate(invalid="ignore"):
+        changed = {"create_fmul": product, "create_fadd": fused(np.add), "create_fsub": fused(np.subtract)}
+        changed |= {name: carried(getattr(InterpreterBuilder, name)) for name in reshapes}
+        for name, replacement in changed.items():
+            patches.enter_context(mock.patch.object(InterpreterBuilder, name, replacement))
+        yield
+
+
+def check_many_tiles(seed: int) -> None:
+    """The sums are rescaled once per tile. In a long request too no error may be left but that of its sums, with fused products or not."""
+    generator = torch.Generator().manual_seed(seed)
+    key, k, v = (4 * torch.randn(1, 1, length, 16, generator=generator) for length in (1, 3000, 3000))
+    q = key * torch.tensor([0.8, 0.9, 1.0, 1.1]).view(1, 4, 1, 1)
+    k[:, :, :1] = key  # about the largest score of all: the maximum stays where it is from the first tile on
+    with fused_multiply_adds():
+        out, lse = decode_attention(q, k, v, num_splits=1, return_lse=True, backend="triton")
+    comparison = check(out, lse, q, k, v)
+    assert comparison.passed, f"seed {seed}: {comparison.message}"
+
+
 def check_combine(seed: int) -> None:
     """The kernel against Partial's own merge, with infinities, and with NaN where no key was seen."""
     generator = torch.Generator().manual_seed(seed)
@@ -160,6 +212,7 @@ def main() -> None:
         check_both_merges_and_the_cuts(seed)
     check_short_requests()
     check_batch_invariance(options.seed)
+    check_many_tiles(options.seed)
     check_combine(options.seed)
     check_the_operator()
     check_the_grid()

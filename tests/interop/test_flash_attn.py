@@ -6,6 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 from problems import DTYPES, HEADS
+from varlen_problems import Packed, expect, random_options
 
 from flashlib import BackendUnavailableError, FlashAttentionConfig, use_config
 from flashlib.backends import BACKENDS
@@ -19,7 +20,6 @@ from flashlib.interop.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
 )
 from flashlib.interop.flash_attn.flash_attn_interface import _known_sequences
-from flashlib.masks import Window
 from flashlib.measure.meter import TrafficMeter
 from flashlib.reference import check, check_gradients
 
@@ -58,31 +58,11 @@ def test_every_way_to_import_them():
     assert set(SIGNATURES) == set(flash_attn.__all__) and flash_attn.__version__.startswith("2.8")
 
 
-def random_options(rng):
-    """Options of flash_attn, and the same said to the oracle."""
-    options = {
-        "causal": rng.random() < 0.5,
-        "window_size": (rng.choice((-1, -1, 0, 3, 20)), rng.choice((-1, 0, 3, 20))),
-    }
-    if rng.random() < 0.3:
-        options["softmax_scale"] = rng.choice((0.05, 1.0))
-    options["softcap"] = rng.choice((0.0, 0.0, -1.0, 2.0, 30.0))
-    left, right = (None if width < 0 else width for width in options["window_size"])
-    exact = {"mask": Window(left, 0 if options["causal"] else right), "softcap": max(0.0, options["softcap"])}
-    exact["scale"] = options.get("softmax_scale")
-    return options, exact
-
-
 def random_inputs(rng, lengths_q, lengths_k, dtypes=DTYPES):
     """q, k, v ``[total, heads, head_dim]``, requiring gradients."""
     (heads, kv_heads), dtype, head_dim = rng.choice(HEADS), rng.choice(dtypes), rng.choice((8, 24, 64))
     shapes = ((sum(lengths_q), heads), (sum(lengths_k), kv_heads), (sum(lengths_k), kv_heads))
     return [torch.randn(*shape, head_dim, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
-
-
-def by_heads(x):
-    """``[tokens, heads, ...]`` as the library has it, ``[1, heads, tokens, ...]``."""
-    return x.transpose(0, 1)[None]
 
 
 @pytest.mark.parametrize("round", range(12))
@@ -114,40 +94,10 @@ def test_batches_of_one_length(backend, round, rng):
 @pytest.mark.parametrize("round", range(20))
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_packed_sequences_are_each_its_own_problem(backend, round, rng):
-    """Every sequence against the oracle, forward and backward; what lies behind the last sequence is NaN and stays unread."""
-    count = rng.randint(0, 5)
-    lengths_q = [rng.choice((0, 1, 7, 33)) for _ in range(count)]
-    lengths_k = lengths_q if rng.random() < 0.4 else [rng.choice((0, 1, 7, 50)) for _ in range(count)]
-    behind_q, behind_k = rng.choice((0, 3)), rng.choice((0, 3))
-    q, k, v = random_inputs(rng, [*lengths_q, behind_q], [*lengths_k, behind_k])
-    ends_q, ends_k = ([0, *accumulate(lengths)] for lengths in (lengths_q, lengths_k))
-    with torch.no_grad():
-        for x, end in ((q, ends_q[-1]), (k, ends_k[-1]), (v, ends_k[-1])):
-            x[end:] = float("nan")
-    options, exact = random_options(rng)
-    if lengths_q == lengths_k and behind_q == behind_k and rng.random() < 0.5:
-        options["alibi_slopes"] = exact["alibi_slopes"] = torch.rand(q.shape[1])
-    cu_seqlens = (torch.tensor(ends, dtype=rng.choice((torch.int32, torch.int64))) for ends in (ends_q, ends_k))
-    longest = (max(lengths, default=0) + rng.choice((0, 5)) for lengths in (lengths_q, lengths_k))
+    """Every sequence against the oracle, forward and backward; what no query sees is NaN."""
+    problem = Packed.draw(rng, alibi=rng.random() < 0.5)
     with use_config(FlashAttentionConfig(backend=backend)):
-        out, lse, probabilities = flash_attn_varlen_func(
-            q, k, v, *cu_seqlens, *longest, **options, return_attn_probs=True
-        )
-    assert out.shape == q.shape and out.is_contiguous()
-    assert lse.shape == (q.shape[1], q.shape[0]) and probabilities.shape == (0,)
-    assert (out[ends_q[-1] :] == 0).all() and (lse[:, ends_q[-1] :] == float("-inf")).all()
-    grads = [torch.randn_like(out), torch.randn_like(lse)]
-    gradients = torch.autograd.grad((out, lse), (q, k, v), grads)
-    for n in range(count):
-        rows, keys = slice(ends_q[n], ends_q[n + 1]), slice(ends_k[n], ends_k[n + 1])
-        inputs = by_heads(q[rows]), by_heads(k[keys]), by_heads(v[keys])
-        comparison = check(by_heads(out[rows]), lse[None, :, rows], *inputs, **exact)
-        assert comparison.passed, f"sequence {n} of {ends_q}, {ends_k}, {options}: {comparison.message}"
-        of_sequence = [by_heads(g[part]) for g, part in zip(gradients, (rows, keys, keys), strict=True)]
-        comparison = check_gradients(of_sequence, *inputs, by_heads(grads[0][rows]), grads[1][None, :, rows], **exact)
-        assert comparison.passed, f"sequence {n} of {ends_q}, {ends_k}, {options}: {comparison.message}"
-    for gradient, end in zip(gradients, (ends_q[-1], ends_k[-1], ends_k[-1]), strict=True):
-        assert (gradient[end:] == 0).all()
+        expect(problem, problem.run_with_gradients())
 
 
 @pytest.mark.parametrize("sequences", [None, [5, 0, 9]], ids=["padded", "varlen"])
@@ -284,7 +234,7 @@ def test_torch_compile_gives_the_same(rng):
 
 Q, K, QKV, KV = torch.zeros(2, 5, 4, 8), torch.zeros(2, 7, 2, 8), torch.zeros(2, 5, 3, 4, 8), torch.zeros(2, 7, 2, 2, 8)
 T, TQKV, TKV = torch.zeros(9, 4, 8), torch.zeros(9, 3, 4, 8), torch.zeros(9, 2, 2, 8)
-ENDS, SHORT = torch.tensor([0, 4, 9], dtype=torch.int32), torch.tensor([0, 4, 8], dtype=torch.int32)
+ENDS = torch.tensor([0, 4, 9], dtype=torch.int32)
 
 
 def varlen(q=T, k=T, v=T, cu_q=ENDS, cu_k=ENDS, max_q=5, max_k=5, **options):
@@ -297,10 +247,6 @@ BAD = [
     (lambda: flash_attn_qkvpacked_func(QKV, 0.5), NotImplementedError, "dropout_p > 0"),
     (lambda: flash_attn_kvpacked_func(Q, KV, 0.5), NotImplementedError, "dropout_p > 0"),
     (lambda: varlen(dropout_p=0.5), NotImplementedError, "dropout_p > 0"),
-    (lambda: varlen(block_table=ENDS), NotImplementedError, "block_table (paged keys and values) is not supported"),
-    (lambda: varlen(alibi_slopes=torch.zeros(2, 4)), NotImplementedError, "alibi_slopes [batch, nheads] is not supported for packed"),
-    (lambda: varlen(cu_k=SHORT, alibi_slopes=torch.zeros(4)), NotImplementedError, "alibi_slopes is not supported where cu_seqlens_q differs"),
-    (lambda: varlen(k=T[:8], v=T[:8], cu_q=SHORT, cu_k=SHORT, alibi_slopes=torch.zeros(4)), NotImplementedError, "alibi_slopes is not supported where cu_seqlens_q"),
     # Options
     (lambda: flash_attn_func(Q, K, K, -0.1), ValueError, "dropout_p must be at least 0 and below 1; got -0.1"),
     (lambda: flash_attn_func(Q, K, K, None), TypeError, "dropout_p must be a number; got None"),
@@ -320,6 +266,10 @@ BAD = [
     (lambda: flash_attn_func(Q, K, K, alibi_slopes=torch.zeros(3)), ValueError, "alibi_slopes has shape (3,); expected (4,) or (2, 4)"),
     (lambda: flash_attn_func(Q, K, K, alibi_slopes=[0.1]), TypeError, "alibi_slopes must be a torch.Tensor or None; got list"),
     (lambda: varlen(alibi_slopes=[0.1]), TypeError, "alibi_slopes must be a torch.Tensor or None; got list"),
+    (lambda: varlen(alibi_slopes=torch.zeros(1, 4)), ValueError, "alibi_slopes has shape (1, 4); expected (4,) or (2, 4): one per query head"),
+    (lambda: varlen(alibi_slopes=torch.zeros(2, 4).half()), TypeError, "alibi_slopes is torch.float16; expected float32"),
+    (lambda: varlen(alibi_slopes=torch.zeros(2, 4, device="meta")), TypeError, "alibi_slopes is on meta but q is on cpu"),
+    (lambda: varlen(alibi_slopes=torch.zeros(2, 4, requires_grad=True)), ValueError, "pass alibi_slopes.detach()"),
     # Tensors
     (lambda: flash_attn_func([1.0], K, K), TypeError, "q must be [batch, seqlen_q, nheads, headdim], a torch.Tensor; got list"),
     (lambda: flash_attn_func(Q, K[0], K), ValueError, "k must be [batch, seqlen_k, nheads_k, headdim]; got shape (7, 2, 8)"),

@@ -18,14 +18,14 @@ softmax_scale, softcap     as there
 causal, window_size        as there: aligned bottom-right, in each sequence where they are packed
 cu_seqlens                 as there, int32 or int64. Sequences may be empty; tokens behind the last one give 0
 max_seqlen                 checked, and otherwise not needed
-alibi_slopes               as there; packed sequences: ``[nheads]`` only, and queries and keys the same tokens
+alibi_slopes               as there
 deterministic              as there; gradients come only from backends that repeat them bit by bit
 return_attn_probs          ``(out, softmax_lse, S_dmask)``; as there, S_dmask is empty where there is no dropout
 gradient through the LSE   computed; there it is silently 0
 a row that sees nothing    out 0, as there; its LSE is -inf, the log of an empty sum; there it is +inf
 dropout_p > 0              NotImplementedError
-flash_attn_varlen_func     block_table: NotImplementedError
-flash_attn_with_kvcache    as there, all arguments; pages of any size, there multiples of 256; cache_leftpad with pages too
+block_table                as there: forward only. Pages of any size, there multiples of 256
+flash_attn_with_kvcache    as there, all arguments; cache_leftpad with pages too
 flash_attn_combine         as in FlashAttention-3: ``(out, lse)``
 =========================  ====================================================================================
 

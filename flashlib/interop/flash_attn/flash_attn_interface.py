@@ -6,6 +6,7 @@ import operator
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashlib.attention import attention
@@ -13,6 +14,7 @@ from flashlib.backends import BACKENDS, PREFERENCES, BackendUnavailableError
 from flashlib.config import FA2Config, FA3Config, FlashAttentionConfig, current_config
 from flashlib.interop.flash_attn.arguments import Options, check_tensors
 from flashlib.interop.flash_attn.kv_cache import flash_attn_combine, flash_attn_with_kvcache
+from flashlib.interop.flash_attn.pages import Pages, check_indices, decode, forward_only
 from flashlib.masks import Mask, Varlen, Window
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+MOST_DECODED = 16  # queries of a sequence; with more, decoding would read its keys several times
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -150,24 +154,32 @@ def flash_attn_varlen_func(
             Queries behind the last sequence give 0 and LSE -inf.
         cu_seqlens_k: the same for keys; those behind the last sequence are not read.
         max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
-        alibi_slopes: fp32 ``[nheads]``, and then cu_seqlens_q must equal cu_seqlens_k.
-        block_table: must be None: paged keys are not supported.
+        alibi_slopes: fp32 ``[nheads]`` or ``[batch, nheads]``.
+        block_table: int32 or int64 ``[batch, max_num_blocks_per_seq]``: keys and values lie in pages, of any size; k is then
+            ``[num_blocks, page_block_size, nheads_k, headdim]``, v the same with headdim_v, and token t of sequence n is slot
+            ``t % page_block_size`` of page ``block_table[n, t // page_block_size]``. Pages that hold no token that a query sees may have
+            any number. There is no backward pass then, as there: asking for a gradient raises NotImplementedError.
 
     The other arguments and the errors are those of :func:`flash_attn_func`; alignment is inside each sequence.
+
+    With a block_table, a decoding step, a few queries of each sequence and of all equally many, reads the pages where they lie. With
+    more queries, or of some sequences more than of others, or with alibi_slopes, the sequences' keys and values are copied first.
 
     Returns:
         out ``[total_q, nheads, headdim_v]``, contiguous. With ``return_attn_probs``, ``(out, softmax_lse, S_dmask)``:
         softmax_lse ``[nheads, total_q]``; S_dmask ``[0]``.
     """
-    if block_table is not None:
-        raise NotImplementedError("block_table (paged keys and values) is not supported here; it must be None")
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
+    tokens = "total_k" if block_table is None else "num_blocks page_block_size"
     check_tensors(
-        q=(q, "total_q nheads headdim"), k=(k, "total_k nheads_k headdim"), v=(v, "total_k nheads_k headdim_v")
+        q=(q, "total_q nheads headdim"), k=(k, f"{tokens} nheads_k headdim"), v=(v, f"{tokens} nheads_k headdim_v")
     )
-    return _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options)
+    sequences = _sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if block_table is None:
+        return _packed(q, k, v, sequences, options)
+    return _paged(q, Pages(k, v, block_table), sequences, options)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -191,7 +203,7 @@ def flash_attn_varlen_qkvpacked_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     check_tensors(qkv=(qkv, "total 3 nheads headdim"))
-    return _packed(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, options)
+    return _packed(*qkv.unbind(1), _sequences(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), options)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -218,40 +230,85 @@ def flash_attn_varlen_kvpacked_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     check_tensors(q=(q, "total_q nheads headdim"), kv=(kv, "total_k 2 nheads_k headdim"))
-    return _packed(q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options)
+    return _packed(q, *kv.unbind(1), _sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), options)
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Result:
     """Attention for ``[batch, seqlen, nheads, headdim]``."""
-    out, lse = _attend(q, k, v, Window(*options.window_size), options, _config(options, (q, k, v), packed=False))
+    config = _config(options, (q, k, v), packed=False)
+    out, lse = _attend(q, k, v, Window(*options.window_size), options.alibi_slopes, options, config)
     return (out, lse, out.new_empty(0)) if options.return_attn_probs else out
 
 
-def _packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    options: Options,
-) -> Result:
+def _packed(q: Tensor, k: Tensor, v: Tensor, sequences: Varlen, options: Options) -> Result:
     """Attention for ``[total, nheads, headdim]``: one problem of batch 1, whose mask keeps the sequences apart."""
-    sequences = _sequences(cu_seqlens_q, cu_seqlens_k)
-    _check_longest("max_seqlen_q", max_seqlen_q, sequences.lengths_q)
-    _check_longest("max_seqlen_k", max_seqlen_k, sequences.lengths_k)
-    _check_packed_slopes(options.alibi_slopes, sequences, len(q), len(k))
-    mask: Mask = sequences
-    if options.window_size != (None, None):
-        mask = sequences & Window(*options.window_size, sequences.offset(len(q)))
     config = _config(options, (q, k, v), packed=True)
-    out, lse = _attend(q[None], k[None], v[None], mask, options, config)
+    mask, slopes = _packed_mask(sequences, q, options), _packed_slopes(options.alibi_slopes, sequences, q)
+    out, lse = _attend(q[None], k[None], v[None], mask, slopes, options, config)
     return (out[0], lse[0], out.new_empty(0)) if options.return_attn_probs else out[0]
 
 
+def _packed_mask(sequences: Varlen, q: Tensor, options: Options) -> Mask:
+    if options.window_size == (None, None):
+        return sequences
+    return sequences & Window(*options.window_size, sequences.offset(len(q)))
+
+
+def _packed_slopes(slopes: Tensor | None, sequences: Varlen, q: Tensor) -> Tensor | None:
+    """``[batch, nheads]`` as :func:`flashlib.attention` takes them: ``[1, nheads, total_q]``. All others as they are: it checks them."""
+    if not isinstance(slopes, Tensor) or slopes.dim() < 2:
+        return slopes
+    count, nheads = len(sequences.lengths_q), q.shape[1]
+    if slopes.shape != (count, nheads):
+        raise ValueError(
+            f"alibi_slopes has shape {tuple(slopes.shape)}; expected ({nheads},) or ({count}, {nheads}): one per query head, or "
+            "one per sequence and query head"
+        )
+    behind = F.pad(slopes, (0, 0, 0, 1))  # rows behind the last sequence see nothing, and any slope will do
+    return behind[sequences.sequence_of_rows(len(q), slopes.device)].mT
+
+
+def _paged(q: Tensor, pages: Pages, sequences: Varlen, options: Options) -> Result:
+    """:func:`_packed` for keys and values that lie in pages."""
+    _check_pages(pages, sequences, q)
+    with torch.no_grad():
+        if _is_decoding_step(pages, sequences, options):
+            results = _decode(q, pages, sequences, options)
+        else:
+            result = _packed(q, *_seen_tokens(q, pages, sequences, options), sequences, options)
+            results = result if options.return_attn_probs else (result,)
+    inputs = (q, pages.keys, pages.values)
+    results = forward_only("flash_attn_varlen_func with a block_table", results, inputs)
+    return results if options.return_attn_probs else results[0]
+
+
+def _seen_tokens(q: Tensor, pages: Pages, sequences: Varlen, options: Options) -> tuple[Tensor, Tensor]:
+    """Keys and values packed; those that no query sees hold anything, since their pages need not be there."""
+    total = int(sequences.lengths_k.sum())
+    intervals = _packed_mask(sequences, q, options).intervals(1, len(q), total, q.device)
+    return pages.packed(sequences.cu_seqlens_k, intervals.seen_keys()[0])
+
+
+def _is_decoding_step(pages: Pages, sequences: Varlen, options: Options) -> bool:
+    """Whether all sequences have equally many queries, and few, and nobody says which backend is to run."""
+    config, queries = current_config(), sequences.lengths_q
+    few = len(queries) > 0 and 0 < int(queries.max()) == int(queries.min()) <= MOST_DECODED
+    readable = all(x.stride(3) == 1 for x in (pages.keys, pages.values))
+    return few and readable and options.alibi_slopes is None and config.backend == "auto" and not config.order
+
+
+def _decode(q: Tensor, pages: Pages, sequences: Varlen, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Every sequence is a request, and its queries are its newest tokens."""
+    count, total = len(sequences.lengths_q), int(sequences.lengths_q.sum())
+    lengths = sequences.cu_seqlens_k.to(q.device).diff()
+    out, lse = decode(q[:total].unflatten(0, (count, -1)), pages, lengths, options)
+    behind = len(q) - total  # queries behind the last sequence
+    out = F.pad(out.flatten(0, 1), (0, 0, 0, 0, 0, behind))
+    return out, F.pad(lse.transpose(0, 1).flatten(1), (0, behind), value=float("-inf")), out.new_empty(0)
+
+
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: Options, config: FlashAttentionConfig
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, slopes: Tensor | None, options: Options, config: FlashAttentionConfig
 ) -> tuple[Tensor, Tensor | None]:
     """``(out [B, S, H, Dv], lse [B, H, S])`` for ``[B, S, H, D]``; lse is None if nobody asked for it."""
     result = attention(
@@ -259,7 +316,7 @@ def _attend(
         mask=mask,
         scale=options.softmax_scale,
         softcap=options.softcap,
-        alibi_slopes=options.alibi_slopes,
+        alibi_slopes=slopes,
         return_lse=options.return_attn_probs,
         config=config,
     )
@@ -299,14 +356,19 @@ def _changed(settings: FlashAttentionConfig | FA2Config | FA3Config, **changes):
     return type(settings)(**(vars(settings) | changes))
 
 
-def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Varlen:
+def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> Varlen:
+    """The boundaries of packed sequences as a mask."""
     given = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     for name, cu_seqlens in given.items():
         if not isinstance(cu_seqlens, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor [batch + 1]; got {type(cu_seqlens).__name__}")
     if any(cu_seqlens.is_inference() for cu_seqlens in given.values()):
-        return Varlen(cu_seqlens_q, cu_seqlens_k)  # such tensors do not say when they are written to
-    return _known_sequences(cu_seqlens_q, cu_seqlens_k, cu_seqlens_q._version, cu_seqlens_k._version)
+        sequences = Varlen(cu_seqlens_q, cu_seqlens_k)  # such tensors do not say when they are written to
+    else:
+        sequences = _known_sequences(cu_seqlens_q, cu_seqlens_k, cu_seqlens_q._version, cu_seqlens_k._version)
+    _check_longest("max_seqlen_q", max_seqlen_q, sequences.lengths_q)
+    _check_longest("max_seqlen_k", max_seqlen_k, sequences.lengths_k)
+    return sequences
 
 
 # All layers of a model are given the same cu_seqlens. Checking them waits for the GPU, so it is done once, not once per layer;
@@ -326,11 +388,15 @@ def _check_longest(name: str, max_seqlen: int, lengths: Tensor) -> None:
         raise ValueError(f"{name} must be at least the length of the longest sequence, {longest}; got {max_seqlen}")
 
 
-def _check_packed_slopes(slopes: Tensor | None, sequences: Varlen, total_q: int, total_k: int) -> None:
-    """ALiBi knows the distance of packed tokens only where queries and keys are the same ones."""
-    if slopes is None:
-        return
-    if isinstance(slopes, Tensor) and slopes.dim() == 2:
-        raise NotImplementedError("alibi_slopes [batch, nheads] is not supported for packed sequences; [nheads] is")
-    if total_q != total_k or not torch.equal(sequences.lengths_q, sequences.lengths_k):
-        raise NotImplementedError("alibi_slopes is not supported where cu_seqlens_q differs from cu_seqlens_k")
+def _check_pages(pages: Pages, sequences: Varlen, q: Tensor) -> None:
+    """Whether the table has a row for each sequence, of as many pages as its keys take, and the queries are there."""
+    count, total = len(sequences.lengths_k), int(sequences.lengths_q.sum())
+    check_indices("block_table", pages.table, count, q.device, "[batch, max_num_blocks_per_seq]", ndim=2)
+    longest = int(sequences.lengths_k.max()) if count else 0
+    if longest > pages.capacity:
+        raise ValueError(
+            f"block_table has {pages.table.shape[1]} pages of {pages.keys.shape[1]} tokens for each sequence, but cu_seqlens_k has a "
+            f"sequence of {longest}"
+        )
+    if total > len(q):
+        raise ValueError(f"cu_seqlens_q goes up to {total}, but there are only {len(q)} tokens")

@@ -1,7 +1,7 @@
 """flash_attn's functions for decoding with a cache.
 
-Every cache is seen as pages here: token t of request b lies in page ``table[b, t // page_size]``, at slot ``t % page_size``. A
-contiguous cache has one page for each request, as long as the cache, and ``cache_batch_idx`` is then nothing but its table.
+Every cache is seen as :class:`Pages` here: a contiguous one has one page for each request, as long as the cache, and
+``cache_batch_idx`` is then nothing but its table.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from torch import Tensor
 
 from flashlib.attention import attention
 from flashlib.interop.flash_attn.arguments import Options, check_alike, check_tensors
+from flashlib.interop.flash_attn.pages import Pages, check_indices, check_range, decode, forward_only
 from flashlib.masks import Mask, Window
 from flashlib.rotary import turn_pairs
 from flashlib.spec import AttentionSpec
 
 __all__ = ["flash_attn_combine", "flash_attn_with_kvcache"]
-
-_INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def flash_attn_with_kvcache(
@@ -103,11 +102,10 @@ def flash_attn_with_kvcache(
             cache.write(k, v, before)
             lengths = before + k.shape[1]
         if alibi_slopes is None and leftpad is None:
-            out, lse = _decode(q, cache, lengths, options, num_splits)
+            out, lse = decode(q, cache, lengths, options, num_splits=num_splits)
         else:
             out, lse = _attend_to_copies(q, cache, lengths, leftpad, options)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        out, lse = _ForwardOnly.apply(out, lse, *inputs)
+    out, lse = forward_only("flash_attn_with_kvcache", (out, lse), inputs)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -144,66 +142,28 @@ def flash_attn_combine(
     return out.copy_(whole), lse
 
 
-@dataclass(frozen=True, eq=False)
-class _Cache:
-    """Pages, and which of them each request has.
-
-    Attributes:
-        keys: ``[pages, page_size, nheads_k, headdim]``. values: ``[pages, page_size, nheads_k, headdim_v]``.
-        table: ``[batch, max_pages]``.
-        is_identity: request b has page b and no other, so that nobody need look into the table.
-    """
-
-    keys: Tensor
-    values: Tensor
-    table: Tensor
-    is_identity: bool
-
-    @property
-    def capacity(self) -> int:
-        """How many tokens a request has room for."""
-        return self.table.shape[1] * self.keys.shape[1]
-
-    def write(self, k: Tensor, v: Tensor, before: Tensor) -> None:
-        """Put k and v ``[batch, seqlen_new, nheads_k, headdim]`` behind the tokens that are there."""
-        if not k.shape[1]:
-            return
-        page, slot = self.places(before[:, None] + torch.arange(k.shape[1], device=k.device))
-        _check_range("block_table", page, 0, len(self.keys) - 1, " where new tokens are written")
-        page = torch.where(
-            page < 0, len(self.keys), page
-        )  # which the device refuses; -1 it would take for the last page
-        self.keys[page, slot] = k
-        self.values[page, slot] = v
-
-    def places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Page and slot of the tokens at positions ``[batch, n]``."""
-        page_size = self.keys.shape[1]
-        return self.table.gather(1, positions // page_size).to(torch.int64), positions % page_size
-
-
 def _cache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None, cache_batch_idx: Tensor | None
-) -> _Cache:
+) -> Pages:
     batch, rows = q.shape[0], k_cache.shape[0]
     if block_table is not None:
         if cache_batch_idx is not None:
             raise ValueError("cache_batch_idx must be None where there is a block_table, which says it already")
-        _check_indices("block_table", block_table, q, "[batch, max_num_blocks_per_seq]", ndim=2)
-        return _Cache(k_cache, v_cache, block_table, False)
+        check_indices("block_table", block_table, batch, q.device, "[batch, max_num_blocks_per_seq]", ndim=2)
+        return Pages(k_cache, v_cache, block_table)
     if cache_batch_idx is None:
         if rows < batch:
             raise ValueError(
                 f"k_cache must hold at least as many requests as q, {batch}; got shape {tuple(k_cache.shape)}"
             )
         table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
-        return _Cache(k_cache[:batch], v_cache[:batch], table, True)
-    _check_indices("cache_batch_idx", cache_batch_idx, q, "[batch]")
-    _check_range("cache_batch_idx", cache_batch_idx, 0, rows - 1)
-    return _Cache(k_cache, v_cache, cache_batch_idx[:, None], False)
+        return Pages(k_cache[:batch], v_cache[:batch], table, True)
+    check_indices("cache_batch_idx", cache_batch_idx, batch, q.device, "[batch]")
+    check_range("cache_batch_idx", cache_batch_idx, 0, rows - 1)
+    return Pages(k_cache, v_cache, cache_batch_idx[:, None])
 
 
-def _lengths_before(cache_seqlens: int | Tensor | None, cache: _Cache, new: Tensor | None) -> Tensor:
+def _lengths_before(cache_seqlens: int | Tensor | None, cache: Pages, new: Tensor | None) -> Tensor:
     """How many tokens each request holds before the new ones come: int64 ``[batch]``."""
     batch, capacity = len(cache.table), cache.capacity
     if cache_seqlens is None:
@@ -211,7 +171,7 @@ def _lengths_before(cache_seqlens: int | Tensor | None, cache: _Cache, new: Tens
             raise ValueError("cache_seqlens must say where k is to be written; got None")
         cache_seqlens = capacity
     if isinstance(cache_seqlens, Tensor):
-        _check_indices("cache_seqlens", cache_seqlens, cache.table, "[batch]")
+        check_indices("cache_seqlens", cache_seqlens, batch, cache.table.device, "[batch]")
         known = lengths = cache_seqlens.to(torch.int64)
     else:
         try:
@@ -222,15 +182,15 @@ def _lengths_before(cache_seqlens: int | Tensor | None, cache: _Cache, new: Tens
             raise TypeError(f"cache_seqlens must be an int or a torch.Tensor [batch]; got {cache_seqlens!r}") from None
         lengths = torch.full((batch,), int(known), dtype=torch.int64, device=cache.table.device)
     count = 0 if new is None else new.shape[1]
-    _check_range("cache_seqlens", known, 0, capacity - count, f", where each request has room for {capacity} tokens")
+    check_range("cache_seqlens", known, 0, capacity - count, f", where each request has room for {capacity} tokens")
     return lengths
 
 
-def _leftpad(cache_leftpad: Tensor | None, cache: _Cache, lengths: Tensor) -> Tensor | None:
+def _leftpad(cache_leftpad: Tensor | None, cache: Pages, lengths: Tensor) -> Tensor | None:
     if cache_leftpad is None:
         return None
-    _check_indices("cache_leftpad", cache_leftpad, cache.table, "[batch]")
-    _check_range("cache_leftpad", cache_leftpad, 0, cache.capacity)
+    check_indices("cache_leftpad", cache_leftpad, len(cache.table), cache.table.device, "[batch]")
+    check_range("cache_leftpad", cache_leftpad, 0, cache.capacity)
     return cache_leftpad.to(torch.int64)
 
 
@@ -240,26 +200,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleav
     return turn_pairs(x.transpose(1, 2), cos[positions], sin[positions], interleaved=interleaved).transpose(1, 2)
 
 
-def _decode(q: Tensor, cache: _Cache, lengths: Tensor, options: Options, num_splits: int) -> tuple[Tensor, Tensor]:
-    """Where the pages lie, and split: nothing of the cache is copied."""
-    from flashlib.inference.decode import decode_attention  # it brings Triton
-
-    out, lse = decode_attention(
-        *(x.transpose(1, 2) for x in (q, cache.keys, cache.values)),
-        lengths=lengths,
-        block_table=None if cache.is_identity else cache.table.to(torch.int32),
-        causal=False,
-        window=options.window_size,
-        scale=options.softmax_scale,
-        softcap=options.softcap,
-        num_splits=num_splits,
-        return_lse=True,
-    )
-    return out.transpose(1, 2).contiguous(), lse
-
-
 def _attend_to_copies(
-    q: Tensor, cache: _Cache, lengths: Tensor, leftpad: Tensor | None, options: Options
+    q: Tensor, cache: Pages, lengths: Tensor, leftpad: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Every request's tokens copied so that the last one is the last key: then one bottom-right mask, and one ALiBi, fits all."""
     capacity, device = cache.capacity, q.device
@@ -289,18 +231,6 @@ class _KeysFrom(Mask):
 
     def bounds(self, batch, q_len, kv_len, device):
         return self.start.to(device), torch.full_like(self.start, kv_len, device=device)
-
-
-class _ForwardOnly(torch.autograd.Function):
-    """Results that say so when they are asked for a gradient, where a missing one would pass for 0."""
-
-    @staticmethod
-    def forward(ctx, out: Tensor, lse: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return out.view_as(out), lse.view_as(lse)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        raise NotImplementedError("flash_attn_with_kvcache has no backward pass, here as in flash_attn")
 
 
 def _check_flags(**flags: bool) -> None:
@@ -354,26 +284,6 @@ def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, k: Tensor |
         raise ValueError("rotary_cos and rotary_sin turn new keys and the queries with them; they need k and v")
     if len(cos) < capacity:
         raise ValueError(f"rotary_cos must have a row for each of the cache's {capacity} positions; got {len(cos)}")
-
-
-def _check_indices(name: str, indices: Tensor, like: Tensor, layout: str, ndim: int = 1) -> None:
-    """``[batch, ...]`` integers, with the batch and device of ``like``."""
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor {layout}; got {type(indices).__name__}")
-    if indices.dtype not in _INDEX_DTYPES:
-        raise TypeError(f"{name} must be int32 or int64; got {indices.dtype}")
-    if indices.dim() != ndim or len(indices) != len(like):
-        raise ValueError(f"{name} must be {layout} with batch {len(like)}; got shape {tuple(indices.shape)}")
-    if indices.device != like.device:
-        raise TypeError(f"{name} has device {indices.device}, but q has {like.device}; all must have one")
-
-
-def _check_range(name: str, values: Tensor, low: int, high: int, why: str = "") -> None:
-    """On a GPU this is left to the device: to ask here would wait for it."""
-    if values.is_cuda or not ((values < low) | (values > high)).any():
-        return
-    wrong = int(values[(values < low) | (values > high)][0])
-    raise ValueError(f"{name} must lie between {low} and {high}{why}; got {wrong}")
 
 
 def _check_partials(out_partial: Tensor, lse_partial: Tensor) -> None:

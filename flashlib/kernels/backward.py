@@ -37,7 +37,7 @@ from flashlib.kernels.common import (
 @triton.jit(do_not_specialize=["q_heads", "q_len"])
 def backward_delta(
     p_out, p_do, p_lse, p_dlse, p_lse2, p_delta, stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_row,
-    q_heads, q_len, v_head_dim, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
+    q_heads, q_len, v_head_dim, CHECK_DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """Two numbers per row, fp32 ``[B, Hq, stride_row]``: delta = rowsum(dO * O) - dLSE, and the LSE in base 2.
 
@@ -50,8 +50,8 @@ def backward_delta(
     p_do += i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
     row, padded_row = i_head.to(tl.int64) * q_len, i_head.to(tl.int64) * stride_row
     o_m, o_dv = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
-    b_out = load_tile(p_out, o_m, o_dv, stride_os, o_m < q_len, v_head_dim, True, True).to(tl.float32)
-    b_do = load_tile(p_do, o_m, o_dv, stride_gs, o_m < q_len, v_head_dim, True, True).to(tl.float32)
+    b_out = load_tile(p_out, o_m, o_dv, stride_os, o_m < q_len, v_head_dim, True, CHECK_DV).to(tl.float32)
+    b_do = load_tile(p_do, o_m, o_dv, stride_gs, o_m < q_len, v_head_dim, True, CHECK_DV).to(tl.float32)
     b_delta = tl.sum(b_out * b_do, 1)
     if HAS_DLSE:
         b_delta -= tl.load(p_dlse + row + o_m, mask=o_m < q_len, other=0.0)

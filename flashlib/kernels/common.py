@@ -101,15 +101,15 @@ def place(at, full_first, full_last, PARTIAL: tl.constexpr):
 def load_tile(p_base, o_rows, o_cols, stride_row, m_rows, n_cols, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
     """A tile ``[rows, cols]`` of a matrix, 0 where ``m_rows`` is False and beyond the last column, neither of which is read.
 
-    Checks cost instructions: CHECK_ROWS and CHECK_COLS only where they can matter.
+    Checks cost instructions: CHECK_ROWS and CHECK_COLS only where they can matter (:func:`tile_at` says what CHECK_COLS counts).
     """
-    p_tile = p_base + o_rows.to(tl.int64)[:, None] * stride_row + o_cols[None, :]
+    p_tile, m_cols = tile_at(p_base, o_rows, o_cols, stride_row, n_cols, CHECK_COLS)
     if CHECK_ROWS and CHECK_COLS:
-        return tl.load(p_tile, mask=m_rows[:, None] & (o_cols[None, :] < n_cols), other=0.0)
+        return tl.load(p_tile, mask=m_rows[:, None] & m_cols, other=0.0)
     elif CHECK_ROWS:
         return tl.load(p_tile, mask=m_rows[:, None], other=0.0)
     elif CHECK_COLS:
-        return tl.load(p_tile, mask=o_cols[None, :] < n_cols, other=0.0)
+        return tl.load(p_tile, mask=m_cols, other=0.0)
     else:
         return tl.load(p_tile)
 
@@ -117,11 +117,26 @@ def load_tile(p_base, o_rows, o_cols, stride_row, m_rows, n_cols, CHECK_ROWS: tl
 @triton.jit
 def store_tile(p_base, b_tile, o_rows, o_cols, stride_row, n_rows, n_cols, CHECK_COLS: tl.constexpr):
     """Write a tile whose columns are contiguous, inside the matrix's edges."""
-    p_tile = p_base + o_rows.to(tl.int64)[:, None] * stride_row + o_cols[None, :]
+    p_tile, m_cols = tile_at(p_base, o_rows, o_cols, stride_row, n_cols, CHECK_COLS)
     m_tile = o_rows[:, None] < n_rows
     if CHECK_COLS:
-        m_tile = m_tile & (o_cols[None, :] < n_cols)
+        m_tile = m_tile & m_cols
     tl.store(p_tile, b_tile.to(p_base.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def tile_at(p_base, o_rows, o_cols, stride_row, n_cols, CHECK_COLS: tl.constexpr):
+    """Pointers to a tile, and which of its columns lie inside the matrix.
+
+    CHECK_COLS is 0 where all do. Otherwise rows begin, and the matrix ends, at multiples of so many columns. Triton finds that out for
+    itself only for multiples of 16; told so, it moves that many columns at once.
+    """
+    p_tile = p_base + o_rows.to(tl.int64)[:, None] * stride_row + o_cols[None, :]
+    m_cols = o_cols[None, :] < n_cols
+    if CHECK_COLS:
+        p_tile = tl.multiple_of(p_tile, (1, CHECK_COLS * (p_base.dtype.element_ty.primitive_bitwidth // 8)))
+        m_cols = tl.max_constancy(m_cols, (1, CHECK_COLS))
+    return p_tile, m_cols
 
 
 @triton.jit

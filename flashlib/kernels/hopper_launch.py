@@ -14,6 +14,7 @@ from flashlib.kernels.launch import (
     Launch,
     batch_stride,
     blocks,
+    checked_channels,
     empty_results,
     padded,
     row_ranges_launch,
@@ -175,7 +176,7 @@ def prepare_launch(
             "WIDTH": padded(tiles.block_m),
             "BLOCK_N": tiles.block_n,
         },
-        **{"BLOCK_DV": padded(v_head_dim), "CHUNK": PREPARE_CHUNK},
+        **{"CHECK_DV": checked_channels(v), "BLOCK_DV": padded(v_head_dim), "CHUNK": PREPARE_CHUNK},
     }
     return Launch(hopper_prepare, (row_blocks + key_tiles, entries), arguments), prepared
 

@@ -21,7 +21,7 @@ from flashlib.kernels.common import key_ranges, load_tile, store_tile
 def hopper_prepare(
     p_start, p_stop, p_v, p_tiles, p_blanked, p_flags, stride_interval, stride_tiles, stride_flags, stride_vb, stride_vh, stride_vs,
     stride_bb, stride_bh, stride_bs, batch, entries, kv_heads, q_len, kv_len, v_head_dim, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """For each block of rows, which tiles of keys it needs; for each tile of keys, whether some of them are seen by no row.
 
@@ -54,8 +54,8 @@ def hopper_prepare(
             for _ in range(i_e, batch, entries):
                 p_tile, p_copy = p_v, p_blanked
                 for _ in range(0, kv_heads):
-                    b_v = load_tile(p_tile, o_n, o_dv, stride_vs, m_keys, v_head_dim, True, True)
-                    store_tile(p_copy, b_v, o_n, o_dv, stride_bs, kv_len, v_head_dim, True)
+                    b_v = load_tile(p_tile, o_n, o_dv, stride_vs, m_keys, v_head_dim, True, CHECK_DV)
+                    store_tile(p_copy, b_v, o_n, o_dv, stride_bs, kv_len, v_head_dim, CHECK_DV)
                     p_tile += stride_vh
                     p_copy += stride_bh
                 p_v += tl.cast(stride_vb, tl.int64) * entries

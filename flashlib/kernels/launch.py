@@ -6,6 +6,7 @@ compiles it for a GPU that need not be there.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -113,8 +114,8 @@ class KernelOptions:
             "softcap": self.softcap,
             "head_dim": head_dim,
             "v_head_dim": v_head_dim,
-            "CHECK_D": head_dim != padded(head_dim),
-            "CHECK_DV": v_head_dim != padded(v_head_dim),
+            "CHECK_D": checked_channels(q, k),
+            "CHECK_DV": checked_channels(v),
             "BLOCK_D": padded(head_dim),
             "BLOCK_DV": padded(v_head_dim),
             "MASK": self.mask_kind,
@@ -220,6 +221,7 @@ class BackwardTensors:
             **strides(q=self.q, k=self.k, v=self.v, g=self.grad_out),
             "stride_row": self.rows.shape[3],
             **options.arguments(self.q, self.k, self.v),
+            "CHECK_DV": checked_channels(self.v, self.grad_out),
         }  # fmt: skip
 
 
@@ -258,7 +260,12 @@ def delta_launch(out: Tensor, lse: Tensor, grad_lse: Tensor | None, tensors: Bac
         **{"p_lse": lse.contiguous(), "p_dlse": None if grad_lse is None else grad_lse.contiguous()},
         **{"p_lse2": tensors.rows[0], "p_delta": tensors.rows[1], "stride_row": tensors.rows.shape[3]},
         **{"q_heads": q_heads, "q_len": q_len, "v_head_dim": v_head_dim},
-        **{"BLOCK_DV": padded(v_head_dim), "BLOCK_M": block_m, "HAS_DLSE": grad_lse is not None},
+        **{
+            "CHECK_DV": checked_channels(out, tensors.grad_out),
+            "BLOCK_DV": padded(v_head_dim),
+            "BLOCK_M": block_m,
+            "HAS_DLSE": grad_lse is not None,
+        },
     }
     return Launch(backward_delta, (tensors.rows.shape[3] // block_m * batch * q_heads,), arguments)
 
@@ -322,7 +329,8 @@ def choose_tiles(
         launches: what is timed to find out, for given tiles.
     """
     widest = max(q.shape[3], v.shape[3])
-    tiles = tile_config(kernel, q.dtype, widest, capability_of(q.device), crowded=options.crowded)
+    features = {"crowded": options.crowded, "alibi_by_row": options.alibi_kind == BY_ROW}
+    tiles = tile_config(kernel, q.dtype, widest, capability_of(q.device), **features)
     if not searches(options.autotune, q.device):
         return tiles
     problem = Problem.of(kernel, q, options.arguments(q, k, v))
@@ -363,6 +371,17 @@ def batch_stride(x: Tensor | None) -> int:
 def padded(head_dim: int) -> int:
     """The tile width for a head_dim: the next power of two, at least 16, the least a tensor core takes."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def checked_channels(*tensors: Tensor) -> int:
+    """0 if tiles are as wide as the tensors' head_dim, so that no channel need be checked. Otherwise the rows of all of them begin, and
+    end, at multiples of so many channels, at most 16 bytes: what a thread can move at once.
+    """
+    first = tensors[0]
+    if first.shape[3] == padded(first.shape[3]):
+        return 0
+    begins = [at for x in tensors for at in (x.data_ptr() // x.element_size(), *strides(x=x).values())]
+    return math.gcd(16 // first.element_size(), first.shape[3], *begins)
 
 
 def blocks(length: int, block: int) -> int:

@@ -13,7 +13,7 @@ from flashlib.masks import KeyLengths, Window
 
 HEADS = ((1, 1), (2, 2), (4, 2), (8, 1), (9, 3), (16, 1))
 HEAD_DIMS = (8, 40, 64, 111, 128)
-PAGE_SIZES = (None, None, 1, 3, 16, 64, 128)
+PAGE_SIZES = (None, None, 1, 3, 4, 16, 64, 128)
 NO_PAGE = 123_456_789  # stands where the block table must not be looked at
 
 

@@ -14,6 +14,11 @@ import triton.language as tl
 from flashlib.kernels.combine import merge_splits, store_rows
 from flashlib.kernels.common import LN_2, LOG2_E, cap, load_tile, score_unit
 
+# How a tile of keys lies in pages.
+IN_A_PAGE = tl.constexpr(0)  # in a single one, as all tiles of a contiguous cache do
+OF_PAGES = tl.constexpr(1)  # it is several whole pages
+ACROSS_PAGES = tl.constexpr(2)  # it may begin and end anywhere in a page
+
 
 @triton.jit(
     do_not_specialize=[
@@ -26,13 +31,13 @@ def decode_split(
     q_heads, q_len, row_blocks, n_rows, capacity, fewest_splits, split_size, left, right, scale, softcap, head_dim, v_head_dim,
     CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    WHOLE_TILES: tl.constexpr, FIXED_SIZE: tl.constexpr, MERGE: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
+    TILE: tl.constexpr, FIXED_SIZE: tl.constexpr, MERGE: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one request and KV head, for ``BLOCK_M`` of the query rows that see them.
 
-    PAGE_SIZE is 0 for a contiguous cache. WHOLE_TILES says that no tile of keys lies in more than one page. With MERGE the last program
-    to finish merges the splits; without it they are left for :func:`flashlib.kernels.combine.combine`.
+    PAGE_SIZE is 0 for a contiguous cache. TILE says how tiles of keys lie in pages: IN_A_PAGE, OF_PAGES or ACROSS_PAGES. With MERGE the
+    last program to finish merges the splits; without it they are left for :func:`flashlib.kernels.combine.combine`.
     """
     i_m, i_kv = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
     i_split, i_b = tl.program_id(1), tl.program_id(2)
@@ -63,7 +68,7 @@ def decode_split(
     p_v += i_kv.to(tl.int64) * stride_vh
     if PAGE_SIZE > 0:
         p_table += i_b.to(tl.int64) * stride_table
-    page = pages_of(p_table, i_b, begin, o_n, first, end, PAGE_SIZE, WHOLE_TILES)
+    page = pages_of(p_table, i_b, begin, first, end, PAGE_SIZE, TILE, BLOCK_N)
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # summed over the keys once, at the end
     b_acc = tl.zeros([BLOCK_DV, BLOCK_M], tl.float32)
@@ -73,7 +78,7 @@ def decode_split(
         # Keys that none of these rows see are not read: they count as 0.
         m_keys = (o_keys >= first) & (o_keys < end)
         # k [BLOCK_N, BLOCK_D], s [BLOCK_N, BLOCK_M]
-        b_k = load_keys(p_k, page, n, o_n, o_d, stride_kb, stride_ks, m_keys, head_dim, PAGE_SIZE, WHOLE_TILES, CHECK_D)
+        b_k = load_keys(p_k, page, n, o_d, stride_kb, stride_ks, m_keys, head_dim, PAGE_SIZE, TILE, BLOCK_N, CHECK_D)
         b_s = cap(tl.dot(b_k, b_q, input_precision=PRECISION), scale, softcap, SOFTCAP)
         m_pairs = (o_keys[:, None] >= start[None, :]) & (o_keys[:, None] < tl.minimum(stop, end)[None, :])
         b_s = tl.where(m_pairs, b_s, float("-inf"))
@@ -86,10 +91,10 @@ def decode_split(
         rescale = tl.exp2((b_m - pivot) * (unit * LOG2_E))
         b_l = b_l * rescale[None, :] + b_p
         b_v = load_keys(
-            p_v, page, n, o_n, o_dv, stride_vb, stride_vs, m_keys, v_head_dim, PAGE_SIZE, WHOLE_TILES, CHECK_DV
+            p_v, page, n, o_dv, stride_vb, stride_vs, m_keys, v_head_dim, PAGE_SIZE, TILE, BLOCK_N, CHECK_DV
         )
         # The next tile's pages are looked up while this one is worked on.
-        page = pages_of(p_table, i_b, n + BLOCK_N, o_n, first, end, PAGE_SIZE, WHOLE_TILES)
+        page = pages_of(p_table, i_b, n + BLOCK_N, first, end, PAGE_SIZE, TILE, BLOCK_N)
         b_acc = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_acc * rescale[None, :], input_precision=PRECISION)
         b_m = m_new
 
@@ -175,30 +180,41 @@ def splits_of(first, last, fewest_splits, split_size, BLOCK_N: tl.constexpr, FIX
 
 
 @triton.jit
-def pages_of(p_table, i_b, n, o_n, first, end, PAGE_SIZE: tl.constexpr, WHOLE_TILES: tl.constexpr):
-    """The page of the tile of keys that begins at ``n``, or the page of each of its keys, if they may lie in several.
+def pages_of(
+    p_table, i_b, n, first, end, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The page of the tile of keys that begins at ``n``; or the pages that make it up, in order; or the page of each of its keys.
 
     A contiguous cache is one page per request. Entries for keys that are not visible are not read: their pages may be gone.
     """
     if PAGE_SIZE == 0:
         return i_b
-    elif WHOLE_TILES:
+    elif TILE == IN_A_PAGE:
         return tl.load(p_table + n // PAGE_SIZE, mask=n < end, other=0)
+    elif TILE == OF_PAGES:
+        o_keys = n + tl.arange(0, BLOCK_N)
+        p_pages = p_table + n // PAGE_SIZE + tl.arange(0, BLOCK_N) // PAGE_SIZE
+        return tl.load(p_pages, mask=(o_keys >= first) & (o_keys < end), other=0)
     else:
-        o_keys = n + o_n
+        o_keys = n + tl.arange(0, BLOCK_N)
         return tl.load(p_table + o_keys // PAGE_SIZE, mask=(o_keys >= first) & (o_keys < end), other=0)
 
 
 @triton.jit
 def load_keys(
-    p_base, page, n, o_n, o_cols, stride_page, stride_key, m_keys, n_cols, PAGE_SIZE: tl.constexpr, WHOLE_TILES: tl.constexpr,
-    CHECK_COLS: tl.constexpr,
+    p_base, page, n, o_cols, stride_page, stride_key, m_keys, n_cols, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHECK_COLS: tl.constexpr,
 ):  # fmt: skip
     """A tile ``[keys, cols]`` of K or V, 0 where ``m_keys`` is False and beyond the last column, neither of which is read."""
-    if WHOLE_TILES:
+    o_n = tl.arange(0, BLOCK_N)
+    if TILE == IN_A_PAGE:
         slot = n if PAGE_SIZE == 0 else n % PAGE_SIZE
         p_tile = p_base + page.to(tl.int64) * stride_page + slot.to(tl.int64) * stride_key
         return load_tile(p_tile, o_n, o_cols, stride_key, m_keys, n_cols, True, CHECK_COLS)
+    elif TILE == OF_PAGES:
+        o_slots = (o_n % PAGE_SIZE).to(tl.int64) * stride_key
+        o_keys = page.to(tl.int64) * stride_page + o_slots
+        return load_tile(p_base, o_keys, o_cols, 1, m_keys, n_cols, True, CHECK_COLS)
     else:
         o_keys = page.to(tl.int64) * stride_page + ((n + o_n) % PAGE_SIZE).to(tl.int64) * stride_key
         return load_tile(p_base, o_keys, o_cols, 1, m_keys, n_cols, True, CHECK_COLS)

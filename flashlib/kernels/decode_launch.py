@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from flashlib.kernels.launch import Launch, blocks, padded, readable, strides
+from flashlib.kernels.launch import Launch, blocks, checked_channels, padded, readable, strides
 from flashlib.kernels.tiles import TileConfig, capability_of, multiprocessors
 
 __all__ = [
@@ -33,6 +34,8 @@ DECODE_TABLE = {
     8: {64: TileConfig(32, 64, 4, 3), 128: TileConfig(16, 32, 4, 3), 256: TileConfig(16, 16, 4, 3)},
 }
 DECODE_FP32 = TileConfig(16, 16, 4, 1)
+
+IN_A_PAGE, OF_PAGES, ACROSS_PAGES = 0, 1, 2  # as in flashlib.kernels.decode
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,6 @@ def decode_launches(
     split_size = options.split_size or max(blocks(most_keys(q_len, capacity, options.left), options.num_splits), 1)
     programs = batch * kv_heads * row_blocks * options.num_splits
     tiles = tiles or (deeper(chosen, programs, split_size, q.device) if max(head_dim, v_head_dim) <= 128 else chosen)
-    aligned = options.split_size is None or options.split_size % tiles.block_n == 0
     splits_kept = options.num_splits if options.num_splits > 1 or not options.merge_in_kernel else 0
     partial_out = q.new_empty((splits_kept, *out.shape), dtype=torch.float32)
     partial_lse = q.new_empty((splits_kept, *lse.shape), dtype=torch.float32)
@@ -112,12 +114,12 @@ def decode_launches(
         "fewest_splits": options.fewest_splits or options.num_splits,
         "split_size": split_size,
         "left": options.left or 0, "right": options.right or 0, "scale": options.scale, "softcap": options.softcap,
-        "head_dim": head_dim, "v_head_dim": v_head_dim, "CHECK_D": head_dim != block_d, "CHECK_DV": v_head_dim != block_dv,
+        "head_dim": head_dim, "v_head_dim": v_head_dim, "CHECK_D": checked_channels(q, k), "CHECK_DV": checked_channels(v),
         "BLOCK_D": block_d, "BLOCK_DV": block_dv, "GROUP_SIZE": q_heads // kv_heads,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
         "HAS_LEFT": options.left is not None, "HAS_RIGHT": options.right is not None, "SOFTCAP": options.softcap > 0,
         "PAGE_SIZE": 0 if table is None else page_size,
-        "WHOLE_TILES": table is None or (page_size % tiles.block_n == 0 and aligned),
+        "TILE": IN_A_PAGE if table is None else tile_in_pages(page_size, tiles.block_n, options.split_size),
         "FIXED_SIZE": options.split_size is not None, "MERGE": options.merge_in_kernel,
         "MERGE_ROWS": merge_rows, "MERGE_SPLITS": merged_at_once(merge_rows, v_head_dim), "PRECISION": options.precision,
     }  # fmt: skip
@@ -135,6 +137,14 @@ def deeper(tiles: TileConfig, programs: int, split_size: int, device: torch.devi
     """
     alone = device.type == "cuda" and programs <= multiprocessors(device) and split_size >= DEEPER_FROM
     return replace(tiles, num_stages=tiles.num_stages + 1) if alone else tiles
+
+
+def tile_in_pages(page_size: int, block_n: int, split_size: int | None) -> int:
+    """How tiles of ``block_n`` keys lie in pages. Those of a split follow one another from where it begins."""
+    step = block_n if split_size is None else math.gcd(block_n, split_size)  # every tile begins at a multiple of this
+    if page_size % block_n == 0 and step == block_n:
+        return IN_A_PAGE
+    return OF_PAGES if block_n % page_size == 0 and step % page_size == 0 else ACROSS_PAGES
 
 
 def most_keys(q_len: int, capacity: int, left: int | None) -> int:

@@ -55,7 +55,7 @@ def random_problem(
     layouts=(LAYOUTS,) * 3,
     rule=None,
     softcaps=SOFTCAPS,
-    alibi=(False, False, False, False, True),
+    alibi=(None,) * 8 + ("heads", "rows"),
     device="cpu",
 ) -> Problem:
     """A problem whose every choice is drawn from the list given for it. What is not listed here is free.
@@ -64,6 +64,7 @@ def random_problem(
         kv_lengths, v_head_dims: None for those of the queries, and often the very same number.
         layouts: names of :data:`LAYOUTS` for q, k and v.
         rule: gives the options ``mask`` and ``causal`` from ``(rng, batch, q_len, kv_len)``; None for any.
+        alibi: None for no slopes, "heads" for slopes that rows share, "rows" for others in each row.
     """
     generator = torch.Generator(device=device).manual_seed(rng.getrandbits(48))
     dtype = rng.choice(dtypes)
@@ -84,9 +85,13 @@ def random_problem(
     if rng.random() < 0.3:
         options["scale"] = rng.choice((0.05, 1.0))
     options["softcap"] = rng.choice(softcaps)
-    if rng.choice(alibi):
-        shape = (q_heads,) if rng.random() < 0.5 else (batch, q_heads)
-        options["alibi_slopes"] = torch.rand(shape, generator=generator, device=device)
+    slopes = rng.choice(alibi)
+    if slopes:
+        shapes = {
+            "heads": ((q_heads,), (batch, q_heads)),
+            "rows": ((1, q_heads, q_len), (batch, q_heads, q_len)),
+        }
+        options["alibi_slopes"] = torch.rand(rng.choice(shapes[slopes]), generator=generator, device=device)
     problem = Problem(q, k, v, options)
     if rng.random() < 0.6:
         poison(problem, rng)

@@ -83,7 +83,7 @@ class Problem:
         dtype: such as "bfloat16". head_dim, v_head_dim: padded to the widths of tiles.
         programs, q_len, kv_len: heads of the whole batch, and lengths, each rounded up to a power of two.
         group_size: query heads per KV head.
-        features: the compile-time switches that are on, such as "HAS_RIGHT".
+        features: the kinds of mask and ALiBi, and the compile-time switches that are on, such as "HAS_RIGHT".
     """
 
     kernel: str
@@ -99,9 +99,10 @@ class Problem:
     @classmethod
     def of(cls, kernel: str, q: torch.Tensor, arguments: dict) -> Problem:
         """From the arguments that all attention kernels share (:meth:`flashlib.kernels.launch.KernelOptions.arguments`)."""
-        switches = ("HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "ALIBI")
+        switches = ("HAS_LEFT", "HAS_RIGHT", "SOFTCAP")
         features = [
             f"MASK={arguments['MASK']}",
+            f"ALIBI={arguments['ALIBI']}",
             *(name for name in switches if arguments[name]),
             arguments["PRECISION"],
         ]

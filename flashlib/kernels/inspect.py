@@ -125,6 +125,7 @@ def inspect(
     intervals: bool = False,
     softcap: float = 0.0,
     alibi: bool = False,
+    alibi_by_row: bool = False,
     tiles: TileConfig | dict[str, TileConfig] | None = None,
 ) -> list[KernelReport]:
     """Compile the kernels of one pass for a GPU that need not be there.
@@ -135,6 +136,7 @@ def inspect(
         arch: one of :data:`ARCHITECTURES`.
         dtype: fp16, bf16 or fp32. head_dim, v_head_dim: at most 256.
         causal, window, softcap, alibi: features, as in :func:`flashlib.attention`.
+        alibi_by_row: compile for ALiBi whose slope and offset are each row's own, as in packed sequences of unequal lengths.
         intervals: compile for a mask given as row intervals, as all but causal masks and windows are.
         tiles: tile sizes instead of the table's: one for "forward", or by kernel, "forward", "dkdv" and "dq".
 
@@ -154,11 +156,13 @@ def inspect(
     spec = AttentionSpec.from_tensors(q, k, v, mask=Window(*window) if window else None, causal=causal, softcap=softcap)
     options = KernelOptions.from_spec(spec)
     rows = torch.empty(2, 1024, dtype=torch.int32, device="meta") if intervals else None
-    slopes = torch.empty(1, 4, device="meta") if alibi else None
-    options = KernelOptions(rows, rows, options.left, options.right, slopes, None, options.scale, softcap)
+    slopes, offsets = (torch.empty(1, 4, device="meta") if alibi else None), None
+    if alibi_by_row:
+        slopes, offsets = torch.empty(2, 4, 1024, device="meta"), torch.empty(2, 1024, dtype=torch.int32, device="meta")
+    options = KernelOptions(rows, rows, options.left, options.right, slopes, offsets, options.scale, softcap)
     widest, capability = max(head_dim, v.shape[3]), int(arch.removeprefix("sm_")) // 10
     table = {
-        name: tile_config(name, dtype, widest, capability, crowded=options.crowded)
+        name: tile_config(name, dtype, widest, capability, crowded=options.crowded, alibi_by_row=alibi_by_row)
         for name in ("forward", "dkdv", "dq")
     }
     tiles = table | ({kernel: tiles} if isinstance(tiles, TileConfig) else tiles or {})

@@ -106,6 +106,8 @@ CROWDED = {
         "dkdv": {64: TileConfig(32, 64, 4, 2), 128: TileConfig(32, 64, 8, 2)},
     },
 }
+# And where each row has its own slope and offset of ALiBi.
+BY_ROW = {9: {"forward": {64: TileConfig(128, 64, 8, 3)}}, 8: {}}
 # fp32 products are done without tensor cores (IEEE), from operands in registers: the wider the head, the smaller the tile.
 FP32 = {
     "forward": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(16, 32, 8, 1), 256: TileConfig(16, 16, 8, 1)},
@@ -115,7 +117,13 @@ FP32 = {
 
 
 def tile_config(
-    kernel: str, dtype: torch.dtype, head_dim: int, capability: int, *, crowded: bool = False
+    kernel: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: int,
+    *,
+    crowded: bool = False,
+    alibi_by_row: bool = False,
 ) -> TileConfig:
     """Tile sizes of ``kernel`` ("forward", "dkdv" or "dq") from the table.
 
@@ -123,12 +131,15 @@ def tile_config(
         head_dim: the wider of D and Dv, at most 256.
         capability: the major number of the GPU's compute capability (:func:`capability_of`).
         crowded: whether there are row intervals, a softcap or ALiBi.
+        alibi_by_row: whether each row has its own slope and offset of ALiBi.
     """
     width = next(width for width in (64, 128, 256) if head_dim <= width)
     if dtype == torch.float32:
         return FP32[kernel][width]
     major = 8 if capability < 9 else 9
-    exceptions = CROWDED[major].get(kernel, {}) if crowded else {}
+    exceptions = dict(CROWDED[major].get(kernel, {})) if crowded else {}
+    if alibi_by_row:
+        exceptions |= BY_ROW[major].get(kernel, {})
     return exceptions.get(width) or TABLE[major][kernel][width]
 
 

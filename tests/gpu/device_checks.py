@@ -170,6 +170,7 @@ def graphs(out: Path, seed: int, replays: int = 3) -> Record:
         "window, softcap": {"mask": masks.Window(length // 8, 0), "softcap": 5.0},
         "packed causal": {"mask": packed & masks.Causal(packed.offset(length, DEVICE))},
         "ALiBi": {"alibi_slopes": slopes},
+        "packed, ALiBi": {"mask": packed, "alibi_slopes": slopes},
     }
     for (name, options), head_dim in ((case, head_dim) for case in cases.items() for head_dim in (64, 128)):
         shapes = [(2, heads, length, head_dim) for heads in (4, 2, 2, 4)]

@@ -33,7 +33,9 @@ class FeatureSet:
 
     Attributes:
         mask: the kind that a kernel knows: "none", "left", "right" or "both" (a band with those ends), or "intervals".
-        softcap, alibi: whether there is one. grouped: whether query heads share keys.
+        softcap: whether there is one. grouped: whether query heads share keys.
+        alibi: "no"; "heads", slopes that rows share, which sit bottom-right; "rows", slopes of each row; or "offsets", slopes that rows
+            share, which sit where the mask says.
         strides: "aligned", all multiples of 16; "rows odd", those of rows are not, but those of heads and batch entries are;
             "odd", none of some tensor's is.
         layouts: of q, k and v, in memory; any that keep strides aligned where they are.
@@ -47,7 +49,7 @@ class FeatureSet:
     v_head_dim: int
     mask: str
     softcap: bool
-    alibi: bool
+    alibi: str
     grouped: bool
     strides: str
     layouts: tuple[str, str, str] | None
@@ -69,7 +71,9 @@ class FeatureSet:
             # With widths that are multiples of 16 only a slice of something wider has other strides.
             layouts = tuple(rng.choice(("heads_first", "rows_first", "transposed", "sliced")) for _ in "qkv")
         few = dtype != torch.float32 and max(head_dim, v_head_dim) <= 64
-        features = {"mask": rng.choice(MASKS), "softcap": rng.random() < 0.25, "alibi": rng.random() < 0.2}
+        mask, softcap = rng.choice(MASKS), rng.random() < 0.25
+        alibi = rng.choice(("heads", "rows", "offsets") if mask == "intervals" else ("heads", "rows"))
+        features = {"mask": mask, "softcap": softcap, "alibi": alibi if rng.random() < 0.25 else "no"}
         many_keys = few and strides == "aligned" and rng.random() < 0.4
         many_heads = strides == "aligned" and not many_keys and rng.random() < 0.3
         return cls(dtype, head_dim, v_head_dim, **features, grouped=grouped, strides=strides, layouts=layouts, heads=heads,
@@ -94,7 +98,7 @@ class FeatureSet:
             layouts=[(name,) for name in self.layouts] if self.layouts else (ALIGNED,) * 3,
             rule=self._rule,
             softcaps=(0.5, 5.0, 30.0) if self.softcap else (0.0,),
-            alibi=(self.alibi,),
+            alibi=({"no": None, "offsets": "heads"}.get(self.alibi, self.alibi),),
             device=device,
         )
 
@@ -110,7 +114,11 @@ class FeatureSet:
             return {"mask": masks.Window(left, right)} | rng.choice(({}, {"causal": True}))
         while True:
             options = random_rule(rng, batch, q_len, kv_len)
-            if options["mask"] is not None and options["mask"].band() is None:
+            mask = options["mask"]
+            if mask is None or mask.band() is not None:
+                continue
+            says_where = mask.row_offsets(batch, q_len, kv_len, torch.device("cpu")) is not None
+            if self.alibi in ("no", "rows") or says_where == (self.alibi == "offsets"):
                 return options
 
     def cost(self) -> float:
@@ -124,7 +132,8 @@ class FeatureSet:
             **{"dtype": str(self.dtype).removeprefix("torch."), "head_dim": head_dims, "mask": self.mask},
             **{
                 name: "yes" if getattr(self, name) else "no"
-                for name in ("softcap", "alibi", "grouped", "many_keys", "many_heads")
+                for name in ("softcap", "grouped", "many_keys", "many_heads")
             },
             "strides": self.strides,
+            "alibi": self.alibi,
         }

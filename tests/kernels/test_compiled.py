@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flashlib.kernels.inspect import ARCHITECTURES, KernelReport, inspect
-from flashlib.kernels.tiles import CROWDED
+from flashlib.kernels.tiles import BY_ROW, CROWDED
 
 ARCHS = ("sm_80", "sm_90")
 FEATURES = {
@@ -45,7 +45,8 @@ def test_the_hopper_kernel_of_dk_and_dv_fits(head_dim, feature, parked):
 
 
 # What asks for the most registers, and what does so while the problem does not yet count as crowded.
-MOST = {"intervals": True, "softcap": 30.0, "alibi": True}
+MOST = {"intervals": True, "softcap": 30.0, "alibi_by_row": True}
+MOST_BY_HEAD = {"intervals": True, "softcap": 30.0, "alibi": True}
 UNCROWDED = {"window": (256, 0)}
 SAMPLES = 6
 
@@ -54,8 +55,11 @@ def fixed_cases() -> list[tuple[str, dict]]:
     """Every tile of the tables, each under what asks most of it."""
     cases = []
     for arch, kernel, head_dim in product(ARCHS, ("backward", "forward"), (64, 128, 256)):
-        exceptions = CROWDED[8 if arch == "sm_80" else 9].get("forward" if kernel == "forward" else "dkdv", {})
-        for features in (MOST, UNCROWDED) if head_dim in exceptions else (MOST,):
+        by_row, crowded = (
+            head_dim in table[8 if arch == "sm_80" else 9].get("forward" if kernel == "forward" else "dkdv", {})
+            for table in (BY_ROW, CROWDED)
+        )
+        for features in (MOST, *[MOST_BY_HEAD] * by_row, *[UNCROWDED] * crowded):
             cases.append((kernel, {"arch": arch, "head_dim": head_dim, **features}))
     return cases
 
@@ -63,7 +67,7 @@ def fixed_cases() -> list[tuple[str, dict]]:
 def random_case(rng: random.Random) -> tuple[str, dict]:
     features = dict(rng.choice(list(FEATURES.values())))
     features |= {"softcap": 30.0} if rng.random() < 0.5 else {}
-    features |= {"alibi": True} if rng.random() < 0.5 else {}
+    features |= rng.choice(({}, {"alibi": True}, {"alibi_by_row": True}))
     dtype = rng.choice((torch.float16, torch.bfloat16))
     head_dim = rng.choice((64, 80, 96, 128, 256))
     kernel = rng.choice(("forward", "backward"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import reduce
 
@@ -157,8 +158,10 @@ def attention_naive(scores: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tens
 
 
 def attention_terms(scores: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Blocks may be merged by their lse, which every merge then rounds."""
     lse = finite(attention64(scores, v)[1])[:, None]
-    weights = torch.exp(scores - lse) * (1 + lse.abs() + finite(scores).abs())
+    blocks = math.ceil(scores.shape[1] / block)
+    weights = blocks * torch.exp(scores - lse) * (1 + lse.abs() + finite(scores).abs())
     return weights @ v.abs(), weights.sum(-1)
 
 

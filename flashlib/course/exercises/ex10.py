@@ -17,6 +17,7 @@ from flashlib.course.exercises.pieces import (
     combine64,
     fold_budget,
     from_largest,
+    merged_budget,
     weighted,
     with_pivot,
 )
@@ -496,12 +497,9 @@ def exact_decoding(q, k, v, lengths, num_splits, block, scale=None) -> tuple[Ten
 
 
 def decoding_budget(q, k, v, lengths, num_splits, block, scale=None) -> tuple[float, float]:
-    """Attention's, and what rounding the lse of every split adds: it is an exponent when the splits are combined."""
     k, v = k.nan_to_num(), v.nan_to_num()
-    allowed = reference.error_budget(q[:, :, None], k, v, mask=KeyLengths(lengths), scale=scale)
-    lse = exact_decoding(q, k, v, lengths, num_splits, block, scale)[1]
-    rounding = torch.finfo(torch.float32).eps * float(lse[lse.isfinite()].abs().max()) if lse.isfinite().any() else 0.0
-    return allowed.out + 2 * rounding * float(v.abs().max()), allowed.lse + 2 * rounding
+    allowed = merged_budget(q[:, :, None], k, v, num_splits, mask=KeyLengths(lengths), scale=scale)
+    return allowed.out, allowed.lse
 
 
 @lru_cache(maxsize=1)  # of the tensors of one call, for all the mistakes that it is compared with

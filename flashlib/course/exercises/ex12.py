@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashlib import reference
 from flashlib.course.exercises.ex03 import times_read
-from flashlib.course.exercises.pieces import combine64
+from flashlib.course.exercises.pieces import combine64, merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_scores_along
 from flashlib.course.grader.sandbox.session import Reply
@@ -64,7 +64,8 @@ def injected_budget(q, k, v, k_memory, v_memory, chunk_size, alpha=1.0, mode="bl
     if alpha == 0:
         return local
     *problem, scale = whole(q, k, v, k_memory, v_memory, math.log(alpha) if mode == "gate" else 0.0)
-    budget = reference.error_budget(*problem, causal=True, scale=scale).out
+    pieces = 1 + math.ceil(k_memory.shape[1] / chunk_size)
+    budget = merged_budget(*problem, pieces, causal=True, scale=scale).out
     return budget if mode == "gate" else (1 - alpha) * local + alpha * budget
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashlib import reference
 from flashlib.course.exercises.ex03 import times_read
-from flashlib.course.exercises.pieces import combine64
+from flashlib.course.exercises.pieces import combine64, merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
 from flashlib.course.grader.trial import Trial
@@ -50,7 +50,8 @@ def exact(q, levels, k, v, lengths) -> tuple[Tensor, Tensor]:
 
 
 def budget(q, levels, k, v, lengths) -> tuple[float, float]:
-    budgets = [reference.error_budget(*of_request(b, q, levels, k, v, lengths), causal=True) for b in requests(q)]
+    problems = [of_request(b, q, levels, k, v, lengths) for b in requests(q)]
+    budgets = [merged_budget(*problem, len(levels) + 1, causal=True) for problem in problems]
     return max(one.out for one in budgets), max(one.lse for one in budgets)
 
 

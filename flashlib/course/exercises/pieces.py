@@ -13,6 +13,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from flashlib import reference
 from flashlib.course.exercises.online_softmax import finite, nonzero
 from flashlib.course.grader.exercise import Misconception, budget_of
 
@@ -50,13 +51,32 @@ def combine_by_lse(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def combine_terms(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Whoever merges one piece after the other rounds what he has with each of them."""
     lse = finite(combine64(outs, lses)[1])
-    weights = torch.exp(lses - lse) * (1 + lse.abs() + finite(lses).abs())
+    weights = len(lses) * torch.exp(lses - lse) * (1 + lse.abs() + finite(lses).abs())
     outs = outs.masked_fill((lses == -torch.inf)[..., None], 0.0)
     return (weights[..., None] * outs.abs()).sum(0), weights.sum(0)
 
 
 fold_budget = budget_of(lambda outs, lses: [combine(outs, lses), combine_by_lse(outs, lses)], combine64, combine_terms)
+
+
+def merged_budget(q: Tensor, k: Tensor, v: Tensor, pieces: int, **options) -> reference.ErrorBudget:
+    """Attention's error budget, for an answer that is merged from so many pieces.
+
+    Every merge rounds the running lse. It is an exponent of what is merged next, so an output that has been through n
+    merges carries n roundings of 1 + |lse|. Naive attention makes none of them, in whatever order it sums.
+
+    Args:
+        q, k, v, **options: as in :func:`flashlib.reference.error_budget`.
+        pieces: tiles, chunks, pages or splits of a row's keys.
+    """
+    budget = reference.error_budget(q, k, v, **options)
+    magnitude, lse = reference.oracle(q, k, v.abs(), **options)
+    rounding = pieces * torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps * (1 + finite(lse).abs())
+    return reference.ErrorBudget(
+        out=budget.out + float((rounding[..., None] * magnitude).max()), lse=budget.lse + float(rounding.max())
+    )
 
 
 def weighted(

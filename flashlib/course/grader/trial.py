@@ -378,7 +378,9 @@ def recognize(
             (_distance(*four) for four in zip(answers, model, exact, budgets, strict=True) if four[1] is not None),
             default=float("inf"),
         )
-        shows = any(m is not None and _error(m, e) > b for m, e, b in zip(model, exact, budgets, strict=True))
+        # A right answer errs by half its budget at most, so this mistake shows, if only just. Were it to show from a whole
+        # budget on, an answer at the edge could be beyond it by a rounding more than its model is, and be called nothing.
+        shows = any(m is not None and _error(m, e) > b / 2 for m, e, b in zip(model, exact, budgets, strict=True))
         if shows and distance < best_distance:
             best, best_distance = mistake, distance
     return best

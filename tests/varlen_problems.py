@@ -63,11 +63,12 @@ class Packed:
     options: dict
     exact: dict
     rng: random.Random
+    page_sizes: tuple[int, ...]
 
     @classmethod
     def draw(
         cls, rng: random.Random, *, alibi: bool, alike: bool = False, dtypes=DTYPES, head_dims=HEAD_DIMS, lengths_q=LENGTHS_Q,
-        lengths_k=LENGTHS_K, device: str = "cpu",
+        lengths_k=LENGTHS_K, page_sizes=PAGE_SIZES, device: str = "cpu",
     ) -> Packed:  # fmt: skip
         """A problem with slopes of both shapes, or without.
 
@@ -91,7 +92,7 @@ class Packed:
         if alibi:
             shape = rng.choice(((heads,), (count, heads)))
             options["alibi_slopes"] = torch.rand(shape, generator=generator, device=device)
-        problem = cls(q, k, v, queries, keys, options, exact, rng)
+        problem = cls(q, k, v, queries, keys, options, exact, rng, page_sizes)
         problem.poison()
         return problem
 
@@ -121,7 +122,7 @@ class Packed:
 
     def paged(self) -> tuple[Tensor, Tensor, Tensor]:
         """k and v in pages ``[pages, page_size, heads, head_dim]``, and the block table."""
-        page_size, rng = self.rng.choice(PAGE_SIZES), self.rng
+        page_size, rng = self.rng.choice(self.page_sizes), self.rng
         needed = [
             [bool(part.any()) for part in self.seen(n).split(page_size)] if length else []
             for n, length in enumerate(self.lengths_k)
@@ -161,15 +162,21 @@ class Packed:
             for n, (rows, _) in enumerate(self.sequences())
         ]
 
-    def run_with_gradients(self) -> list[Comparison]:
-        """Forward and backward, each sequence against the oracle."""
+    def run_with_gradients(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """``(out, lse)``, the gradients given for them, and ``(dq, dk, dv)``."""
         inputs = [x.requires_grad_() for x in (self.q, self.k, self.v)]
         out, lse = self.run()
         given = torch.randn_like(out), torch.randn_like(lse)
         gradients = torch.autograd.grad((out, lse), inputs, given)
         for gradient, lengths in zip(gradients, (self.lengths_q, self.lengths_k, self.lengths_k), strict=True):
             assert (gradient[sum(lengths) :] == 0).all()
-        found = self.compare(out, lse)
+        return (out, lse), given, gradients
+
+    def compare_gradients(
+        self, given: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor, Tensor]
+    ) -> list[Comparison]:
+        """Those of each sequence against the oracle."""
+        found = []
         for n, (rows, keys) in enumerate(self.sequences()):
             of_sequence = [by_heads(g[part]) for g, part in zip(gradients, (rows, keys, keys), strict=True)]
             grads = by_heads(given[0][rows]), given[1][None, :, rows]

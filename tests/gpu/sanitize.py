@@ -215,6 +215,7 @@ def cases() -> list[tuple[str, Case]]:
     found |= {
         "softcap": {"softcap": 5.0, "mask": masks.Causal()},
         "ALiBi": {"alibi": True},
+        "ALiBi, packed": {"alibi": True, "mask": rules["packed causal"]},
         "ALiBi, softcap, lengths": {"alibi": True, "softcap": 5.0, "mask": rules["lengths"]},
         "fp16": {"dtype": torch.float16, "mask": masks.Causal()},
         "rows first": {"rows_first": True, "mask": masks.Causal()},

@@ -21,8 +21,9 @@ HEAVY = {
     ),
 }
 SCRIPT = """
-import json, sys, time
+import gc, json, sys, time
 import torch
+gc.freeze()  # looking through all that torch has made is no work of ours, and may fall into our import or behind it
 before, start = set(sys.modules), time.process_time()
 import flashlib
 seconds = time.process_time() - start

@@ -51,6 +51,12 @@ BAD = [
         "alibi_slopes is torch.float16; expected float32",
     ),
     ((Q, K, V), {"alibi_slopes": torch.ones(Q.shape[1] + 1)}, ValueError, "one per query head"),
+    (
+        (Q, K, V),
+        {"alibi_slopes": torch.ones(1, 2, 4)},
+        ValueError,
+        "or (1, 2, 5) or (1, 2, 5): one per query head and row",
+    ),
     ((Q, K, V), {"alibi_slopes": torch.ones(Q.shape[1]).requires_grad_()}, ValueError, "pass alibi_slopes.detach()"),
     (
         (Q, K, V),

@@ -127,6 +127,41 @@ def cross_attention_lse(device, dtype):
     return lse
 
 
+def slopes(*shape, device):
+    """ALiBi's for HEADS heads, ``[*shape, HEADS]``."""
+    return (2.0 ** -torch.arange(1, HEADS + 1, device=device, dtype=torch.float32)).expand(*shape, HEADS).contiguous()
+
+
+def serve(device, dtype):
+    """A step of a server: a prompt in part, a token, three tokens to be verified; keys of all in pages of 256, or packed.
+
+    Returns the largest difference between the two, and the LSE ``[HEADS, 9]`` of the packed ones with ALiBi.
+    """
+    lengths_q, lengths_k, page = [5, 1, 3], [300, 17, 256], 256
+    q = torch.randn(sum(lengths_q), HEADS, HEAD_DIM, device=device, dtype=dtype)
+    k, v = torch.randn(2, sum(lengths_k), KV_HEADS, HEAD_DIM, device=device, dtype=dtype).unbind()
+    ends_q, ends_k = (
+        F.pad(torch.tensor(lengths), (1, 0)).cumsum(0).to(device, torch.int32) for lengths in (lengths_q, lengths_k)
+    )
+    block_table = torch.tensor([[4, 1], [0, 0], [2, 0]], device=device, dtype=torch.int32)
+    k_pages, v_pages = torch.zeros(2, 5, page, KV_HEADS, HEAD_DIM, device=device, dtype=dtype).unbind()
+    for tokens, pages in ((k, k_pages), (v, v_pages)):
+        for row, part in zip(block_table, tokens.split(lengths_k), strict=True):
+            for number, chunk in zip(row, part.split(page), strict=False):
+                pages[number, : len(chunk)] = chunk
+    worst = 0.0
+    for options in ({}, {"window_size": (100, 0)}, {"alibi_slopes": slopes(3, device=device)}):
+        lengths = (ends_q, ends_k, max(lengths_q), max(lengths_k))
+        packed, lse, _ = flash_attn_varlen_func(q, k, v, *lengths, causal=True, return_attn_probs=True, **options)
+        paged = flash_attn_varlen_func(q, k_pages, v_pages, *lengths, causal=True, **options, block_table=block_table)
+        worst = max(worst, (packed - paged).abs().max().item())
+    # Queries and keys are not the same tokens, and the gradient knows it too.
+    q.requires_grad_()
+    flash_attn_varlen_func(q, k, v, *lengths, causal=True, alibi_slopes=slopes(device=device)).sum().backward()
+    assert q.grad.isfinite().all()
+    return worst, lse
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
@@ -140,6 +175,8 @@ def main():
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     print(f"difference {largest_difference(model, 6, longest, options.device):.2e}")
     print(f"lse {tuple(cross_attention_lse(options.device, dtype).shape)}")
+    worst, lse = serve(options.device, dtype)
+    print(f"serving {worst:.2e} {tuple(lse.shape)}")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,12 @@ def test_a_program_runs_by_changing_its_import(tmp_path):
     command = [sys.executable, "program.py", "--device", "cpu"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-    numbers = re.fullmatch(r"loss (\S+) -> (\S+)\ndifference (\S+)\nlse \(4, 5\)\n", result.stdout)
-    first, last, difference = map(float, numbers.groups())
+    numbers = re.fullmatch(
+        r"loss (\S+) -> (\S+)\ndifference (\S+)\nlse \(4, 5\)\nserving (\S+) \(4, 9\)\n", result.stdout
+    )
+    first, last, difference, serving = map(float, numbers.groups())
     # Counting is learnt at once, from about ln 16 to nearly nothing, if gradients reach the weights.
     assert first > 2 and last < 0.3
     # Rounding of fp32, through two blocks. A sequence that sees another one, or a wrong window, changes logits by whole numbers.
     assert difference < 1e3 * torch.finfo(torch.float32).eps
+    assert serving < 1e3 * torch.finfo(torch.float32).eps

@@ -241,8 +241,7 @@ def combine_splits(
             f"{tuple(lse.shape)}"
         )
     dtype = dtype or torch.float32
-    why_not = _no_triton(out.device) or _too_wide(out.shape[4]) or _needs_grad(out, lse)
-    if _pick(backend, why_not) == "torch":
+    if _pick(backend, no_combine_kernel(out, lse)) == "torch":
         # Merging with nothing hides what the out of a lone split may hold where its lse is -inf.
         nothing = Partial.identity(*out.shape[1:], device=out.device)
         merged = fold([nothing, *(Partial(o, l) for o, l in zip(out, lse, strict=True))])
@@ -254,6 +253,13 @@ def combine_splits(
     merged_out, merged_lse = out.new_empty(out.shape[1:], dtype=stored), lse.new_empty(lse.shape[1:])
     combine_launch(out.contiguous(), lse.contiguous(), merged_out, merged_lse).start()
     return merged_out.to(dtype), merged_lse
+
+
+def no_combine_kernel(out: Tensor, lse: Tensor) -> str | None:
+    """Why no kernel can merge such partial results, or None."""
+    if lse.dtype != torch.float32:
+        return f"takes an lse in fp32; got {lse.dtype}"
+    return _no_triton(out.device) or _too_wide(out.shape[-1]) or _needs_grad(out, lse)
 
 
 @dataclass(frozen=True)

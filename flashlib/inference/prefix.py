@@ -31,7 +31,9 @@ import torch
 from torch import Tensor
 
 from flashlib.attention import attention
-from flashlib.inference.decode import combine_splits, decode_attention
+from flashlib.inference.decode import combine_splits, decode_attention, no_combine_kernel
+from flashlib.kernels.decode_launch import PackedSplits, combine_packed_launch
+from flashlib.kernels.launch import interpreting
 from flashlib.kernels.tiles import multiprocessors
 from flashlib.masks import Causal, KeyLengths
 from flashlib.partial import Partial, fold
@@ -39,6 +41,7 @@ from flashlib.partial import Partial, fold
 __all__ = ["SharedPrefix", "shared_prefix_attention"]
 
 _ROW_BLOCK = 128  # rows of a tile of the forward kernels
+_FEW_ROWS = 32  # of a head, which one tile of the decoding kernel holds
 _LEAST_PIECE = 1024  # keys of a piece of a prefix: shorter ones cost more to merge than they gain
 
 
@@ -97,26 +100,42 @@ class SharedPrefix:
         Raises:
             TypeError, ValueError: as :func:`flashlib.attention`; or there are not B members.
         """
+        rows = self._attend_rows(q, scale=scale, softcap=softcap, backend=backend)
+        return self._unpack(rows, q)
+
+    def _attend_rows(self, q: Tensor, *, backend: str, **options) -> Partial:
+        """The same with rows as :meth:`_pack` orders them: out ``[P, Hkv, n * G * Sq, Dv]``; or, of one prefix whose keys were cut into
+        several pieces, a result for each: ``[pieces, Hkv, B * G * Sq, Dv]``."""
         _check_queries(q, self.k)
         if self.members is not None and len(self.members) != q.shape[0]:
             raise ValueError(f"members are {len(self.members)}, but q has batch {q.shape[0]}; expected one per request")
         rows = self._pack(q)
-        options = {"scale": scale, "softcap": softcap, "backend": backend}
         pieces = _pieces(rows, self.k, self.v) if self.lengths is None else 1
         if pieces > 1:
-            piece = _attend_in_pieces(rows, self.k, self.v, pieces, **options)
-        else:
-            piece = _attend(rows, self.k, self.v, self.lengths, causal=False, **options)
-        return Partial(self._unpack(piece.out, q), self._unpack(piece.lse[..., None], q)[..., 0])
+            return _attend_in_pieces(rows, self.k, self.v, pieces, backend=backend, **options)
+        return _attend(rows.flatten(2, 4), self.k, self.v, self.lengths, causal=False, backend=backend, **options)
+
+    def _splits(self, rows: Partial, q: Tensor) -> PackedSplits:
+        """The rows of :meth:`_attend_rows` as the kernel that merges takes them: where they lie, if each request's follow one another."""
+        if self.members is not None:
+            return _splits(self._unpack(rows, q), self.k.shape[1])
+        of_a_head = rows.lse.shape[2]
+        return PackedSplits(*_flat(rows), request=of_a_head // q.shape[0], head=of_a_head)
 
     def _pack(self, q: Tensor) -> Tensor:
-        """``[B, Hq, Sq, D]`` -> ``[P, Hkv, n * G * Sq, D]``: n requests per prefix, with the G heads of a group as rows."""
+        """``[B, Hq, Sq, D]`` -> ``[P, Hkv, n, G, Sq, D]``, not yet copied: n requests per prefix, with the G heads of a group as rows."""
         grouped = q.unflatten(1, (self.k.shape[1], -1))  # [B, Hkv, G, Sq, D]
         by_prefix = grouped[None] if self.members is None else grouped[self._request_at]  # [P, n, Hkv, G, Sq, D]
-        return by_prefix.transpose(1, 2).flatten(2, 4)
+        return by_prefix.transpose(1, 2)
 
-    def _unpack(self, rows: Tensor, q: Tensor) -> Tensor:
-        """The way back: ``[P, Hkv, n * G * Sq, Dv]`` -> ``[B, Hq, Sq, Dv]``."""
+    def _unpack(self, rows: Partial, q: Tensor) -> Partial:
+        """The way back: out ``[B, Hq, Sq, Dv]`` and lse ``[B, Hq, Sq]``, the pieces of a prefix merged."""
+        if len(rows.lse) > len(self.k):
+            rows = Partial(*combine_splits(rows.out.float()[:, None], rows.lse[:, None], dtype=q.dtype))
+        return Partial(self._unpacked(rows.out, q), self._unpacked(rows.lse[..., None], q)[..., 0])
+
+    def _unpacked(self, rows: Tensor, q: Tensor) -> Tensor:
+        """``[P, Hkv, n * G * Sq, Dv]`` -> ``[B, Hq, Sq, Dv]``."""
         group, q_len = q.shape[1] // self.k.shape[1], q.shape[2]
         requests = q.shape[0] if self.members is None else self._request_at.shape[1]
         by_prefix = rows.unflatten(2, (requests, group, q_len)).transpose(1, 2)  # [P, n, Hkv, G, Sq, Dv]
@@ -163,25 +182,54 @@ def shared_prefix_attention(
             raise TypeError(f"prefixes must be SharedPrefix objects; got {type(level).__name__}")
     options = {"scale": scale, "softcap": softcap, "backend": backend}
     own = _attend(q, k, v, _lengths_on(k.device, lengths), causal=True, **options)
-    parts = [level.attend(q, **options) for level in levels]
-    out, lse = _merge([*parts, own], q.dtype)
+    shared = [level._attend_rows(q, **options) for level in levels]
+    if any(no_combine_kernel(part.out, part.lse) for part in [*shared, own]):
+        partials = [level._unpack(rows, q) for level, rows in zip(levels, shared, strict=True)]
+        whole = fold([_accumulated(part) for part in [*partials, own]])
+        out, lse = whole.out.to(q.dtype), whole.lse
+    else:
+        splits = [level._splits(rows, q) for level, rows in zip(levels, shared, strict=True)]
+        out, lse = _merge([*splits, _splits(own, k.shape[1])], own, k.shape[1])
     return (out, lse) if return_lse else out
 
 
-def _merge(parts: Sequence[Partial], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of all parts, first to last: ``(out, lse)``; in one kernel where there is one."""
-    if parts[0].lse.dtype == torch.float32:
-        outs, lses = torch.stack([part.out.float() for part in parts]), torch.stack([part.lse for part in parts])
-        return combine_splits(outs, lses, dtype=dtype)
-    whole = fold(parts)  # float64, which the kernel does not take
-    return whole.out.to(dtype), whole.lse
+def _merge(splits: Sequence[PackedSplits], own: Partial, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of all splits, first to last, shaped and typed as the own part's. One kernel for each level."""
+    dtype = torch.float32 if interpreting() else own.out.dtype  # the interpreter cuts off what a GPU rounds to bf16
+    merged = splits[0]
+    for later in splits[1:]:
+        out = own.out.new_empty(own.out.shape, dtype=dtype if later is splits[-1] else torch.float32)
+        lse = own.lse.new_empty(own.lse.shape)
+        combine_packed_launch(merged, later, out, lse, kv_heads).start()
+        merged = _splits(Partial(out, lse), kv_heads)
+    return merged.out.view(own.out.shape).to(own.out.dtype), merged.lse.view(own.lse.shape)
+
+
+def _splits(partial: Partial, kv_heads: int) -> PackedSplits:
+    """out ``[B, Hq, Sq, Dv]`` and lse ``[B, Hq, Sq]`` as one split."""
+    request = partial.lse[:1].numel()
+    return PackedSplits(
+        *_flat(Partial(partial.out[None], partial.lse[None])), request=request, head=request // kv_heads
+    )
+
+
+def _flat(partial: Partial) -> tuple[Tensor, Tensor]:
+    """``[splits, ..., Dv]`` and ``[splits, ...]`` as ``[splits, rows, Dv]`` and ``[splits, rows]``."""
+    splits = len(partial.lse)
+    return partial.out.reshape(splits, -1, partial.out.shape[-1]).contiguous(), partial.lse.reshape(
+        splits, -1
+    ).contiguous()
+
+
+def _accumulated(partial: Partial) -> Partial:
+    return Partial(partial.out.to(partial.lse.dtype), partial.lse)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, *, causal: bool, backend: str, **options
 ) -> Partial:
     """Attention over the first ``lengths`` keys of each batch entry; if causal, the last row sits at the last of them."""
-    if backend == "auto" and _leaves_a_gpu_idle(q, k, v):
+    if backend == "auto" and _splitting_pays(q, k, v):
         return Partial(*decode_attention(q, k, v, lengths=lengths, causal=causal, return_lse=True, **options))
     mask = None if lengths is None else KeyLengths(lengths)
     if causal:
@@ -190,34 +238,40 @@ def _attend(
 
 
 def _pieces(rows: Tensor, k: Tensor, v: Tensor) -> int:
-    """Into how many pieces of equal length to cut the keys of one prefix that many rows share: about one block of rows times
-    piece for each multiprocessor. 1 where that is not to be done, as for few rows, which :func:`decode_attention` splits better."""
-    if k.shape[0] != 1 or rows.shape[2] <= _ROW_BLOCK or not _leaves_a_gpu_idle(rows, k, v):
+    """Into how many pieces of equal length to cut the keys of one prefix that rows ``[1, Hkv, n, G, Sq, D]`` share: about one block of
+    rows times piece for each multiprocessor. 1 where that is not to be done, as for few rows, which :func:`decode_attention` splits better."""
+    of_a_head = rows.shape[2:5].numel()
+    if k.shape[0] != 1 or of_a_head <= _ROW_BLOCK or not _kernels_run(rows, k, v):
         return 1
-    wanted = min(multiprocessors(k.device) // _row_blocks(rows, k), k.shape[2] // _LEAST_PIECE)
+    wanted = min(multiprocessors(k.device) // _row_blocks(k, of_a_head), k.shape[2] // _LEAST_PIECE)
     return next((n for n in range(wanted, 1, -1) if k.shape[2] % n == 0), 1)
 
 
 def _attend_in_pieces(rows: Tensor, k: Tensor, v: Tensor, pieces: int, **options) -> Partial:
-    """Attention of ``[1, Hkv, R, D]`` over ``pieces`` equal parts of the keys, as if they were a batch, and their merge."""
-    # [pieces, Hkv, S / pieces, D], where they lie
+    """Attention of rows ``[1, Hkv, n, G, Sq, D]`` over ``pieces`` equal parts of the keys, as if they were a batch."""
+    # [pieces, Hkv, S / pieces, D], where they lie; the rows are packed and repeated by one copy
     parts = [x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v)]
-    out, lse = attention(rows.expand(pieces, -1, -1, -1).contiguous(), *parts, return_lse=True, **options)
-    whole = combine_splits(out.float()[:, None], lse[:, None], dtype=rows.dtype)
-    return Partial(*whole)
+    return Partial(*attention(rows.expand(pieces, *rows.shape[1:]).flatten(2, 4), *parts, return_lse=True, **options))
 
 
-def _leaves_a_gpu_idle(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether there are fewer blocks of rows than multiprocessors, so that splitting the keys pays (no gradient flows there)."""
-    if not q.is_cuda or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
-        return False
-    return _row_blocks(q, k) < multiprocessors(q.device)
+def _splitting_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether :func:`decode_attention` is the quicker way to attend.
+
+    It packs the heads of a group into one tile of rows, so that a key is read once where all of them fit, and it splits the keys,
+    for which a GPU has time if there are fewer blocks of rows than multiprocessors.
+    """
+    of_a_head = q.shape[1] // k.shape[1] * q.shape[2]
+    return _kernels_run(q, k, v) and (of_a_head <= _FEW_ROWS or _row_blocks(k, of_a_head) < multiprocessors(q.device))
 
 
-def _row_blocks(q: Tensor, k: Tensor) -> int:
-    """How many blocks of rows there are, those of a KV head's group together: programs of the forward kernels."""
-    rows_of_a_head = q.shape[1] // k.shape[1] * q.shape[2]
-    return q.shape[0] * k.shape[1] * -(-rows_of_a_head // _ROW_BLOCK)
+def _kernels_run(*tensors: Tensor) -> bool:
+    """On a GPU, and where no gradient flows."""
+    return tensors[0].is_cuda and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def _row_blocks(k: Tensor, of_a_head: int) -> int:
+    """How many blocks of rows there are, programs of the forward kernels, if each KV head of k has ``of_a_head`` rows."""
+    return k.shape[0] * k.shape[1] * -(-of_a_head // _ROW_BLOCK)
 
 
 def _lengths_on(device: torch.device, lengths: Tensor | Sequence[int] | None) -> Tensor | None:

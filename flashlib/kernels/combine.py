@@ -23,20 +23,23 @@ def store_rows(p_out, p_lse, b_out, b_lse, o_rows, m_rows, v_head_dim, BLOCK_DV:
 
 
 @triton.jit
-def merge_splits(
-    p_partial_out, p_partial_lse, p_out, p_lse, o_rows, m_rows, n_rows, n_splits, v_head_dim, ROWS: tl.constexpr,
-    BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
+def nothing_yet(ROWS: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """What :func:`fold_splits` begins with: largest LSE, sum of weights, number of infinite LSEs, weighted sum of outputs."""
+    b_m = tl.full([ROWS], float("-inf"), tl.float32)
+    return b_m, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.int32), tl.zeros([ROWS, BLOCK_DV], tl.float32)
+
+
+@triton.jit
+def fold_splits(
+    b_m, b_l, b_infinite, b_acc, p_partial_out, p_partial_lse, o_rows, m_rows, n_rows, n_splits, v_head_dim, BLOCK_DV: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Fold partials fp32 ``[splits, n_rows, v_head_dim]`` and ``[splits, n_rows]`` of some rows, ``SPLITS`` at a time, and write the result.
+    """Fold partials ``[splits, n_rows, v_head_dim]`` and fp32 ``[splits, n_rows]`` of some rows, ``SPLITS`` at a time.
 
     The order is fixed, and how many are folded at a time does not depend on how many there are. A split with LSE -inf changes no
     bit of the result.
     """
     o_dv = tl.arange(0, BLOCK_DV)
-    b_m = tl.full([ROWS], float("-inf"), tl.float32)
-    b_l = tl.zeros([ROWS], tl.float32)
-    b_infinite = tl.zeros([ROWS], tl.int32)
-    b_acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     for split in range(0, n_splits, SPLITS):
         o_splits = split + tl.arange(0, SPLITS)
         o_at = o_splits.to(tl.int64)[:, None] * n_rows + o_rows[None, :]
@@ -50,15 +53,36 @@ def merge_splits(
         rescale = merge_weight(b_m, m_new)
         b_l = b_l * rescale + tl.sum(b_w, 0)
         # A weight of 0 hides whatever the output holds.
-        b_out = tl.where((b_w == 0.0)[:, :, None], 0.0, b_out)
+        b_out = tl.where((b_w == 0.0)[:, :, None], 0.0, b_out.to(tl.float32))
         b_acc = b_acc * rescale[:, None] + tl.sum(b_out * b_w[:, :, None], 0)
         b_infinite += tl.sum((b_lse == float("inf")).to(tl.int32), 0)
         b_m = m_new
+    return b_m, b_l, b_infinite, b_acc
+
+
+@triton.jit
+def store_merged(
+    p_out, p_lse, b_m, b_l, b_infinite, b_acc, o_rows, m_rows, v_head_dim, BLOCK_DV: tl.constexpr
+):  # fmt: skip
+    """Write what :func:`fold_splits` has come to: 0 and -inf where no split saw a key."""
     b_acc = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
     # Of two pieces whose scores overflowed, nobody can say which outweighs which.
     b_acc = tl.where((b_infinite > 1)[:, None], float("nan"), b_acc)
     b_lse = tl.where(b_l == 0.0, float("-inf"), b_m + tl.log2(b_l) * LN_2)
     store_rows(p_out, p_lse, b_acc, b_lse, o_rows, m_rows, v_head_dim, BLOCK_DV)
+
+
+@triton.jit
+def merge_splits(
+    p_partial_out, p_partial_lse, p_out, p_lse, o_rows, m_rows, n_rows, n_splits, v_head_dim, ROWS: tl.constexpr,
+    BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Merge all splits of some rows, and write the result."""
+    b_m, b_l, b_infinite, b_acc = nothing_yet(ROWS, BLOCK_DV)
+    b_m, b_l, b_infinite, b_acc = fold_splits(
+        b_m, b_l, b_infinite, b_acc, p_partial_out, p_partial_lse, o_rows, m_rows, n_rows, n_splits, v_head_dim, BLOCK_DV, SPLITS
+    )  # fmt: skip
+    store_merged(p_out, p_lse, b_m, b_l, b_infinite, b_acc, o_rows, m_rows, v_head_dim, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_splits"])
@@ -71,3 +95,29 @@ def combine(
     merge_splits(
         p_partial_out, p_partial_lse, p_out, p_lse, o_rows, o_rows < n_rows, n_rows, n_splits, v_head_dim, ROWS, BLOCK_DV, SPLITS
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["earlier_splits", "later_splits"])
+def combine_packed(
+    p_earlier_out, p_earlier_lse, p_later_out, p_later_lse, p_out, p_lse, earlier_rows, later_rows, earlier_splits, later_splits,
+    earlier_request, earlier_head, later_request, later_head, kv_heads, head_rows, v_head_dim, BLOCK_DV: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One program merges one row of two sets of splits, each of which has its rows in an order of its own.
+
+    ``request`` and ``head`` are steps in rows: row r of KV head h of request b is row ``b * request + h * head + r`` of a set, and row
+    ``(b * kv_heads + h) * head_rows + r`` of the result.
+    """
+    o_rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    o_b, o_head, o_row = o_rows // (kv_heads * head_rows), o_rows // head_rows % kv_heads, o_rows % head_rows
+    m_rows = o_rows >= 0  # there are as many programs as rows
+    b_m, b_l, b_infinite, b_acc = nothing_yet(1, BLOCK_DV)
+    o_at = o_b * earlier_request + o_head * earlier_head + o_row
+    b_m, b_l, b_infinite, b_acc = fold_splits(
+        b_m, b_l, b_infinite, b_acc, p_earlier_out, p_earlier_lse, o_at, m_rows, earlier_rows, earlier_splits, v_head_dim, BLOCK_DV, SPLITS
+    )  # fmt: skip
+    o_at = o_b * later_request + o_head * later_head + o_row
+    b_m, b_l, b_infinite, b_acc = fold_splits(
+        b_m, b_l, b_infinite, b_acc, p_later_out, p_later_lse, o_at, m_rows, later_rows, later_splits, v_head_dim, BLOCK_DV, SPLITS
+    )  # fmt: skip
+    store_merged(p_out, p_lse, b_m, b_l, b_infinite, b_acc, o_rows, m_rows, v_head_dim, BLOCK_DV)

@@ -15,7 +15,9 @@ from flashlib.kernels.tiles import TileConfig, capability_of, multiprocessors
 __all__ = [
     "DECODE_TABLE",
     "DecodeOptions",
+    "PackedSplits",
     "combine_launch",
+    "combine_packed_launch",
     "decode_launches",
     "decode_tiles",
     "launch_decode",
@@ -23,6 +25,9 @@ __all__ = [
 ]
 
 LEAST_ROWS = 16  # of a tile of query rows; what the problem does not fill is padding
+PACKED_AT_ONCE = (
+    8  # splits that one program folds together where rows are packed: pieces of a prefix, of which there are few
+)
 MERGED_AT_ONCE = 8192  # numbers of the partial outputs that one program holds while it merges
 
 DEEPER_FROM = 4096  # keys of a split
@@ -164,6 +169,40 @@ def combine_launch(partial_out: Tensor, partial_lse: Tensor, out: Tensor, lse: T
         **{"ROWS": at_once, "BLOCK_DV": padded(v_head_dim), "SPLITS": merged_at_once(at_once, v_head_dim)},
     }
     return Launch(combine, (blocks(rows, at_once),), arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSplits:
+    """Partial results whose rows are in an order of their own.
+
+    Attributes:
+        out: ``[splits, rows, Dv]``, any floating dtype. lse: fp32 ``[splits, rows]``. Both contiguous.
+        request, head: steps in rows. Row r of the G * Sq of KV head h of request b is row ``b * request + h * head + r``.
+    """
+
+    out: Tensor
+    lse: Tensor
+    request: int
+    head: int
+
+
+def combine_packed_launch(
+    earlier: PackedSplits, later: PackedSplits, out: Tensor, lse: Tensor, kv_heads: int
+) -> Launch:
+    """The launch that merges two sets of splits, the earlier first, into contiguous ``out`` and ``lse``, ``[B, Hq, Sq, Dv]`` and ``[B, Hq, Sq]``."""
+    from flashlib.kernels.combine import combine_packed
+
+    batch, _, _, v_head_dim = out.shape
+    arguments = {
+        **{"p_earlier_out": earlier.out, "p_earlier_lse": earlier.lse, "p_later_out": later.out, "p_later_lse": later.lse},
+        **{"p_out": out, "p_lse": lse, "earlier_rows": earlier.lse.shape[1], "later_rows": later.lse.shape[1]},
+        **{"earlier_splits": len(earlier.lse), "later_splits": len(later.lse)},
+        **{"earlier_request": earlier.request, "earlier_head": earlier.head},
+        **{"later_request": later.request, "later_head": later.head},
+        **{"kv_heads": kv_heads, "head_rows": lse.numel() // max(1, batch * kv_heads), "v_head_dim": v_head_dim},
+        **{"BLOCK_DV": padded(v_head_dim), "SPLITS": PACKED_AT_ONCE},
+    }  # fmt: skip
+    return Launch(combine_packed, (lse.numel(),), arguments)
 
 
 def merged_at_once(rows: int, v_head_dim: int) -> int:

@@ -52,7 +52,7 @@ def whole_context(levels, k, v, own_length, request):
 @pytest.mark.parametrize("repeat", range(15))
 def test_equals_attention_over_the_concatenation(rng, monkeypatch, repeat, splits):
     """Also by the path that a GPU takes for few rows: split-KV decoding, here in plain PyTorch."""
-    monkeypatch.setattr("flashlib.inference.prefix._leaves_a_gpu_idle", lambda *_: splits)
+    monkeypatch.setattr("flashlib.inference.prefix._splitting_pays", lambda *_: splits)
     dtype = rng.choice((torch.float32, torch.float16, torch.bfloat16, torch.float64))
     batch, kv_heads, group = rng.randint(1, 5), rng.randint(1, 2), rng.choice((1, 3, 4))
     dim, v_dim, q_len = rng.choice((8, 16)), rng.choice((4, 16)), rng.choice((1, 1, 2, 7))
@@ -78,6 +78,20 @@ def test_without_lengths_all_keys_are_real(rng):
     out = shared_prefix_attention(q, prefix, k, v)
     whole = (torch.cat([shared.expand(3, -1, -1, -1), own], dim=2) for shared, own in ((prefix.k, k), (prefix.v, v)))
     assert_within_budget(out, q, *whole, causal=True)
+
+
+@pytest.mark.parametrize("members", [None, [0, 0, 0]])
+def test_the_keys_of_a_prefix_may_be_cut_into_pieces(rng, monkeypatch, members):
+    """As a GPU needs it where rows are few but too many for decoding."""
+    monkeypatch.setattr("flashlib.inference.prefix._pieces", lambda *_: 3)
+    dtype = rng.choice((torch.float32, torch.bfloat16))
+    q, k, v = (torch.randn(3, heads, length, 8, dtype=dtype) for heads, length in ((4, 2), (2, 6), (2, 6)))
+    prefix = SharedPrefix(*(torch.randn(1, 2, 12, 8, dtype=dtype) for _ in range(2)), members=members)
+    out, lse = shared_prefix_attention(q, prefix, k, v, return_lse=True)
+    whole = [torch.cat([shared.expand(3, -1, -1, -1), own], dim=2) for shared, own in ((prefix.k, k), (prefix.v, v))]
+    assert_within_budget(out, q, *whole, lse=lse, causal=True)
+    alone = prefix.attend(q)
+    assert_within_budget(alone.out, q, *(x.expand(3, -1, -1, -1) for x in (prefix.k, prefix.v)), lse=alone.lse)
 
 
 def test_a_prefix_is_read_once_and_never_copied(rng):

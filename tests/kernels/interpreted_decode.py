@@ -20,11 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from decode_problems import random_decode_problem
 
-from flashlib.inference import decode
+from flashlib.inference import decode, prefix
 from flashlib.inference.decode import combine_splits, decode_attention, split_ranges
+from flashlib.inference.prefix import SharedPrefix, shared_prefix_attention
 from flashlib.kernels import decode_launch, decode_ops
 from flashlib.kernels.decode_launch import DecodeOptions, decode_launches, launch_decode
-from flashlib.kernels.launch import interpreting
+from flashlib.kernels.launch import Launch, interpreting
 from flashlib.kernels.tiles import TileConfig
 from flashlib.partial import Partial, fold
 from flashlib.reference import check
@@ -170,6 +171,35 @@ def check_combine(seed: int) -> None:
     torch.testing.assert_close(merged[1], expected.lse)
 
 
+def check_shared_prefixes(seed: int) -> None:
+    """Each level's keys in pieces or not, requests sorted by prefix or not: one kernel merges what lies in different orders."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    dtype = rng.choice((torch.float32, torch.float16, torch.bfloat16))
+    batch, group, q_len, dim = rng.randint(1, 3), rng.choice((1, 3)), rng.choice((1, 2)), rng.choice((16, 24))
+
+    def tensor(*shape):
+        return torch.randn(*shape, dim, generator=generator).to(dtype)
+
+    q, own = tensor(batch, 2 * group, q_len), [tensor(batch, 2, 20) for _ in range(2)]
+    levels, pieces = [], rng.choice((1, 3))
+    for _ in range(rng.randint(1, 2)):
+        prefixes = rng.randint(1, 2)
+        members = None if prefixes == 1 else [rng.randrange(prefixes) for _ in range(batch)]
+        levels.append(SharedPrefix(*(tensor(prefixes, 2, 12) for _ in range(2)), members=members))
+    with mock.patch.object(prefix, "_pieces", lambda rows, k, v: pieces if len(k) == 1 else 1):
+        started, start = [], Launch.start
+        with mock.patch.object(Launch, "start", lambda launch: (started.append(launch.name), start(launch))):
+            out, lse = shared_prefix_attention(q, levels, *own, return_lse=True)
+    assert started.count("combine_packed") == len(levels), started
+    of_request = [[0] * batch if level.members is None else level.members for level in levels]
+    keys, values = (
+        torch.cat([*(getattr(level, x)[chosen] for level, chosen in zip(levels, of_request, strict=True)), last], dim=2)
+        for x, last in zip("kv", own, strict=True)
+    )
+    comparison = check(out, lse, q, keys, values, causal=True)
+    assert comparison.passed, f"seed {seed}: {comparison.message}"
+
+
 def check_the_operator() -> None:
     q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 8)
     lengths, table = torch.tensor([40, 7]), torch.tensor([[0, 1], [1, 1]], dtype=torch.int32)
@@ -210,6 +240,7 @@ def main() -> None:
     for seed in range(options.seed, options.seed + options.problems):
         run_one(seed)
         check_both_merges_and_the_cuts(seed)
+        check_shared_prefixes(seed)
     check_short_requests()
     check_batch_invariance(options.seed)
     check_many_tiles(options.seed)

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashlib.kernels.decode_launch import DecodeOptions, combine_launch, decode_launches, decode_tiles
+from flashlib.kernels.decode_launch import (
+    DecodeOptions,
+    PackedSplits,
+    combine_launch,
+    combine_packed_launch,
+    decode_launches,
+    decode_tiles,
+)
 from flashlib.kernels.inspect import ARCHITECTURES, compile_launch
 
 PROGRAM = Path(__file__).parent / "interpreted_decode.py"
@@ -87,3 +94,17 @@ def test_combine_fits():
     out = torch.empty(2, 32, 1, 128, dtype=torch.bfloat16, device="meta")
     report = compile_launch(combine_launch(partial_out, partial_lse, out, partial_lse[0]), "sm_90")
     assert report.spills == 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_combine_of_packed_rows_fits(head_dim):
+    def splits(count, request, head):
+        out = torch.empty(count, 2048, head_dim, dtype=torch.bfloat16, device="meta")
+        return PackedSplits(out, torch.empty(count, 2048, device="meta"), request, head)
+
+    out, lse = (
+        torch.empty(64, 32, 1, head_dim, dtype=torch.bfloat16, device="meta"),
+        torch.empty(64, 32, 1, device="meta"),
+    )
+    launch = combine_packed_launch(splits(8, 4, 256), splits(1, 32, 4), out, lse, kv_heads=8)
+    assert compile_launch(launch, "sm_90").spills == 0

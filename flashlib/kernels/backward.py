@@ -16,6 +16,7 @@ import triton.language as tl
 
 from flashlib.kernels.common import (
     BAND,
+    BY_ROW,
     INTERVALS,
     LOG2_E,
     UNMASKED,
@@ -121,6 +122,8 @@ def backward_dkdv(
         p_start += i_b.to(tl.int64) * stride_interval
         p_stop += i_b.to(tl.int64) * stride_interval
         p_ranges += i_b * stride_range + i_n * 4
+    if ALIBI == BY_ROW:
+        p_offsets += i_b.to(tl.int64) * stride_offset
     n = i_n * BLOCK_N
     o_n, o_d, o_dv = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     b_k = load_tile(p_k, o_n, o_d, stride_ks, o_n < kv_len, head_dim, True, CHECK_D)
@@ -139,14 +142,13 @@ def backward_dkdv(
         p_doh = p_do + i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
         slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
         slopes_at = i_b.to(tl.int64) * stride_slope + i_h.to(tl.int64) * q_len
-        offsets_at = i_b.to(tl.int64) * stride_offset
         b_dk, b_dv = gather_rows(
-            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, p_slopes, p_offsets, slopes_at, offsets_at,
+            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, p_slopes, p_offsets, slopes_at,
             stride_qs, stride_gs, o_n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope,
             head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI, PRECISION,
         )  # fmt: skip
         b_dk, b_dv = gather_rows(
-            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, p_slopes, p_offsets, slopes_at, offsets_at,
+            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, p_slopes, p_offsets, slopes_at,
             stride_qs, stride_gs, o_n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope,
             head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI, PRECISION,
         )  # fmt: skip
@@ -196,7 +198,7 @@ def row_ranges(
 
 @triton.jit
 def gather_rows(
-    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_start, p_stop, p_slopes, p_offsets, slopes_at, offsets_at, stride_qs, stride_gs,
+    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_start, p_stop, p_slopes, p_offsets, slopes_at, stride_qs, stride_gs,
     o_n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope, head_dim, v_head_dim,
     CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
@@ -222,7 +224,7 @@ def gather_rows(
         b_t = cap(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scale, softcap, SOFTCAP)
         b_lse = tl.load(p_lse + o_m)
         row_slope, row_offset = alibi_rows(
-            slope, offset, p_slopes, p_offsets, slopes_at, offsets_at, o_m[None, :], q_len, score_unit(scale, softcap, SOFTCAP), ALIBI
+            slope, offset, p_slopes, p_offsets, slopes_at, o_m[None, :], q_len, score_unit(scale, softcap, SOFTCAP), ALIBI
         )  # fmt: skip
         b_s = add_alibi(b_t, row_slope, o_m[None, :], o_n[:, None], row_offset, ALIBI)
         if MASKED:
@@ -266,6 +268,8 @@ def backward_dq(
     if MASK == INTERVALS:
         p_start += i_b.to(tl.int64) * stride_interval
         p_stop += i_b.to(tl.int64) * stride_interval
+    if ALIBI == BY_ROW:
+        p_offsets += i_b.to(tl.int64) * stride_offset
     row = i_head.to(tl.int64) * stride_row
 
     o_m, o_d, o_dv = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -280,10 +284,7 @@ def backward_dq(
     unit = score_unit(scale, softcap, SOFTCAP)
     slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
     slopes_at = i_b.to(tl.int64) * stride_slope + i_h.to(tl.int64) * q_len
-    offsets_at = i_b.to(tl.int64) * stride_offset
-    slope, offset = alibi_rows(
-        slope, offset, p_slopes, p_offsets, slopes_at, offsets_at, o_m[:, None], q_len, unit, ALIBI
-    )
+    slope, offset = alibi_rows(slope, offset, p_slopes, p_offsets, slopes_at, o_m[:, None], q_len, unit, ALIBI)
     b_dq = gather_keys(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
         seen_first, seen_last, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,

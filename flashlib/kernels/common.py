@@ -167,12 +167,12 @@ def alibi_slope(p_slopes, at, unit, ALIBI: tl.constexpr):
 
 
 @triton.jit
-def alibi_rows(slope, offset, p_slopes, p_offsets, slopes_at, offsets_at, o_rows, q_len, unit, ALIBI: tl.constexpr):
+def alibi_rows(slope, offset, p_slopes, p_offsets, slopes_at, o_rows, q_len, unit, ALIBI: tl.constexpr):
     """Slope and offset of each row, shaped as ``o_rows``; or the two given, which serve for all rows."""
     if ALIBI == BY_ROW:
         m_rows = o_rows < q_len
         slope = tl.load(p_slopes + slopes_at + o_rows, mask=m_rows, other=0.0) / unit
-        return slope, tl.load(p_offsets + offsets_at + o_rows, mask=m_rows, other=0)
+        return slope, tl.load(p_offsets + o_rows, mask=m_rows, other=0)
     else:
         return slope, offset
 

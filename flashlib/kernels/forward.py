@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from flashlib.kernels.common import (
+    BY_ROW,
     INTERVALS,
     LN_2,
     LOG2_E,
@@ -97,6 +98,8 @@ def attention_forward(
     if MASK == INTERVALS:
         p_start += i_b.to(tl.int64) * stride_interval
         p_stop += i_b.to(tl.int64) * stride_interval
+    if ALIBI == BY_ROW:
+        p_offsets += i_b.to(tl.int64) * stride_offset
 
     o_m, o_d = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     start, stop = row_intervals(o_m, q_len, kv_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
@@ -110,10 +113,7 @@ def attention_forward(
     unit = score_unit(scale, softcap, SOFTCAP)
     slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
     slopes_at = i_b.to(tl.int64) * stride_slope + i_h.to(tl.int64) * q_len
-    offsets_at = i_b.to(tl.int64) * stride_offset
-    slope, offset = alibi_rows(
-        slope, offset, p_slopes, p_offsets, slopes_at, offsets_at, o_m[:, None], q_len, unit, ALIBI
-    )
+    slope, offset = alibi_rows(slope, offset, p_slopes, p_offsets, slopes_at, o_m[:, None], q_len, unit, ALIBI)
     n_full, n_partial = 0, 0
     b_m, b_l, b_acc, n_full, n_partial = attend(
         b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,

@@ -231,14 +231,20 @@ def next_plan(smem_plan, ready_plan, done):
     """What the producer has announced."""
     mbarrier.wait(ready_plan.index(done & 1), done // 2 & 1)
     slot = (done & 1) * PLAN
-    place = noted(smem_plan, slot), noted(smem_plan, slot + 1), noted(smem_plan, slot + 2)
     tiles = (
         noted(smem_plan, slot + 3),
         noted(smem_plan, slot + 4),
         noted(smem_plan, slot + 5),
         noted(smem_plan, slot + 6),
     )
-    return place, tiles
+    return noted_place(smem_plan, done), tiles
+
+
+@gluon.jit
+def noted_place(smem_plan, done):
+    """Batch entry, query head, and block of rows."""
+    slot = (done & 1) * PLAN
+    return noted(smem_plan, slot), noted(smem_plan, slot + 1), noted(smem_plan, slot + 2)
 
 
 @gluon.jit
@@ -266,6 +272,8 @@ def consume(
             i_b * stride_interval, visited, row, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap,
             slope, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI,
         )  # fmt: skip
+        i_b, i_h, i_m = noted_place(smem_plan, done)  # read again: the loops need every register
+        row = (i_m * CONSUMERS + which) * ROWS
         p_block = p_out + i_b.to(gl.int64) * stride_ob + i_h.to(gl.int64) * stride_oh
         p_rows = p_lse + (i_b * q_heads + i_h).to(gl.int64) * q_len
         store(

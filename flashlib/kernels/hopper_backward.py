@@ -49,16 +49,17 @@ def hopper_dkdv(
     smem_do = gl.allocate_shared_memory(desc_do.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DV], desc_do.layout)
     smem_lse = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], desc_rows.layout)
     smem_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], desc_rows.layout)
-    smem_place = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    place_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    smem_place.index(0).store(gl.full([1], 0, gl.int32, place_layout) + i_b)
-    smem_place.index(1).store(gl.full([1], 0, gl.int32, place_layout) + i_kv)
-    smem_place.index(2).store(gl.full([1], 0, gl.int32, place_layout) + group_size * n_tiles)
+    # How many tiles of rows pass by; in shared memory because the loops need every register.
+    smem_total = gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    smem_total.index(0).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0])) + group_size * n_tiles)
     ready_kv = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready_do = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(ready_kv, count=1)
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(done.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready_q.index(i), count=1)
         mbarrier.init(ready_do.index(i), count=1)
@@ -67,15 +68,15 @@ def hopper_dkdv(
     if ALIBI:
         p_slopes += i_b * stride_slope + i_kv * group_size
     gl.warp_specialize([
-        (consume, (0, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, desc_dk, desc_dv, smem_place, p_start, p_stop,
+        (consume, (0, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, done, smem_total, p_start, p_stop,
                    p_slopes, n, first, full_first, n_full, n_tiles, q_len,
                    offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_M,
                    STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-        (consume, (1, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, desc_dk, desc_dv, smem_place, p_start, p_stop,
+        (consume, (1, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, done, smem_total, p_start, p_stop,
                    p_slopes, n, first, full_first, n_full, n_tiles, q_len,
                    offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_M,
                    STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-        (produce, (desc_q, desc_k, desc_v, desc_do, desc_rows, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, i_b, i_kv, kv_heads, n,
+        (produce, (desc_q, desc_k, desc_v, desc_do, desc_rows, desc_dk, desc_dv, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, done, i_b, i_kv, kv_heads, n,
                    unseeing, first, full_first, n_full, n_tiles, group_size, CONSUMERS, BLOCK_M, STAGES, HAS_LEFT or MASK == INTERVALS)),
     ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
 
@@ -112,23 +113,30 @@ def row_tiles(
 
 @gluon.jit
 def row_of(j, first, full_first, n_full, BLOCK_M: gl.constexpr, TWO_SIDED: gl.constexpr):
-    """Where the ``j``-th tile visited begins: the full tiles come first, then the partial ones.
-
-    The latter lie on both sides of the full ones (TWO_SIDED), or, without a limit on the left, only in front of them.
-    """
-    partial = first + (j - n_full) * BLOCK_M
-    if TWO_SIDED:
-        partial += gl.where(partial < full_first, 0, n_full * BLOCK_M)
+    """Where the ``j``-th tile visited begins: the full tiles come first, then the partial ones."""
+    partial = partial_row(j, first, full_first, n_full, BLOCK_M, TWO_SIDED)
     return gl.where(j < n_full, full_first + j * BLOCK_M, partial)
 
 
 @gluon.jit
+def partial_row(j, first, full_first, n_full, BLOCK_M: gl.constexpr, TWO_SIDED: gl.constexpr):
+    """The same for a partial tile, ``j >= n_full``.
+
+    They lie on both sides of the full ones (TWO_SIDED), or, without a limit on the left, only in front of them.
+    """
+    row = first + (j - n_full) * BLOCK_M
+    if TWO_SIDED:
+        row += gl.where(row < full_first, 0, n_full * BLOCK_M)
+    return row
+
+
+@gluon.jit
 def produce(
-    desc_q, desc_k, desc_v, desc_do, desc_rows, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, i_b, i_kv, kv_heads, n, unseeing,
+    desc_q, desc_k, desc_v, desc_do, desc_rows, desc_dk, desc_dv, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, done, i_b, i_kv, kv_heads, n, unseeing,
     first, full_first, n_full, n_tiles, group_size, CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     TWO_SIDED: gl.constexpr,
 ):  # fmt: skip
-    """The warp that moves data: K and V once, then Q and dO as stages of the ring come free.
+    """The warp that moves data: K and V once, then Q and dO as stages of the ring come free, and in the end dK and dV out.
 
     The first ``unseeing`` rows are not in the tensors given, because what they hold may be NaN: zeros come in their place.
     """
@@ -152,11 +160,16 @@ def produce(
             desc_do, [i_b, i_h, row - unseeing, 0], ready_do.index(stage), smem_do.index(stage)
         )
         tma.async_copy_global_to_shared(desc_rows, [1, head, row], ready_do.index(stage), smem_delta.index(stage))
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.wait(done.index(i), 0)
+        tma.async_copy_shared_to_global(desc_dk, [i_b, i_kv, n + i * KEYS, 0], smem_k.index(i))
+        tma.async_copy_shared_to_global(desc_dv, [i_b, i_kv, n + i * KEYS, 0], smem_v.index(i))
+    tma.store_wait(0)
 
 
 @gluon.jit
 def consume(
-    which, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, desc_dk, desc_dv, smem_place, p_start, p_stop, p_slopes,
+    which, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, done, smem_total, p_start, p_stop, p_slopes,
     n, first, full_first, n_full, n_tiles, q_len, offset, left, right, scale,
     softcap, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
@@ -169,33 +182,32 @@ def consume(
     b_dv = gl.zeros([KEYS, BLOCK_DV], gl.float32, dv_layout)
     k = smem_k.index(which).reshape([KEYS, BLOCK_D])
     v = smem_v.index(which).reshape([KEYS, BLOCK_DV])
+    n += which * KEYS
+    offset -= n  # keys are counted from the first of these
     slope = 0.0
     mbarrier.wait(ready_kv, 0)
     before = 0  # tiles of the group's heads that have passed by
-    while before < noted(smem_place, 2):
+    while before < noted(smem_total, 0):
         if ALIBI:
             slope = gl.load(p_slopes)
             p_slopes += 1
         b_dk, b_dv = gather_rows(
             0, n_full, before, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start, p_stop,
-            n + which * KEYS, first, full_first, n_full, q_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV,
+            n, first, full_first, n_full, q_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV,
             BLOCK_M, STAGES, UNMASKED, False, False, SOFTCAP, ALIBI, dk_layout, dv_layout,
         )  # fmt: skip
         if MASK != UNMASKED:
             b_dk, b_dv = gather_rows(
                 n_full, n_tiles, before, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start,
-                p_stop, n + which * KEYS, first, full_first, n_full, q_len, offset, left, right, scale, softcap, slope, BLOCK_D,
+                p_stop, n, first, full_first, n_full, q_len, offset, left, right, scale, softcap, slope, BLOCK_D,
                 BLOCK_DV, BLOCK_M, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, dk_layout, dv_layout,
             )  # fmt: skip
         before += n_tiles
-    # K and V are no longer needed: the gradients take their places, and the copy engine takes them from there.
+    # K and V are no longer needed: the gradients take their places, and the producer has them fetched from there.
     k.store((b_dk * (scale if SOFTCAP else scale * LOG2_E * LN_2)).to(smem_k.dtype))
     v.store(b_dv.to(smem_v.dtype))
     fence_async_shared()
-    i_b, i_kv = noted(smem_place, 0), noted(smem_place, 1)  # kept there because the loops need every register
-    tma.async_copy_shared_to_global(desc_dk, [i_b, i_kv, n + which * KEYS, 0], smem_k.index(which))
-    tma.async_copy_shared_to_global(desc_dv, [i_b, i_kv, n + which * KEYS, 0], smem_v.index(which))
-    tma.store_wait(0)
+    mbarrier.arrive(done.index(which), count=1)
 
 
 @gluon.jit
@@ -210,7 +222,10 @@ def gather_rows(
     unit = (softcap if SOFTCAP else scale) * LOG2_E
     for j in range(from_tile, to_tile):
         stage, phase = (before + j) % STAGES, (before + j) // STAGES & 1
-        row = row_of(j, first, full_first, n_full, BLOCK_M, HAS_LEFT or MASK == INTERVALS)
+        if MASK == UNMASKED:
+            row = full_first + j * BLOCK_M
+        else:
+            row = partial_row(j, first, full_first, n_full, BLOCK_M, HAS_LEFT or MASK == INTERVALS)
         o_m = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
         q = smem_q.index(stage).reshape([BLOCK_M, BLOCK_D])
         do = smem_do.index(stage).reshape([BLOCK_M, BLOCK_DV])
@@ -220,7 +235,7 @@ def gather_rows(
         mbarrier.wait(ready_do.index(stage), phase)
         b_dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
-        o_n = n + gl.arange(0, KEYS, layout=gl.SliceLayout(1, s_layout))
+        o_n = gl.arange(0, KEYS, layout=gl.SliceLayout(1, s_layout))
         if SOFTCAP:
             b_t = 1.0 - 2.0 / (gl.exp2(b_s * (scale / softcap * 2.0 * LOG2_E)) + 1.0)
             b_s = b_t
@@ -230,7 +245,7 @@ def gather_rows(
             )
         b_lse = smem_lse.index(stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, s_layout))
         b_p = gl.exp2(b_s * unit - b_lse[None, :])
-        b_p = hide(b_p, o_n, o_m, q_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
+        b_p = hide(b_p, n, o_n, o_m, q_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
         b_dv = warpgroup_mma(
             gl.convert_layout(b_p.to(smem_do.dtype), gl.DotOperandLayout(0, dv_layout, 2)), do, b_dv, is_async=True
         )
@@ -253,12 +268,12 @@ def gather_rows(
 
 @gluon.jit
 def hide(
-    b_p, o_n, o_m, q_len, offset, left, right, p_start, p_stop, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr
+    b_p, n, o_n, o_m, q_len, offset, left, right, p_start, p_stop, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr
 ):  # fmt: skip
     """The weights, 0 for pairs that the mask hides. Rows past the end may keep theirs: their Q and dO are zeros."""
     if MASK == INTERVALS:
-        start = gl.load(p_start + o_m, mask=o_m < q_len, other=0)
-        stop = gl.load(p_stop + o_m, mask=o_m < q_len, other=0)
+        start = gl.load(p_start + o_m, mask=o_m < q_len, other=0) - n
+        stop = gl.load(p_stop + o_m, mask=o_m < q_len, other=0) - n
         b_p = gl.where((o_n[:, None] >= start[None, :]) & (o_n[:, None] < stop[None, :]), b_p, 0.0)
     if MASK == BAND:
         if HAS_LEFT:

@@ -126,10 +126,11 @@ def hopper_launches(
 
 def hopper_tiles(head_dim: int, keys: int, options: KernelOptions) -> HopperTiles:
     """The shape of the forward for about so many ``keys`` per row."""
-    extras = [options.mask_kind == INTERVALS, options.softcap > 0, options.alibi_slopes is not None]
+    two_sided = options.mask_kind == INTERVALS or options.left is not None
+    extras = [two_sided, options.softcap > 0, options.alibi_slopes is not None]
     if head_dim > 64:
         return HOPPER_NARROW if all(extras) else HOPPER[128]
-    return HOPPER_ROOMY if any(extras) or options.left is not None or keys < HOPPER_LEAST_KEYS else HOPPER[64]
+    return HOPPER_ROOMY if any(extras) or keys < HOPPER_LEAST_KEYS else HOPPER[64]
 
 
 def heads_together(heads: int, row_blocks: int, programs: int, bytes_per_head: float, uneven: bool) -> int:

@@ -28,7 +28,11 @@ SMALL = TileConfig(32, 16, 4, 1)  # small tiles meet more edges in few tokens
 def run_one(seed: int) -> None:
     rng = random.Random(seed)
     problem = random_problem(
-        rng, dtypes=(torch.float32, torch.float16, torch.bfloat16), lengths=(0, 1, 17, 33, 64, 100)
+        rng,
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        lengths=(0, 1, 17, 33, 64, 70),
+        batches=(1, 1, 2),
+        heads=((1, 1), (2, 2), (4, 2), (3, 1)),
     )
     q, k, v = (x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v))
     out, lse = attention(q, k, v, **problem.options, return_lse=True, backend="triton")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import decode_checks, device_checks, varlen_checks
+from gpu import decode_checks, device_checks, serving_checks, varlen_checks
 
 from flashlib.kernels.launch import interpreting
 
@@ -37,7 +37,15 @@ COUNT = int(os.environ.get("FLASHLIB_GPU_SPECS", "200"))
 WORKERS = 1 if interpreting() else max(1, (os.cpu_count() or 1) - 2)
 
 
-@pytest.mark.parametrize("draw", [device_checks.random_specs, decode_checks.random_cases, varlen_checks.random_calls])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        device_checks.random_specs,
+        decode_checks.random_cases,
+        varlen_checks.random_calls,
+        serving_checks.random_cases,
+    ],
+)
 def test_random_problems_are_within_the_budget(draw, out, seed):
     (row,) = draw(COUNT, seed, WORKERS, out).rows
     assert not row["failed"]

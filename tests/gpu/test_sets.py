@@ -2,6 +2,9 @@
 
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +121,16 @@ def test_a_process_that_dies_fails_the_problem_that_it_had_begun(tmp_path):
 
 def test_features_are_counted():
     assert coverage([{"mask": "none"}, {"mask": "left"}, {"mask": "none"}]) == {"mask": {"left": 1, "none": 2}}
+
+
+def test_the_checks_of_serving_run_small_in_the_interpreter(seed, tmp_path):
+    program = Path(__file__).with_name("serving_checks.py")
+    answer = subprocess.run(
+        [sys.executable, "-W", "ignore", str(program), "--cases", "2", "--seed", str(seed), "--out", str(tmp_path)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert answer.stdout.endswith("all passed\n")

@@ -449,9 +449,9 @@ def fold_of_pieces_far_apart(t: Trial) -> None:
 def fold_of_empty_pieces(t: Trial) -> None:
     """fold passes over pieces without keys, and over no piece at all gives 0 and -inf"""
     outs, lses = pieces(t, 5, 6)
-    lses[t.uniform(0, 1, 5, 6) < 0.4] = -torch.inf
-    lses[t.integer(0, 4)] = 0.0
-    lses[:, t.permutation(6)[:2]] = 0.5
+    empty = t.uniform(0, 1, 5, 6) < 0.4
+    empty[t.integer(0, 4)] = empty[:, t.permutation(6)[:2]] = False
+    lses = lses.masked_fill(empty, -torch.inf)
     t.check(fold, outs.masked_fill((lses == -torch.inf)[..., None], torch.nan), lses)
     lses[:, t.integer(0, 5)] = -torch.inf
     t.check(fold, outs, lses)

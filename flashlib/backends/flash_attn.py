@@ -103,6 +103,9 @@ class FlashAttention2(_FlashAttentionPackage):
     def unsupported(self, spec, config):
         if spec.alibi_slopes is not None and spec.alibi_slopes.dim() == 3:
             return "takes one ALiBi slope per head; got one for each row"
+        if spec.alibi_slopes is not None and spec.return_lse and spec.mask.band() == (None, 0):
+            # It adds slope * j where slope * (i + Sk - Sq - j) is to be taken away: the same softmax, another LSE.
+            return "its LSE under a causal mask is not that of the scores with ALiBi"
         return super().unsupported(spec, config)
 
     def call(self, function, q, k, v, settings, spec, **options):

@@ -2,6 +2,7 @@
 
 import random
 import secrets
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -80,10 +81,14 @@ def test_packed_sequences_of_unequal_lengths_are_biased_as_each_by_itself(backen
         assert comparison.passed, f"{ends_q}, {ends_k}: {comparison.message}"
 
 
-def test_a_backend_that_has_one_slope_for_a_head_says_so():
+def test_backends_without_it_say_so():
     spec, config = spec_of(None, torch.rand(2, 3, 5)), FlashAttentionConfig()
     message = "takes one ALiBi slope per head; got one for each row"
     assert BACKENDS["flash_attn_2"].unsupported(spec, config) == message
+    for mask, wants_lse in ((Causal(), True), (Causal(), False), (Window(3, 0), True)):
+        causal = replace(spec_of(mask, torch.rand(3)), return_lse=wants_lse)
+        says_so = "LSE under a causal mask" in BACKENDS["flash_attn_2"].unsupported(causal, config)
+        assert says_so == (wants_lse and mask.band() == (None, 0))
     for name in ("flash_attn_3", "torch_sdpa_math", "torch_sdpa_flash", "torch_sdpa_efficient", "torch_sdpa_cudnn"):
         assert "has no ALiBi" in BACKENDS[name].unsupported(spec, config)
     for name in ("reference", "tiled"):

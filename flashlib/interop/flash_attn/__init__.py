@@ -18,7 +18,8 @@ softmax_scale, softcap     as there
 causal, window_size        as there: aligned bottom-right, in each sequence where they are packed
 cu_seqlens                 as there, int32 or int64. Sequences may be empty; tokens behind the last one give 0
 max_seqlen                 checked, and otherwise not needed
-alibi_slopes               as there
+alibi_slopes               as there; the LSE is that of the biased scores. There, with causal and no window, that of row i is
+                           larger by ``slope * (i + seqlen_k - seqlen_q)``
 deterministic              as there; gradients come only from backends that repeat them bit by bit
 return_attn_probs          ``(out, softmax_lse, S_dmask)``; as there, S_dmask is empty where there is no dropout
 gradient through the LSE   computed; there it is silently 0

@@ -64,7 +64,7 @@ lint: install ## Check style and formatting of code and notebooks
 
 unit: install ## Run all tests but the notebooks
 	@echo "== Tests: pytest"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 nbcheck: install ## Execute every notebook and compare every output with the committed one
 	@echo "== Notebooks: nbval"

@@ -54,6 +54,11 @@ def test_make_names_the_pythons_that_fit(tmp_path: Path, version: str, fits: boo
     assert not (tmp_path / ".venv").exists()
 
 
+def test_the_files_that_come_first_are_there() -> None:
+    order = re.findall(r'^    "(.+)",$', (REPOSITORY / "tests" / "conftest.py").read_text(), re.MULTILINE)
+    assert len(order) > 10 and all((REPOSITORY / "tests" / name).is_file() for name in order)
+
+
 def test_continuous_integration_calls_make_test(tmp_path: Path) -> None:
     _script(tmp_path / "make", 'echo "make $* in $PWD"; exit 7')
     run = REPOSITORY / ".ci" / "run"

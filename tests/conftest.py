@@ -1,0 +1,36 @@
+"""The order of files: those that take longest come first, so that at the end no worker is left alone with one of them."""
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+LONGEST_FIRST = (
+    "grader/test_kill_matrix.py",
+    "kernels/test_compiled.py",
+    "core/test_backends_agree.py",
+    "grader/test_triton_in_the_sandbox.py",
+    "grader/test_check_api.py",
+    "grader/test_hostile.py",
+    "grader/test_front_doors.py",
+    "kernels/test_interpreter.py",
+    "kernels/test_decode_kernels.py",
+    "models/test_smollm2.py",
+    "core/test_tiled.py",
+    "setup/test_lab.py",
+    "setup/test_weights.py",
+    "measure/test_decoding.py",
+    "interop/test_transformers_on_triton.py",
+    "interop/test_varlen_on_triton.py",
+    "course/test_figures.py",
+    "models/test_injected_memory.py",
+    "models/test_interop_transformers.py",
+    "interop/test_flash_attn.py",
+    "course/test_growing_kernels.py",
+    "course/test_mask_kernels.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {TESTS / name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))

@@ -127,6 +127,18 @@ def unseen_keys(p_start, p_stop, n, q_len, kv_len, BLOCK_N: tl.constexpr, CHUNK:
             unseen = tl.zeros_like(unseen)
             left = 0
         elif tl.max(((start < end) & (stop > n)).to(tl.int32)) > 0:
-            sees = (start[:, None] <= o_n[None, :]) & (stop[:, None] > o_n[None, :])
-            unseen = unseen & (1 - tl.max(sees.to(tl.int32), 0))
+            unseen = unseen & unseen_by(p_start, p_stop, (first + left + 1) % chunks * CHUNK, o_n, q_len, CHUNK)
+    return unseen
+
+
+@triton.jit
+def unseen_by(p_start, p_stop, m, o_n, q_len, CHUNK: tl.constexpr):
+    """Which keys no row of one chunk sees. A few rows at a time: a pair takes a register, and a thread has 255 of them."""
+    unseen = tl.full(o_n.shape, 1, tl.int32)
+    for row in range(m, tl.minimum(m + CHUNK, q_len), 16):
+        o_m = row + tl.arange(0, 16)
+        start = tl.load(p_start + o_m, mask=o_m < q_len, other=0)
+        stop = tl.load(p_stop + o_m, mask=o_m < q_len, other=0)
+        sees = (start[:, None] <= o_n[None, :]) & (stop[:, None] > o_n[None, :])
+        unseen = unseen & (1 - tl.max(sees.to(tl.int32), 0))
     return unseen

@@ -26,5 +26,10 @@ def test_random_problems():
     assert interpreted("interpreted.py", "--seed", str(seed), "--problems", "20") == "20 problems within the budget\n"
 
 
+def test_what_is_prepared_for_the_hopper_kernels():
+    seed = random.SystemRandom().getrandbits(40)
+    assert interpreted("prepared.py", "--seed", str(seed), "--problems", "20") == "20 masks looked up\n"
+
+
 def test_operators_hold_and_compile_without_a_break():
     assert interpreted("operators.py") == "operators hold\n"

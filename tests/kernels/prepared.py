@@ -1,0 +1,90 @@
+"""What ``hopper_prepare`` looks up in row intervals, against the mask itself, in Triton's interpreter. The kernel that it prepares for
+runs on Hopper GPUs alone; what it is told can be checked anywhere.
+
+TRITON_INTERPRET=1 python tests/kernels/prepared.py --seed 0 --problems 20
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from problems import random_mask
+
+from flashlib.kernels import hopper_launch
+from flashlib.kernels.launch import KernelOptions, interpreting
+from flashlib.kernels.tiles import HopperTiles
+from flashlib.masks import Tile
+from flashlib.spec import AttentionSpec
+
+LENGTHS = (1, 17, 64, 70, 150, 260)
+
+
+def run_one(seed: int) -> None:
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    batch, kv_heads, q_len, kv_len = rng.choice((1, 3)), rng.choice((1, 2)), rng.choice(LENGTHS), rng.choice(LENGTHS)
+    q, k = torch.zeros(batch, 2 * kv_heads, q_len, 16), torch.zeros(batch, kv_heads, kv_len, 16)
+    v = torch.randn(batch, kv_len, kv_heads, rng.choice((16, 24, 40)), generator=generator).transpose(1, 2)
+    mask = None
+    while mask is None or mask.band() is not None:
+        mask = random_mask(rng, batch, q_len, kv_len)
+    spec = AttentionSpec.from_tensors(q, k, v, mask=mask)
+    options, intervals = KernelOptions.from_spec(spec), spec.intervals
+    seen = intervals.seen_keys()
+    poisoned = v.masked_fill(~seen[:, None, :, None].expand(batch, -1, -1, -1), float("nan"))
+    hopper_launch.PREPARE_CHUNK = rng.choice((16, 32, 64))
+    tiles = HopperTiles(consumers=rng.choice((1, 3)), block_n=rng.choice((32, 64)), num_stages=2, registers=240)
+    launch, prepared = hopper_launch.prepare_launch(poisoned, options, q_len, tiles)
+    prepared["blanked"].fill_(float("nan"))
+    launch.start()
+    check_tiles(prepared["tiles"], intervals, tiles, f"seed {seed}: {mask}")
+    check_blanked(prepared, seen, v, tiles.block_n, f"seed {seed}: {mask}")
+
+
+def check_tiles(told, intervals, tiles: HopperTiles, problem: str) -> None:
+    """Each block of rows once, and of its keys: skipped ones are hidden, full ones are seen by all rows, the rest is masked."""
+    kinds = intervals.tile_map(tiles.block_m, tiles.block_n)
+    for entry, blocks in zip(kinds, told, strict=True):
+        assert sorted(blocks[:, 0].tolist()) == list(range(len(entry))), problem
+        for i_m, first, n_tiles, right_partial, full in blocks.tolist():
+            assert n_tiles >= 1 and right_partial >= 0 and full >= 0 and right_partial + full <= n_tiles, problem
+            last = first + n_tiles
+            outside = torch.ones(entry.shape[1], dtype=torch.bool)
+            outside[first:last] = False
+            assert (entry[i_m, outside] == Tile.SKIP).all(), problem
+            assert (entry[i_m, last - right_partial - full : last - right_partial] == Tile.FULL).all(), problem
+
+
+def check_blanked(prepared, seen, v, block_n: int, problem: str) -> None:
+    """Tiles in which a key is seen by no row are flagged, and only they are copied, with 0 for such keys."""
+    for entry, (keys, flags) in enumerate(zip(seen, prepared["flags"], strict=True)):
+        requests = slice(None) if len(seen) == 1 else slice(entry, entry + 1)
+        for tile, flag in enumerate(flags.tolist()):
+            some = slice(tile * block_n, min((tile + 1) * block_n, len(keys)))
+            assert flag == int(not keys[some].all()), problem
+            copy = prepared["blanked"][requests, :, some]
+            if flag:
+                assert torch.equal(copy, v[requests, :, some].masked_fill(~keys[some, None], 0.0)), problem
+            else:
+                assert copy.isnan().all(), problem
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--problems", type=int, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    assert interpreting(), "set TRITON_INTERPRET=1"
+    for seed in range(options.seed, options.seed + options.problems):
+        run_one(seed)
+    print(f"{options.problems} masks looked up")
+
+
+if __name__ == "__main__":
+    main()

@@ -402,7 +402,7 @@ def main() -> int:
         "determinism": lambda: determinism(options.out, options.seed, options.repeats),
         "graphs": lambda: graphs(options.out, options.seed),
         "batches": lambda: batch_invariance(options.out, options.seed, 64 if DEVICE == "cuda" else 4),
-        "combine": lambda: combining(options.out, options.seed),
+        "combine": lambda: combining(options.out, options.seed, 200 if DEVICE == "cuda" else 20),
         "cases": lambda: random_cases(options.cases, options.seed, options.workers, options.out, options.limit),
     }
     failures = sum(count_failures(name, run) for name, run in checks.items() if options.check in (name, "all"))

@@ -28,7 +28,7 @@ from flashlib.kernels.launch import (
     forward_launch,
     interpreting,
 )
-from flashlib.kernels.tiles import TileConfig, tile_config
+from flashlib.kernels.tiles import HopperTiles, TileConfig, tile_config
 from flashlib.masks import Window
 from flashlib.spec import AttentionSpec
 
@@ -126,7 +126,8 @@ def inspect(
     softcap: float = 0.0,
     alibi: bool = False,
     alibi_by_row: bool = False,
-    tiles: TileConfig | dict[str, TileConfig] | None = None,
+    tiles: TileConfig | HopperTiles | dict[str, TileConfig] | None = None,
+    only: str | None = None,
 ) -> list[KernelReport]:
     """Compile the kernels of one pass for a GPU that need not be there.
 
@@ -138,7 +139,8 @@ def inspect(
         causal, window, softcap, alibi: features, as in :func:`flashlib.attention`.
         alibi_by_row: compile for ALiBi whose slope and offset are each row's own, as in packed sequences of unequal lengths.
         intervals: compile for a mask given as row intervals, as all but causal masks and windows are.
-        tiles: tile sizes instead of the table's: one for "forward", or by kernel, "forward", "dkdv" and "dq".
+        tiles: tile sizes instead of the table's: one for "forward" or "hopper", or by kernel, "forward", "dkdv" and "dq".
+        only: the name of the one kernel to compile, such as "backward_dq"; None for all of the pass.
 
     Raises:
         ValueError: no such kernel or architecture.
@@ -162,10 +164,10 @@ def inspect(
     options = KernelOptions(rows, rows, options.left, options.right, slopes, offsets, options.scale, softcap)
     widest, capability = max(head_dim, v.shape[3]), int(arch.removeprefix("sm_")) // 10
     table = {
-        name: tile_config(name, dtype, widest, capability, crowded=options.crowded, alibi_by_row=alibi_by_row)
+        name: tile_config(name, dtype, widest, capability, demands=options.demands(q, k, v))
         for name in ("forward", "dkdv", "dq")
     }
-    tiles = table | ({kernel: tiles} if isinstance(tiles, TileConfig) else tiles or {})
+    tiles = table | ({kernel: tiles} if isinstance(tiles, TileConfig | HopperTiles) else tiles or {})
     if kernel == "hopper":
         return [compile_launch(hopper_launches(q, k, v, options, tiles=tiles.get("hopper"))[0][-1], arch)]
     launch, out, lse = forward_launch(q, k, v, options, tiles=tiles["forward"])
@@ -177,7 +179,10 @@ def inspect(
         }
         grad_out = torch.empty_like(out)
         launches, _ = backward_launches(q, k, v, out, lse, grad_out, None, options, tiles=tiles, dkdv=dkdv[kernel])
-    return [compile_launch(launch, arch) for launch in launches]
+    names = [launch.name for launch in launches]
+    if only is not None and only not in names:
+        raise ValueError(f"only must be one of {', '.join(names)}; got {only!r}")
+    return [compile_launch(launch, arch) for launch in launches if only in (None, launch.name)]
 
 
 def compile_launch(launch: Launch, arch: str) -> KernelReport:

@@ -84,10 +84,13 @@ class KernelOptions:
             return 0
         return BY_HEAD if self.row_offsets is None else BY_ROW
 
-    @property
-    def crowded(self) -> bool:
-        """Whether the kernels have more to hold in registers than q, k, v and a band."""
-        return self.mask_kind == INTERVALS or self.softcap > 0 or self.alibi_slopes is not None
+    def demands(self, q: Tensor, k: Tensor, v: Tensor) -> set[str]:
+        """What the kernels hold in registers besides q, k, v and a band: keys of :data:`flashlib.kernels.tiles.EXCEPTIONS`."""
+        checked = checked_channels(q, k), checked_channels(v)
+        narrow = any(0 < channels * q.element_size() < 16 for channels in checked)
+        extras = self.mask_kind == INTERVALS or self.softcap > 0 or self.alibi_slopes is not None
+        found = {"edges": any(checked), "crowded": extras or narrow, "alibi_by_row": self.alibi_kind == BY_ROW}
+        return {name for name, holds in found.items() if holds}
 
     def values(self) -> tuple[Any, ...]:
         """All attributes in order, as the operators of :mod:`flashlib.kernels.ops` take them after the tensors."""
@@ -329,8 +332,7 @@ def choose_tiles(
         launches: what is timed to find out, for given tiles.
     """
     widest = max(q.shape[3], v.shape[3])
-    features = {"crowded": options.crowded, "alibi_by_row": options.alibi_kind == BY_ROW}
-    tiles = tile_config(kernel, q.dtype, widest, capability_of(q.device), **features)
+    tiles = tile_config(kernel, q.dtype, widest, capability_of(q.device), demands=options.demands(q, k, v))
     if not searches(options.autotune, q.device):
         return tiles
     problem = Problem.of(kernel, q, options.arguments(q, k, v))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 __all__ = [
+    "EXCEPTIONS",
     "HOPPER",
     "HOPPER_BACKWARD",
     "HOPPER_BACKWARD_ROOMY",
@@ -80,9 +82,9 @@ HOPPER_NARROW = HopperTiles(2, 64, 3, 240)
 # Keys per row from which on three consumers were faster: at 4k, 496 against 415 TFLOP/s full, and 406 against 411 causal.
 HOPPER_LEAST_KEYS = 3072
 
-# By compute capability (major), kernel, and padded head_dim; 16-bit inputs. At D = Dv = 64, 128 and 256 all of them hold everything
-# in registers (tests/kernels/test_compiled.py): a value that is spilled costs a store and a load in each tile. Other sizes check the
-# edges of rows too: at 80 and 96 nothing spills either, at 192 dK and dV spill up to 80 bytes on Hopper.
+# By compute capability (major), kernel, and padded head_dim; 16-bit inputs. All of them, and the exceptions below, hold everything in
+# registers (tests/kernels/test_compiled.py says for which problems that was seen): a value that is spilled costs a store and a load
+# in each tile.
 # For 9, those of the forward and of dQ up to head_dim 128 come from a sweep on an H200 (benchmarks/tune_triton.py); the others are
 # the largest found that spill nothing. Those for 8 are cut to the shared memory of an A100, 163 KiB, and of consumer cards, 99 KiB:
 # no such GPU was there to measure them on.
@@ -98,16 +100,21 @@ TABLE = {
         "dq": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 32, 4, 1), 256: TileConfig(64, 16, 8, 1)},
     },
 }
-# The same, where row intervals, a softcap or ALiBi take registers too and the tile above would spill.
-CROWDED = {
-    9: {"dkdv": {128: TileConfig(64, 64, 8, 2), 256: TileConfig(16, 64, 8, 2)}},
-    8: {
-        "forward": {64: TileConfig(128, 32, 4, 2), 128: TileConfig(128, 32, 8, 2)},
-        "dkdv": {64: TileConfig(32, 64, 4, 2), 128: TileConfig(32, 64, 8, 2)},
+# The same, where something else takes registers too and the tile above would spill. The last one that applies counts.
+EXCEPTIONS = {
+    # A head_dim that is not a power of two: which channels lie inside.
+    "edges": {9: {"dkdv": {256: TileConfig(16, 64, 8, 2)}}},
+    # Row intervals, a softcap, ALiBi, or rows that cannot be moved 16 bytes at a time.
+    "crowded": {
+        9: {"dkdv": {128: TileConfig(64, 64, 8, 2), 256: TileConfig(16, 64, 8, 2)}},
+        8: {
+            "forward": {64: TileConfig(128, 32, 4, 2), 128: TileConfig(128, 32, 8, 2)},
+            "dkdv": {64: TileConfig(32, 64, 4, 2), 128: TileConfig(32, 64, 8, 2)},
+        },
     },
+    # A slope and an offset of ALiBi for each row.
+    "alibi_by_row": {9: {"forward": {64: TileConfig(128, 64, 8, 3)}}},
 }
-# And where each row has its own slope and offset of ALiBi.
-BY_ROW = {9: {"forward": {64: TileConfig(128, 64, 8, 3)}}, 8: {}}
 # fp32 products are done without tensor cores (IEEE), from operands in registers: the wider the head, the smaller the tile.
 FP32 = {
     "forward": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(16, 32, 8, 1), 256: TileConfig(16, 16, 8, 1)},
@@ -117,30 +124,24 @@ FP32 = {
 
 
 def tile_config(
-    kernel: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    capability: int,
-    *,
-    crowded: bool = False,
-    alibi_by_row: bool = False,
+    kernel: str, dtype: torch.dtype, head_dim: int, capability: int, *, demands: Collection[str] = ()
 ) -> TileConfig:
     """Tile sizes of ``kernel`` ("forward", "dkdv" or "dq") from the table.
 
     Args:
         head_dim: the wider of D and Dv, at most 256.
         capability: the major number of the GPU's compute capability (:func:`capability_of`).
-        crowded: whether there are row intervals, a softcap or ALiBi.
-        alibi_by_row: whether each row has its own slope and offset of ALiBi.
+        demands: those of :data:`EXCEPTIONS` that apply.
     """
     width = next(width for width in (64, 128, 256) if head_dim <= width)
     if dtype == torch.float32:
         return FP32[kernel][width]
     major = 8 if capability < 9 else 9
-    exceptions = dict(CROWDED[major].get(kernel, {})) if crowded else {}
-    if alibi_by_row:
-        exceptions |= BY_ROW[major].get(kernel, {})
-    return exceptions.get(width) or TABLE[major][kernel][width]
+    tiles = TABLE[major][kernel][width]
+    for demand, exceptions in EXCEPTIONS.items():
+        if demand in demands:
+            tiles = exceptions.get(major, {}).get(kernel, {}).get(width, tiles)
+    return tiles
 
 
 def capability_of(device: torch.device) -> int:

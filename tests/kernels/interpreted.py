@@ -63,7 +63,7 @@ def main() -> None:
     assert interpreting(), "set TRITON_INTERPRET=1"
     tiles.FP32 = {kernel: dict.fromkeys((64, 128, 256), SMALL) for kernel in tiles.FP32}
     tiles.TABLE[9] = {kernel: dict.fromkeys((64, 128, 256), SMALL) for kernel in tiles.TABLE[9]}
-    tiles.CROWDED[9] = tiles.BY_ROW[9] = {}
+    tiles.EXCEPTIONS.clear()
     for seed in range(options.seed, options.seed + options.problems):
         run_one(seed)
     print(f"{options.problems} problems within the budget")

@@ -1,82 +1,96 @@
 """Every kernel, compiled for GPUs that are not here: it fits, it uses the tensor cores, and nothing spills."""
 
-import random
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
 from multiprocessing import get_context
 
 import pytest
 import torch
 
 from flashlib.kernels.inspect import ARCHITECTURES, KernelReport, inspect
-from flashlib.kernels.tiles import BY_ROW, CROWDED
-from flashlib.measure import sources_hash
-from flashlib.measure.bench import kernel_sources
+from flashlib.kernels.launch import checked_channels
+from flashlib.kernels.tiles import EXCEPTIONS, HOPPER, TABLE
 
-ARCHS = ("sm_80", "sm_90")
-FEATURES = {
-    "full": {},
-    "causal": {"causal": True},
-    "window": {"window": (256, 0)},
-    "intervals": {"intervals": True},
-}
+WINDOW, CAUSAL = {"window": (256, 0)}, {"causal": True}
+SOFTCAP, ALIBI, INTERVALS = {"softcap": 30.0}, {"alibi": True}, {"intervals": True}
+MOST = INTERVALS | SOFTCAP | {"alibi_by_row": True}
+FULL = {}
 
-
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_hopper_kernel_fits_without_spills(head_dim, feature):
-    (report,) = inspect("hopper", head_dim=head_dim, **FEATURES[feature])
-    assert report.tensor_core_instructions.keys() == {"HGMMA"}
-    assert report.shared_memory <= report.shared_memory_limit == 232_448
-    assert "serialized" not in report.warnings
-    assert report.spills == 0
-
-
-@pytest.mark.parametrize(("head_dim", "feature", "parked"), [(64, "causal", 32), (128, "full", 0), (128, "causal", 32)])
-def test_the_hopper_kernel_of_dk_and_dv_fits(head_dim, feature, parked):
-    """Its loops spill nothing. Under a mask one or two addresses wait in memory until a loop has ended: ``parked`` bytes in all."""
-    report = next(
-        r for r in inspect("hopper-backward", head_dim=head_dim, **FEATURES[feature]) if r.name == "hopper_dkdv"
-    )
-    assert report.tensor_core_instructions.keys() == {"HGMMA"}
-    assert report.shared_memory <= report.shared_memory_limit
-    assert "serialized" not in report.warnings
-    assert report.spills <= parked
+# What is compiled is fixed, since the same code gives the same registers: every tile there is, each under what asks most of it, and
+# the problems that have spilled at some time. kernel, architecture, options of inspect.
+HOPPER_CASES = [
+    *[("hopper", {"head_dim": d, **features}) for d in (64, 128) for features in (FULL, CAUSAL, WINDOW, INTERVALS)],
+    ("hopper", {"head_dim": 64, "tiles": HOPPER[64], **CAUSAL}),
+    ("hopper", {"head_dim": 64, **INTERVALS, **SOFTCAP, **ALIBI}),
+    ("hopper", {"head_dim": 128, **WINDOW, **SOFTCAP}),
+    ("hopper", {"head_dim": 128, **INTERVALS, **ALIBI}),
+    ("hopper", {"head_dim": 128, **WINDOW, **SOFTCAP, **ALIBI}),
+    ("hopper", {"head_dim": 72, **WINDOW, **SOFTCAP}),
+    *[
+        ("hopper-backward", {"head_dim": d, "only": "hopper_dkdv", **features})
+        for d in (64, 128)
+        for features in (FULL, CAUSAL, WINDOW)
+    ],
+    ("hopper-backward", {"head_dim": 128, "only": "hopper_dkdv", **CAUSAL, **SOFTCAP, **ALIBI}),
+    ("hopper-backward", {"head_dim": 128, "only": "hopper_dkdv", **INTERVALS, **SOFTCAP, **ALIBI}),
+]
 
 
-# What asks for the most registers, and what does so while the problem does not yet count as crowded.
-MOST = {"intervals": True, "softcap": 30.0, "alibi_by_row": True}
-MOST_BY_HEAD = {"intervals": True, "softcap": 30.0, "alibi": True}
-UNCROWDED = {"window": (256, 0)}
-SAMPLES = 6
+def exceptional(demand: str, major: int, kernel: str, head_dim: int) -> bool:
+    return head_dim in EXCEPTIONS[demand].get(major, {}).get(kernel, {})
 
 
-def fixed_cases() -> list[tuple[str, dict]]:
-    """Every tile of the tables, each under what asks most of it."""
+def portable_cases() -> list[tuple[str, dict]]:
+    """Every tile of the tables."""
     cases = []
-    for arch, kernel, head_dim in product(ARCHS, ("backward", "forward"), (64, 128, 256)):
-        by_row, crowded = (
-            head_dim in table[8 if arch == "sm_80" else 9].get("forward" if kernel == "forward" else "dkdv", {})
-            for table in (BY_ROW, CROWDED)
-        )
-        for features in (MOST, *[MOST_BY_HEAD] * by_row, *[UNCROWDED] * crowded):
-            cases.append((kernel, {"arch": arch, "head_dim": head_dim, **features}))
+    for major, kernels in TABLE.items():
+        for kernel, by_width in kernels.items():
+            for head_dim in by_width:
+                launch = ("forward", {}) if kernel == "forward" else ("backward", {"only": f"backward_{kernel}"})
+                problems = [MOST]
+                if exceptional("alibi_by_row", major, kernel, head_dim):
+                    problems.append(INTERVALS | SOFTCAP | ALIBI)
+                if exceptional("crowded", major, kernel, head_dim):
+                    problems.append(WINDOW)
+                cases += [
+                    (launch[0], {"arch": f"sm_{major}0", "head_dim": head_dim, **launch[1], **features})
+                    for features in problems
+                ]
     return cases
 
 
-def random_case(rng: random.Random) -> tuple[str, dict]:
-    features = dict(rng.choice(list(FEATURES.values())))
-    features |= {"softcap": 30.0} if rng.random() < 0.5 else {}
-    features |= rng.choice(({}, {"alibi": True}, {"alibi_by_row": True}))
-    dtype = rng.choice((torch.float16, torch.bfloat16))
-    head_dim = rng.choice((64, 80, 96, 128, 256))
-    kernel = rng.choice(("forward", "backward"))
-    return kernel, {"arch": rng.choice(ARCHS), "dtype": dtype, "head_dim": head_dim, **features}
+PORTABLE_CASES = [
+    *portable_cases(),
+    ("backward", {"head_dim": 128, "dtype": torch.float16, **CAUSAL}),
+    ("forward", {"arch": "sm_80", "head_dim": 128, "dtype": torch.float16, **CAUSAL}),
+    ("forward", {"head_dim": 72, **WINDOW}),
+    ("backward", {"head_dim": 72, "only": "backward_dkdv", **WINDOW}),
+    ("backward", {"arch": "sm_80", "head_dim": 72, "only": "backward_dq", **MOST}),
+    ("backward", {"head_dim": 100, "only": "backward_dkdv", **WINDOW}),
+    ("backward", {"head_dim": 192, "only": "backward_dkdv", **WINDOW}),
+    ("forward", {"head_dim": 200, **MOST}),
+    ("backward", {"head_dim": 192, "v_head_dim": 128, "only": "backward_dq", **MOST}),
+]
+FP32_CASES = [(kernel, {"dtype": torch.float32, **WINDOW}) for kernel in ("forward", "backward")]
 
 
-def problems_of(report: KernelReport, dtype: torch.dtype) -> list[str]:
+def named(case: tuple[str, dict]) -> str:
+    return " ".join([case[0], *(f"{name}={value}" for name, value in case[1].items())])
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The reports of all cases, by name; two are compiled at a time."""
+    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+    yield {
+        named((kernel, options)): pool.submit(inspect, kernel, **options)
+        for kernel, options in HOPPER_CASES + PORTABLE_CASES + FP32_CASES
+    }
+    pool.shutdown(cancel_futures=True)
+
+
+def problems_of(report: KernelReport) -> list[str]:
     """What is wrong with a compiled kernel."""
     found = []
     if report.spills:
@@ -87,33 +101,44 @@ def problems_of(report: KernelReport, dtype: torch.dtype) -> list[str]:
         found.append(f"{report.shared_memory} bytes of shared memory, of {limit}")
     if "serialized" in report.warnings:
         found.append("products wait for one another")
-    multiplies = report.tiles is not None and dtype != torch.float32
-    if multiplies and {"sm_80": "HMMA", "sm_90": "HGMMA"}[report.arch] not in report.tensor_core_instructions:
-        found.append(f"tensor cores: {report.tensor_core_instructions}")
     return found
 
 
 @pytest.mark.timeout(900)
-def test_the_portable_kernels_fit_spill_nothing_and_use_the_tensor_cores():
-    """Every tile of the tables, and other cases, drawn anew when a kernel changes: what is found belongs to the change that made it."""
-    rng = random.Random(sources_hash(kernel_sources()))
-    cases = fixed_cases() + [random_case(rng) for _ in range(SAMPLES)]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(inspect, kernel, **options) for kernel, options in cases]
-        wrong = [
-            f"{report.name}, {report.tiles}, {options}: {', '.join(found)}"
-            for (_, options), job in zip(cases, jobs, strict=True)
-            for report in job.result()
-            if (found := problems_of(report, options.get("dtype", torch.bfloat16)))
-        ]
-    assert not wrong, "\n".join(wrong)
+@pytest.mark.parametrize("case", HOPPER_CASES + PORTABLE_CASES, ids=named)
+def test_a_kernel_fits_spills_nothing_and_uses_the_tensor_cores(compiled, case):
+    for report in compiled[named(case)].result():
+        assert not problems_of(report), f"{report.name}, {report.tiles}"
+        if report.tiles is not None:  # those without tiles prepare things for the others
+            instruction = {"sm_80": "HMMA", "sm_90": "HGMMA"}[report.arch]
+            assert report.tensor_core_instructions.keys() == {instruction}, report.name
 
 
-def test_fp32_is_not_computed_on_tensor_cores():
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", FP32_CASES, ids=named)
+def test_fp32_is_not_computed_on_tensor_cores(compiled, case):
     """They would round the factors to 10 bits (TF32), and the name of the setting is ieee."""
-    for report in (*inspect("forward", dtype=torch.float32), *inspect("backward", dtype=torch.float32)):
+    for report in compiled[named(case)].result():
+        assert not problems_of(report), f"{report.name}, {report.tiles}"
         assert not report.tensor_core_instructions
-        assert report.spills == 0
+
+
+def test_channels_are_moved_together_only_where_every_row_allows_it():
+    def channels(*shape, dtype=torch.bfloat16):
+        return torch.zeros(shape, dtype=dtype)
+
+    assert checked_channels(channels(1, 2, 5, 64)) == 0  # tiles as wide as the rows: nothing to check
+    assert checked_channels(channels(1, 2, 5, 72)) == 8
+    assert checked_channels(channels(1, 2, 5, 72, dtype=torch.float32)) == 4
+    assert checked_channels(channels(1, 2, 5, 100)) == 4
+    assert checked_channels(channels(1, 2, 5, 33)) == 1
+    assert (
+        checked_channels(channels(1, 2, 5, 72), channels(1, 2, 5, 76)[..., :72]) == 4
+    )  # the rows of one begin 76 apart
+    assert checked_channels(channels(1, 2, 5, 74)[..., 2:]) == 2
+    shifted = channels(1, 1, 5, 80)[..., 1:73]
+    assert shifted.data_ptr() % 16 == 2 and checked_channels(shifted) == 1
+    assert checked_channels(channels(3, 2, 1, 77)[..., :72][:1, :1]) == 8  # one row: nothing is stepped over
 
 
 def test_what_cannot_be_inspected_is_named(monkeypatch):
@@ -123,6 +148,8 @@ def test_what_cannot_be_inspected_is_named(monkeypatch):
         inspect("sideways")
     with pytest.raises(ValueError, match="arch must be one of sm_80, .*; got 'sm_10'"):
         inspect(arch="sm_10")
+    with pytest.raises(ValueError, match="only must be one of backward_delta, backward_dkdv, .*; got 'backward'"):
+        inspect("backward", only="backward")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="interpreted in this process, not compiled"):
         inspect()

@@ -109,11 +109,11 @@ class SharedPrefix:
         _check_queries(q, self.k)
         if self.members is not None and len(self.members) != q.shape[0]:
             raise ValueError(f"members are {len(self.members)}, but q has batch {q.shape[0]}; expected one per request")
-        rows = self._pack(q)
-        pieces = _pieces(rows, self.k, self.v) if self.lengths is None else 1
+        of_a_head = self._most_requests(q) * (q.shape[1] // self.k.shape[1]) * q.shape[2]
+        pieces = _pieces(q, self.k, self.v, of_a_head) if self.lengths is None else 1
         if pieces > 1:
-            return _attend_in_pieces(rows, self.k, self.v, pieces, backend=backend, **options)
-        return _attend(rows.flatten(2, 4), self.k, self.v, self.lengths, causal=False, backend=backend, **options)
+            return _attend_in_pieces(self._pack(q, pieces), self.k, self.v, backend=backend, **options)
+        return _attend(self._pack(q), self.k, self.v, self.lengths, causal=False, backend=backend, **options)
 
     def _splits(self, rows: Partial, q: Tensor) -> PackedSplits:
         """The rows of :meth:`_attend_rows` as the kernel that merges takes them: where they lie, if each request's follow one another."""
@@ -122,11 +122,18 @@ class SharedPrefix:
         of_a_head = rows.lse.shape[2]
         return PackedSplits(*_flat(rows), request=of_a_head // q.shape[0], head=of_a_head)
 
-    def _pack(self, q: Tensor) -> Tensor:
-        """``[B, Hq, Sq, D]`` -> ``[P, Hkv, n, G, Sq, D]``, not yet copied: n requests per prefix, with the G heads of a group as rows."""
+    def _most_requests(self, q: Tensor) -> int:
+        """n, of the prefix that has most of them."""
+        return q.shape[0] if self.members is None else self._request_at.shape[1]
+
+    def _pack(self, q: Tensor, copies: int = -1) -> Tensor:
+        """``[B, Hq, Sq, D]`` -> ``[P, Hkv, n * G * Sq, D]``: n requests per prefix, with the G heads of a group as rows.
+
+        copies: of the rows of a lone prefix, ``[copies, Hkv, n * G * Sq, D]``; -1 for none.
+        """
         grouped = q.unflatten(1, (self.k.shape[1], -1))  # [B, Hkv, G, Sq, D]
         by_prefix = grouped[None] if self.members is None else grouped[self._request_at]  # [P, n, Hkv, G, Sq, D]
-        return by_prefix.transpose(1, 2)
+        return by_prefix.transpose(1, 2).expand(copies, *[-1] * 5).flatten(2, 4)
 
     def _unpack(self, rows: Partial, q: Tensor) -> Partial:
         """The way back: out ``[B, Hq, Sq, Dv]`` and lse ``[B, Hq, Sq]``, the pieces of a prefix merged."""
@@ -137,8 +144,7 @@ class SharedPrefix:
     def _unpacked(self, rows: Tensor, q: Tensor) -> Tensor:
         """``[P, Hkv, n * G * Sq, Dv]`` -> ``[B, Hq, Sq, Dv]``."""
         group, q_len = q.shape[1] // self.k.shape[1], q.shape[2]
-        requests = q.shape[0] if self.members is None else self._request_at.shape[1]
-        by_prefix = rows.unflatten(2, (requests, group, q_len)).transpose(1, 2)  # [P, n, Hkv, G, Sq, Dv]
+        by_prefix = rows.unflatten(2, (self._most_requests(q), group, q_len)).transpose(1, 2)  # [P, n, Hkv, G, Sq, Dv]
         grouped = by_prefix.flatten(0, 1)
         if self.members is not None:
             grouped = grouped[self._slot_of]
@@ -237,21 +243,20 @@ def _attend(
     return Partial(*attention(q, k, v, mask=mask, return_lse=True, backend=backend, **options))
 
 
-def _pieces(rows: Tensor, k: Tensor, v: Tensor) -> int:
-    """Into how many pieces of equal length to cut the keys of one prefix that rows ``[1, Hkv, n, G, Sq, D]`` share: about one block of
-    rows times piece for each multiprocessor. 1 where that is not to be done, as for few rows, which :func:`decode_attention` splits better."""
-    of_a_head = rows.shape[2:5].numel()
-    if k.shape[0] != 1 or of_a_head <= _ROW_BLOCK or not _kernels_run(rows, k, v):
+def _pieces(q: Tensor, k: Tensor, v: Tensor, of_a_head: int) -> int:
+    """Into how many pieces of equal length to cut the keys of one prefix that ``of_a_head`` rows share: about one block of rows times
+    piece for each multiprocessor. 1 where that is not to be done, as for few rows, which :func:`decode_attention` splits better."""
+    if k.shape[0] != 1 or of_a_head <= _ROW_BLOCK or not _kernels_run(q, k, v):
         return 1
     wanted = min(multiprocessors(k.device) // _row_blocks(k, of_a_head), k.shape[2] // _LEAST_PIECE)
     return next((n for n in range(wanted, 1, -1) if k.shape[2] % n == 0), 1)
 
 
-def _attend_in_pieces(rows: Tensor, k: Tensor, v: Tensor, pieces: int, **options) -> Partial:
-    """Attention of rows ``[1, Hkv, n, G, Sq, D]`` over ``pieces`` equal parts of the keys, as if they were a batch."""
-    # [pieces, Hkv, S / pieces, D], where they lie; the rows are packed and repeated by one copy
-    parts = [x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v)]
-    return Partial(*attention(rows.expand(pieces, *rows.shape[1:]).flatten(2, 4), *parts, return_lse=True, **options))
+def _attend_in_pieces(rows: Tensor, k: Tensor, v: Tensor, **options) -> Partial:
+    """Attention of ``[pieces, Hkv, R, D]``, copies of the same rows, over so many equal parts of the keys, as if they were a batch."""
+    # [pieces, Hkv, S / pieces, D], where they lie
+    parts = [x[0].unflatten(1, (len(rows), -1)).transpose(0, 1) for x in (k, v)]
+    return Partial(*attention(rows, *parts, return_lse=True, **options))
 
 
 def _splitting_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -186,7 +186,7 @@ def check_shared_prefixes(seed: int) -> None:
         prefixes = rng.randint(1, 2)
         members = None if prefixes == 1 else [rng.randrange(prefixes) for _ in range(batch)]
         levels.append(SharedPrefix(*(tensor(prefixes, 2, 12) for _ in range(2)), members=members))
-    with mock.patch.object(prefix, "_pieces", lambda rows, k, v: pieces if len(k) == 1 else 1):
+    with mock.patch.object(prefix, "_pieces", lambda q, k, *_: pieces if len(k) == 1 else 1):
         started, start = [], Launch.start
         with mock.patch.object(Launch, "start", lambda launch: (started.append(launch.name), start(launch))):
             out, lse = shared_prefix_attention(q, levels, *own, return_lse=True)

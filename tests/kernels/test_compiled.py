@@ -114,6 +114,12 @@ def test_a_kernel_fits_spills_nothing_and_uses_the_tensor_cores(compiled, case):
             assert report.tensor_core_instructions.keys() == {instruction}, report.name
 
 
+def test_an_odd_head_dim_is_what_spills():
+    """Its rows begin at any byte, so that single numbers are moved, through registers. If this fails, there is good news to write down."""
+    (report,) = inspect("forward", head_dim=127, **WINDOW)
+    assert 0 < report.spills <= 800
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", FP32_CASES, ids=named)
 def test_fp32_is_not_computed_on_tensor_cores(compiled, case):

@@ -72,8 +72,8 @@ def test_decoding_fits_and_uses_the_tensor_cores(problem, arch, instruction, tig
     """``tightest`` has the least shared memory of the GPUs that use the same tiles."""
     shared_memory = ARCHITECTURES[tightest]
     report = compile_launch(launch(capability=int(arch[3]), **PROBLEMS[problem]), arch)
-    # For sm_80 the assembler gives up two values of the widest case to fit three programs on a multiprocessor.
-    assert report.spills <= (0 if arch == "sm_90" else 8)
+    # For sm_80 the assembler gives up a value of the widest case to fit three programs on a multiprocessor.
+    assert report.spills <= (8 if (arch, problem) == ("sm_80", "16 tokens") else 0)
     assert "serialized" not in report.warnings
     assert report.tensor_core_instructions.keys() == {instruction}
     assert report.instructions["LDGSTS"] > 0  # K and V arrive while others are worked on
@@ -82,6 +82,13 @@ def test_decoding_fits_and_uses_the_tensor_cores(problem, arch, instruction, tig
     head_dim = PROBLEMS[problem].get("head_dim", 128)
     on_the_way = programs * (report.tiles.num_stages - 1) * report.tiles.block_n * 2 * head_dim * 2
     assert on_the_way >= (131_072 if arch == "sm_90" else 65_536)
+
+
+@pytest.mark.parametrize("head_dim, q_len", [(72, 16), (200, 1)])
+def test_decoding_spills_nothing_where_the_ends_of_rows_are_checked(head_dim, q_len):
+    report = compile_launch(launch(head_dim=head_dim, q_len=q_len, page_size=16, left=1000, softcap=30.0), "sm_90")
+    assert report.spills == 0
+    assert report.instructions["LDGSTS"] > 0
 
 
 def test_fp32_is_not_decoded_on_tensor_cores():

@@ -72,7 +72,10 @@ PORTABLE_CASES = [
     ("forward", {"head_dim": 200, **MOST}),
     ("backward", {"head_dim": 192, "v_head_dim": 128, "only": "backward_dq", **MOST}),
 ]
-FP32_CASES = [(kernel, {"dtype": torch.float32, **WINDOW}) for kernel in ("forward", "backward")]
+FP32_CASES = [
+    *[(kernel, {"dtype": torch.float32, **WINDOW}) for kernel in ("forward", "backward")],
+    ("backward", {"dtype": torch.float32, "head_dim": 40, "only": "backward_dq", **MOST}),
+]
 
 
 def named(case: tuple[str, dict]) -> str:

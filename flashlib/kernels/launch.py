@@ -164,9 +164,17 @@ class Launch:
             return {}
         return {"num_warps": self.tiles.num_warps, "num_stages": self.tiles.num_stages}
 
+    @property
+    def tensor(self) -> Tensor:
+        """One of its tensors; all of them lie on one device. What the copy engine reads is wrapped in a descriptor."""
+        unwrapped = (getattr(argument, "base", argument) for argument in self.arguments.values())
+        return next(argument for argument in unwrapped if isinstance(argument, Tensor))
+
     def start(self) -> None:
+        """Start the kernel on the device that its tensors lie on. Triton by itself takes the current one, which may be another."""
         if 0 not in self.grid:
-            self.kernel[self.grid](**self.arguments, **self.compile_options)
+            with torch.cuda.device_of(self.tensor):
+                self.kernel[self.grid](**self.arguments, **self.compile_options)
 
 
 def forward_launch(

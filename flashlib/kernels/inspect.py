@@ -132,8 +132,8 @@ def inspect(
     """Compile the kernels of one pass for a GPU that need not be there.
 
     Args:
-        kernel: "forward"; "hopper", the forward that Hopper GPUs run (sm_90, 16-bit, head_dim up to 128); "backward", which is
-            three or four kernels; or "hopper-backward", the same with the dK/dV that Hopper GPUs run.
+        kernel: "forward"; "hopper", the forward that Hopper GPUs run (sm_90, 16-bit, head_dim up to 128), under row intervals two
+            kernels; "backward", which is three or four kernels; or "hopper-backward", the same with the dK/dV that Hopper GPUs run.
         arch: one of :data:`ARCHITECTURES`.
         dtype: fp16, bf16 or fp32. head_dim, v_head_dim: at most 256.
         causal, window, softcap, alibi: features, as in :func:`flashlib.attention`.
@@ -168,10 +168,10 @@ def inspect(
         for name in ("forward", "dkdv", "dq")
     }
     tiles = table | ({kernel: tiles} if isinstance(tiles, TileConfig | HopperTiles) else tiles or {})
-    if kernel == "hopper":
-        return [compile_launch(hopper_launches(q, k, v, options, tiles=tiles.get("hopper"))[0][-1], arch)]
     launch, out, lse = forward_launch(q, k, v, options, tiles=tiles["forward"])
     launches = [launch]
+    if kernel == "hopper":
+        launches, _, _ = hopper_launches(q, k, v, options, tiles=tiles.get("hopper"))
     if kernel in ("backward", "hopper-backward"):
         dkdv = {
             "backward": dkdv_launches,

@@ -709,6 +709,30 @@ masked_attention = Target(
     outputs={"out": torch.float32, "lse": torch.float32},
     misconceptions=(*ATTENTION_MISTAKES, *(_in_attention(m) for m in MAP_MISTAKES if m.slug not in SAME_SHAPE)),
 )
+
+
+def attention_tells_maps_apart(start: Tensor, stop: Tensor, kv_len: int, block_q: int, block_k: int) -> bool:
+    """Whether no two mistakes make attention see the same wrong pairs: wrong tile maps, and leaving out the last keys."""
+    key = torch.arange(kv_len)
+    visible = (key >= start[..., None]) & (key < stop[..., None])
+    without_tail = visible & (key < kv_len // block_k * block_k)
+    slugs = {without_tail.numpy().tobytes(): {"tail-dropped"}}
+    for mistake in MAP_MISTAKES:
+        if mistake.slug in SAME_SHAPE:
+            continue
+        seen = pairs_seen_by(mistake.model(start, stop, kv_len, block_q, block_k), visible, block_q, block_k)
+        if not torch.equal(seen, visible):
+            slugs.setdefault(seen.numpy().tobytes(), set()).add(mistake.slug)
+    return all(len(same) == 1 for same in slugs.values())
+
+
+def pairs_seen_by(kinds: Tensor, visible: Tensor, block_q: int, block_k: int) -> Tensor:
+    """The pairs ``[B, Sq, Sk]`` that attention sees if it goes by this tile map, as one for all sequences."""
+    kinds = merged_over_sequences(kinds).repeat_interleave(block_q, 1)[:, : visible.shape[1]]
+    kinds = kinds.repeat_interleave(block_k, 2)[..., : visible.shape[2]]
+    return (kinds == 2) | ((kinds == 1) & visible)
+
+
 SKIPS_NOTHING = Misconception(
     "skips-nothing",
     "Tiles of K that no row sees were read. The answer is right, but the work was done for nothing.",
@@ -749,11 +773,14 @@ def attention_with_usual_masks(t: Trial) -> None:
 def attention_with_any_intervals(t: Trial) -> None:
     """masked_attention with any intervals of each sequence, for any blocks"""
     for block_q, block_k in ((5, 7), (8, 16), (64, 64)):
-        start, stop = any_intervals(t, 2, 19, 37)
-        start = start.clamp(max=32)
-        stop = torch.maximum(stop, start + 3)  # every row sees something
-        stop[:, [5, t.integer(6, 18)]] = 37  # the last key is seen
-        start[:, :5], stop[:, :5] = start[:, :5].clamp(max=14), stop[:, :5].clamp(max=20)  # and some tiles are skipped
+        while True:
+            start, stop = any_intervals(t, 2, 19, 37)
+            start = start.clamp(max=32)
+            stop = torch.maximum(stop, start + 3)  # every row sees something
+            stop[:, [5, t.integer(6, 18)]] = 37  # the last key is seen
+            start[:, :5], stop[:, :5] = start[:, :5].clamp(max=14), stop[:, :5].clamp(max=20)  # some tiles are skipped
+            if attention_tells_maps_apart(start, stop, 37, block_q, block_k):
+                break
         t.check(masked_attention, *draw(t, 19, 37), start, stop, block_q, block_k)
 
 
@@ -767,9 +794,13 @@ def attention_with_any_intervals(t: Trial) -> None:
 def attention_of_rows_that_see_nothing(t: Trial) -> None:
     """masked_attention: a row that sees nothing has out 0 and lse -inf, and the rows beside it are not harmed"""
     window = exact_intervals(21, 40, left=6, right=0)
-    for start, stop in (window, any_intervals(t, 2, 21, 40)):
-        nothing = t.permutation(21)[:4]
-        stop = stop.index_copy(1, nothing, start[:, nothing])
+    for intervals_of in (lambda: window, lambda: any_intervals(t, 2, 21, 40)):
+        while True:
+            start, stop = intervals_of()
+            nothing = t.permutation(21)[:4]
+            stop = stop.index_copy(1, nothing, start[:, nothing])
+            if attention_tells_maps_apart(start, stop, 40, 6, 8):
+                break
         t.check(masked_attention, *draw(t, 21, 40), start, stop, 6, 8)
     t.check(masked_attention, *draw(t, 20, 9), *exact_intervals(20, 9, right=0), 8, 4)
 

@@ -4,7 +4,17 @@ import pytest
 
 from flashlib.course.grader.engine import GRADER_ERROR, Submission, grade, sandbox_for
 from flashlib.course.grader.exercise import exercise_names, load_exercise
-from flashlib.course.grader.matrix import MATRIX, RIGHT, WRONG, as_markdown, cases, rows, sections
+from flashlib.course.grader.matrix import (
+    MATRIX,
+    RIGHT,
+    WRONG,
+    Row,
+    as_markdown,
+    cases,
+    grade_file,
+    rows,
+    sections,
+)
 from flashlib.course.grader.sandbox.session import REPOSITORY
 
 NOISE = b"""
@@ -32,7 +42,16 @@ def test_matrix_holds_on_fresh_inputs_and_is_published(name):
     exercise = load_exercise(name)
     with sandbox_for(exercise) as sandbox:
         graded = rows(exercise, sandbox)
-    assert [row.problem for row in graded if row.problem] == []
+        # On one draw two mistakes may give the same answer, and then nobody can name the right one. On the next they do not. A wrong
+        # solution that is not rejected, and a right one that is, get no second chance.
+        misnamed = {row.name for row in graded if row.problem and row.expected and not row.report.passed}
+        again = [
+            Row(case, expected, grade_file(exercise, file, sandbox))
+            for case, file, expected in cases(exercise)
+            if case in misnamed
+        ]
+    assert [row.problem for row in graded if row.problem and row.name not in misnamed] == []
+    assert [row.problem for row in again if row.problem] == []
     by_name = {row.name: row.report for row in graded}
     assert by_name["solution"].earned == by_name["solution"].points == exercise.points > 0
     assert by_name["stub"].earned == 0

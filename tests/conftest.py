@@ -1,8 +1,14 @@
-"""The order of files: those that take longest come first, so that at the end no worker is left alone with one of them."""
+"""For all tests: fresh inputs, and the order of files.
 
+Those that take longest come first, so that at the end no worker is left alone with one of them.
+"""
+
+import random
+import secrets
 from pathlib import Path
 
 import pytest
+import torch
 
 TESTS = Path(__file__).parent
 LONGEST_FIRST = (
@@ -34,3 +40,12 @@ LONGEST_FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {TESTS / name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """A random source with a new seed each time, torch's included; pytest shows the seed if the test fails."""
+    seed = secrets.randbits(32)
+    print(f"seed = {seed}")
+    torch.manual_seed(seed)
+    return random.Random(seed)

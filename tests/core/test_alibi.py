@@ -1,7 +1,5 @@
 """From where ALiBi measures its distances: bottom-right, or where the mask says that rows sit."""
 
-import random
-import secrets
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
@@ -14,14 +12,6 @@ from flashlib.backends import BACKENDS
 from flashlib.config import FlashAttentionConfig
 from flashlib.masks import Causal, Documents, KeyLengths, Prefix, Unmasked, Varlen, Window
 from flashlib.reference import check
-
-
-@pytest.fixture
-def rng():
-    seed = secrets.randbits(32)
-    print(f"seed = {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 def spec_of(mask, slopes, *, batch=2, heads=3, q_len=5, kv_len=9):

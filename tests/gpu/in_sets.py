@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import multiprocessing.connection
+import random
 import tempfile
 import time
 import traceback
@@ -205,3 +207,25 @@ def count_failures(name: str, check_all: Callable[[], Record]) -> int:
             print("  ", str(failure)[:600].replace("\\n", " "), flush=True)
     print(f"{name}: {failures} failures, {time.monotonic() - started:.0f} s", record.extra, flush=True)
     return failures
+
+
+def run_program(text: str, name: str, default: int, check_all: Callable[[int, int, int, Path, float], Record]) -> int:
+    """A program that checks random problems of one kind, and its exit status.
+
+    Args:
+        text: of ``--help``.
+        name: what is checked, also the option that says how many; ``default`` if it is not given.
+        check_all: takes count, seed, workers, the folder for the record, and seconds after which no set is begun.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument(f"--{name}", dest="count", type=int, default=default)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(30))
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no set is begun")
+    options = parser.parse_args()
+    print(f"seed {options.seed}")
+    arguments = options.count, options.seed, options.workers, options.out, options.limit
+    failures = count_failures(name, lambda: check_all(*arguments))
+    print(f"{failures} failures" if failures else "all passed")
+    return 1 if failures else 0

@@ -8,7 +8,6 @@ runs small in Triton's interpreter (TRITON_INTERPRET=1).
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections import Counter
@@ -23,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from in_sets import count_failures, now, of_budget, run_in_sets, started_kernels, summary_of
+from in_sets import now, of_budget, run_in_sets, run_program, started_kernels, summary_of
 
 from flashlib import attention
 from flashlib.config import InjectionConfig
@@ -460,19 +459,5 @@ def _record(rows: list[dict], asked: int, **extra) -> Record:
     return new_record("serving_cases", [{"check": "serving", **summary}], CHECKED_ON, note, **extra)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--cases", type=int, default=300)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(30))
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no set is begun")
-    options = parser.parse_args()
-    arguments = (options.cases, options.seed, options.workers, options.out, options.limit)
-    failures = count_failures("serving", lambda: random_cases(*arguments))
-    print(f"{failures} failures" if failures else "all passed")
-    return 1 if failures else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(__doc__, "cases", 300, random_cases))

@@ -7,7 +7,6 @@ The record is written as it goes. Without a GPU everything runs small in Triton'
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import time
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from in_sets import count_failures, now, of_budget, run_in_sets, started_kernels, summary_of
+from in_sets import now, of_budget, run_in_sets, run_program, started_kernels, summary_of
 from varlen_problems import Packed
 
 from flashlib import FlashAttentionConfig, use_config
@@ -119,25 +118,5 @@ def _record(rows: list[dict], asked: int, **extra) -> Record:
     return new_record("varlen_calls", [{"check": "random calls", **summary}], CHECKED_ON, note, **extra)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--calls", type=int, default=200)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(30))
-    parser.add_argument(
-        "--limit", type=float, default=float("inf"), help="seconds after which no set of calls is begun"
-    )
-    options = parser.parse_args()
-    print(f"seed {options.seed}")
-
-    def check() -> Record:
-        return random_calls(options.calls, options.seed, options.workers, options.out, options.limit)
-
-    failures = count_failures("calls", check)
-    print(f"{failures} failures" if failures else "all passed")
-    return 1 if failures else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(__doc__, "calls", 200, random_calls))

@@ -1,7 +1,6 @@
 """KV injection: exact in both meanings of alpha, in chunks, with bounded memory, and differentiable."""
 
 import math
-import random
 
 import numpy as np
 import pytest
@@ -17,14 +16,6 @@ from flashlib.rotary import apply_rotary, rotary_frequencies
 from flashlib.tiled import Tiling
 
 MODES = ("blend", "gate")
-
-
-@pytest.fixture
-def rng():
-    seed = random.SystemRandom().getrandbits(32)
-    print(f"seed = {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 def injector(mode, backend="auto", **settings):

@@ -3,9 +3,7 @@
 Whatever no request holds, free pages and the rest of a last page, is NaN throughout.
 """
 
-import random
 import re
-import secrets
 from dataclasses import dataclass, field
 
 import pytest
@@ -19,15 +17,6 @@ from flashlib.rotary import apply_rotary, rotary_frequencies
 
 KV_HEADS, HEAD_DIM, V_HEAD_DIM = 2, 6, 4
 NAN = float("nan")
-
-
-@pytest.fixture
-def rng():
-    """A random source with a new seed each time, torch's included; pytest shows the seed if the test fails."""
-    seed = secrets.randbits(32)
-    print(f"seed = {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 def new_tokens(requests, count):

@@ -1,21 +1,11 @@
 """Shared prefixes: exact against the concatenation, read once, at any number of levels."""
 
-import random
-
 import pytest
 import torch
 
 from flashlib.inference.prefix import SharedPrefix, shared_prefix_attention
 from flashlib.measure.meter import TrafficMeter
 from flashlib.reference import assert_within_budget
-
-
-@pytest.fixture
-def rng():
-    seed = random.SystemRandom().getrandbits(32)
-    print(f"seed = {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 def poisoned(tensor, lengths):

@@ -3,7 +3,6 @@
 TRITON_INTERPRET=1 python tests/kernels/interpreted.py --seed 0 --problems 20
 """
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from problems import random_problem
+from seeds import seeds_asked_for
 
 from flashlib import attention
 from flashlib.backends.triton import count_tiles
 from flashlib.kernels import tiles
-from flashlib.kernels.launch import interpreting
 from flashlib.kernels.tiles import TileConfig
 from flashlib.masks import Tile
 from flashlib.reference import check, check_gradients
@@ -55,18 +54,13 @@ def check_counts(problem, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--problems", type=int, required=True)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    assert interpreting(), "set TRITON_INTERPRET=1"
+    seeds = seeds_asked_for(__doc__)
     tiles.FP32 = {kernel: dict.fromkeys((64, 128, 256), SMALL) for kernel in tiles.FP32}
     tiles.TABLE[9] = {kernel: dict.fromkeys((64, 128, 256), SMALL) for kernel in tiles.TABLE[9]}
     tiles.EXCEPTIONS.clear()
-    for seed in range(options.seed, options.seed + options.problems):
+    for seed in seeds:
         run_one(seed)
-    print(f"{options.problems} problems within the budget")
+    print(f"{len(seeds)} problems within the budget")
 
 
 if __name__ == "__main__":

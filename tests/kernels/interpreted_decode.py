@@ -3,7 +3,6 @@
 TRITON_INTERPRET=1 python tests/kernels/interpreted_decode.py --seed 0 --problems 20
 """
 
-import argparse
 import random
 import sys
 from contextlib import ExitStack, contextmanager
@@ -19,13 +18,14 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from decode_problems import random_decode_problem
+from seeds import seeds_asked_for
 
 from flashlib.inference import decode, prefix
 from flashlib.inference.decode import combine_splits, decode_attention, split_ranges
 from flashlib.inference.prefix import SharedPrefix, shared_prefix_attention
 from flashlib.kernels import decode_launch, decode_ops
 from flashlib.kernels.decode_launch import DecodeOptions, decode_launches, launch_decode
-from flashlib.kernels.launch import Launch, interpreting
+from flashlib.kernels.launch import Launch
 from flashlib.kernels.tiles import TileConfig
 from flashlib.partial import Partial, fold
 from flashlib.reference import check
@@ -227,29 +227,24 @@ def check_the_grid() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--problems", type=int, required=True)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    assert interpreting(), "set TRITON_INTERPRET=1"
+    seeds = seeds_asked_for(__doc__)
     tile_of = decode_launch.decode_tiles
     decode_launch.decode_tiles = lambda *problem: TileConfig(tile_of(*problem).block_m, SMALL_TILE, 4, 1)
     decode.LONGEST_SPLIT = 48
     decode_launch.MERGED_AT_ONCE = 512  # so that a merge takes several rounds
-    for seed in range(options.seed, options.seed + options.problems):
+    for seed in seeds:
         run_one(seed)
         check_both_merges_and_the_cuts(seed)
         check_shared_prefixes(seed)
     check_short_requests()
-    check_batch_invariance(options.seed)
-    check_many_tiles(options.seed)
-    check_combine(options.seed)
+    check_batch_invariance(seeds.start)
+    check_many_tiles(seeds.start)
+    check_combine(seeds.start)
     check_the_operator()
     check_the_grid()
     counters = decode_launch.arrivals(1, torch.device("cpu"))
     assert not counters.any(), "a launch left its arrival counters behind"
-    print(f"{options.problems} problems within the budget")
+    print(f"{len(seeds)} problems within the budget")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ runs on Hopper GPUs alone; what it is told can be checked anywhere.
 TRITON_INTERPRET=1 python tests/kernels/prepared.py --seed 0 --problems 20
 """
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from problems import random_mask
+from seeds import seeds_asked_for
 
 from flashlib.kernels import hopper_launch
-from flashlib.kernels.launch import KernelOptions, interpreting
+from flashlib.kernels.launch import KernelOptions
 from flashlib.kernels.tiles import HopperTiles
 from flashlib.masks import Tile
 from flashlib.spec import AttentionSpec
@@ -75,15 +75,10 @@ def check_blanked(prepared, seen, v, block_n: int, problem: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--problems", type=int, required=True)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    assert interpreting(), "set TRITON_INTERPRET=1"
-    for seed in range(options.seed, options.seed + options.problems):
+    seeds = seeds_asked_for(__doc__)
+    for seed in seeds:
         run_one(seed)
-    print(f"{options.problems} masks looked up")
+    print(f"{len(seeds)} masks looked up")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -188,6 +190,7 @@ def inspect(
 def compile_launch(launch: Launch, arch: str) -> KernelReport:
     """Compile exactly what :meth:`Launch.start` would, for any GPU."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -202,9 +205,12 @@ def compile_launch(launch: Launch, arch: str) -> KernelReport:
     compile_options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source_type(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=compile_options.__dict__)
+    with knobs.nvidia.scope(), redirect_stdout(StringIO()) as printed:
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=compile_options.__dict__)
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
-    registers, spills, warnings = _assemble(ptx, arch)
+    # Triton's cache keeps the machine code, but not what the assembler said of it.
+    registers, spills, warnings = _read_assembler(printed.getvalue() or _assemble(ptx, arch))
     return KernelReport(
         name=launch.name,
         arch=arch,
@@ -220,15 +226,18 @@ def compile_launch(launch: Launch, arch: str) -> KernelReport:
     )
 
 
-def _assemble(ptx: str, arch: str) -> tuple[int, int, str]:
-    """Registers, spilled bytes and warnings, from the assembler's own report."""
+def _assemble(ptx: str, arch: str) -> str:
+    """What ptxas says of a kernel, called as Triton calls it."""
     target = arch + "a" if arch == "sm_90" else arch
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.ptx")
+        file, cubin = Path(folder, "kernel.ptx"), os.fspath(Path(folder, "kernel.cubin"))
         file.write_text(ptx)
-        said = _run(
-            [_tool("ptxas"), "-v", f"--gpu-name={target}", str(file), "-o", str(file.with_suffix(".cubin"))]
-        ).stderr
+        options = ["-lineinfo", "-v", "--regAllocOptLevel=2", f"--gpu-name={target}"]
+        return _run([_tool("ptxas"), *options, os.fspath(file), "-o", cubin]).stderr
+
+
+def _read_assembler(said: str) -> tuple[int, int, str]:
+    """Registers, spilled bytes and warnings."""
     registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
     warnings = "\n".join(line for line in said.splitlines() if "warning" in line.lower() or "serialized" in line)

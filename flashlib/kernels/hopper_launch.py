@@ -13,6 +13,7 @@ from flashlib.kernels.launch import (
     KernelOptions,
     Launch,
     batch_stride,
+    begins_at_16_bytes,
     blocks,
     checked_channels,
     empty_results,
@@ -67,9 +68,7 @@ def keys_per_row(q_len: int, kv_len: int, options: KernelOptions) -> int:
 
 def copy_engine_reads(x: Tensor) -> bool:
     """Whether rows lie where the Tensor Memory Accelerator can fetch them: 16-byte steps, channels next to each other."""
-    steps = 16 // x.element_size()
-    aligned = all(stride % steps == 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and aligned
+    return x.stride(3) == 1 and begins_at_16_bytes(x)
 
 
 def seen_range(q_len: int, kv_len: int, options: KernelOptions) -> range:

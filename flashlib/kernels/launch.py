@@ -86,10 +86,11 @@ class KernelOptions:
 
     def demands(self, q: Tensor, k: Tensor, v: Tensor) -> set[str]:
         """What the kernels hold in registers besides q, k, v and a band: keys of :data:`flashlib.kernels.tiles.EXCEPTIONS`."""
-        checked = checked_channels(q, k), checked_channels(v)
-        narrow = any(0 < channels * q.element_size() < 16 for channels in checked)
-        extras = self.mask_kind == INTERVALS or self.softcap > 0 or self.alibi_slopes is not None
-        found = {"edges": any(checked), "crowded": extras or narrow, "alibi_by_row": self.alibi_kind == BY_ROW}
+        found = {
+            "edges": checked_channels(q, k) > 0 or checked_channels(v) > 0,
+            "crowded": self.mask_kind == INTERVALS or self.softcap > 0 or self.alibi_slopes is not None,
+            "alibi_by_row": self.alibi_kind == BY_ROW,
+        }
         return {name for name, holds in found.items() if holds}
 
     def values(self) -> tuple[Any, ...]:
@@ -194,7 +195,7 @@ def forward_launch(
     """
     from flashlib.kernels.forward import attention_forward
 
-    q, k, v = (readable(x) for x in (q, k, v))
+    q, k, v = (aligned(x) for x in (q, k, v))
     batch, q_heads, q_len, _ = q.shape
     if tiles is None:
         tiles = choose_tiles("forward", q, k, v, options, lambda t: [forward_launch(q, k, v, options, tiles=t)[0]])
@@ -246,7 +247,7 @@ def backward_launches(
         tiles: tile sizes of "dkdv" and "dq"; those of :func:`choose_tiles` for what is left out.
         dkdv: makes the launches of dK and dV, as :func:`dkdv_launches`, which is what None stands for.
     """
-    q, k, v, out, grad_out = (readable(x) for x in (q, k, v, out, grad_out))
+    q, k, v, out, grad_out = (aligned(x) for x in (q, k, v, out, grad_out))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     padded_rows = blocks(q.shape[2], ROW_PADDING) * ROW_PADDING
     rows = lse.new_empty(2, *lse.shape[:2], padded_rows)
@@ -384,14 +385,17 @@ def padded(head_dim: int) -> int:
 
 
 def checked_channels(*tensors: Tensor) -> int:
-    """0 if tiles are as wide as the tensors' head_dim, so that no channel need be checked. Otherwise the rows of all of them begin, and
-    end, at multiples of so many channels, at most 16 bytes: what a thread can move at once.
+    """0 if no channel need be checked: tiles are as wide as the tensors' head_dim, and strides are multiples of 16, so that Triton sees
+    by itself where rows begin. Otherwise the rows of all of them begin, and end, at multiples of so many channels, at most 16 bytes:
+    what a thread can move at once.
     """
     first = tensors[0]
-    if first.shape[3] == padded(first.shape[3]):
+    pointers = [x.data_ptr() for x in tensors]
+    steps = [stride for x in tensors for stride in strides(x=x).values()]
+    if first.shape[3] == padded(first.shape[3]) and math.gcd(*pointers, *steps) % 16 == 0:
         return 0
-    begins = [at for x in tensors for at in (x.data_ptr() // x.element_size(), *strides(x=x).values())]
-    return math.gcd(16 // first.element_size(), first.shape[3], *begins)
+    begins = (pointer // first.element_size() for pointer in pointers)
+    return math.gcd(16 // first.element_size(), first.shape[3], *begins, *steps)
 
 
 def blocks(length: int, block: int) -> int:
@@ -404,8 +408,29 @@ def interpreting() -> bool:
 
 
 def readable(x: Tensor) -> Tensor:
-    """``x`` as the kernels take it: channels next to each other (a copy if they are not; any other strides are used as
-    they are), and no bf16 in the interpreter, whose bf16 arithmetic is silently wrong (triton 3.6 to 3.9)."""
+    """``x`` as every kernel takes it: channels next to each other (a copy if they are not), and no bf16 in the interpreter, whose bf16
+    arithmetic is silently wrong (triton 3.6 to 3.9)."""
     if interpreting() and x.dtype == torch.bfloat16:
         x = x.float()
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x`` as the kernels of training take it: readable, and every row begins and ends at a multiple of 16 bytes. If not, a copy whose
+    channels are padded with zeros, which changes no score and adds channels of zeros to the output.
+
+    One copy costs less than it saves: keys are read again for each block of rows, number by number where 16 bytes cannot be moved at
+    once, and through registers. Of such a loop the assembler (ptxas 12.8) has also made one that read the wrong shared memory.
+    """
+    x = readable(x)
+    step = 16 // x.element_size()
+    missing = -x.shape[3] % step
+    if missing:
+        return torch.nn.functional.pad(x, (0, missing)).contiguous()
+    return x if begins_at_16_bytes(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def begins_at_16_bytes(x: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes, the step of a thread's widest load and of Hopper's copy engine."""
+    step = 16 // x.element_size()
+    return x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides(x=x).values())

@@ -9,8 +9,10 @@ from flashlib.kernels.launch import (
     BackwardTensors,
     KernelOptions,
     Launch,
+    aligned,
     backward_launches,
     dkdv_launches,
+    empty_results,
     forward_launch,
 )
 from flashlib.kernels.tiles import TileConfig
@@ -20,14 +22,19 @@ __all__ = ["launch_backward", "launch_forward"]
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> tuple[Tensor, Tensor]:
     """Start the forward kernel: ``(out, lse)``, ``[B, Hq, Sq, Dv]`` in the dtype of q and fp32 ``[B, Hq, Sq]``."""
-    if hopper_runs(q, k, v, options):
-        launches, out, lse = hopper_launches(q, k, v, options)
+    read = [aligned(x) for x in (q, k, v)]
+    if hopper_runs(*read, options):
+        launches, out, lse = hopper_launches(*read, options)
     else:
-        launch, out, lse = forward_launch(q, k, v, options)
+        launch, out, lse = forward_launch(*read, options)
         launches = [launch]
     for launch in launches:
         launch.start()
-    return out.to(q.dtype), lse
+    if read[0] is q and read[2] is v:
+        return out, lse
+    # Copies were read. What is returned has the width, the layout and the dtype that the originals ask for.
+    asked, _ = empty_results(q, v)
+    return asked.copy_(out[..., : v.shape[3]]), lse
 
 
 def launch_backward(
@@ -37,7 +44,9 @@ def launch_backward(
     launches, gradients = backward_launches(q, k, v, out, lse, grad_out, grad_lse, options, dkdv=best_dkdv_launches)
     for launch in launches:
         launch.start()
-    return tuple(gradient.to(x.dtype) for gradient, x in zip(gradients, (q, k, v), strict=True))
+    return tuple(
+        gradient[..., : x.shape[3]].to(x.dtype).contiguous() for gradient, x in zip(gradients, (q, k, v), strict=True)
+    )
 
 
 def best_dkdv_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig) -> list[Launch]:

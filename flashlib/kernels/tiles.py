@@ -84,7 +84,7 @@ HOPPER_LEAST_KEYS = 3072
 
 # By compute capability (major), kernel, and padded head_dim; 16-bit inputs. All of them, and the exceptions below, hold everything in
 # registers (tests/kernels/test_compiled.py says for which problems that was seen): a value that is spilled costs a store and a load
-# in each tile. Not so where a head_dim is odd: its channels are moved singly, through registers, and up to 800 bytes are spilled.
+# in each tile.
 # For 9, those of the forward and of dQ up to head_dim 128 come from a sweep on an H200 (benchmarks/tune_triton.py); the others are
 # the largest found that spill nothing. Those for 8 are cut to the shared memory of an A100, 163 KiB, and of consumer cards, 99 KiB:
 # no such GPU was there to measure them on.
@@ -104,7 +104,7 @@ TABLE = {
 EXCEPTIONS = {
     # A head_dim that is not a power of two: which channels lie inside.
     "edges": {9: {"dkdv": {256: TileConfig(16, 64, 8, 2)}}},
-    # Row intervals, a softcap, ALiBi, or rows that cannot be moved 16 bytes at a time.
+    # Row intervals, a softcap or ALiBi.
     "crowded": {
         9: {"dkdv": {128: TileConfig(64, 64, 8, 2), 256: TileConfig(16, 64, 8, 2)}},
         8: {

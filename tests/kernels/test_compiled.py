@@ -7,6 +7,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from kernels.descriptors import lost_descriptors
 
 from flashlib.kernels.inspect import ARCHITECTURES, KernelReport, inspect
 from flashlib.kernels.launch import checked_channels
@@ -106,6 +107,8 @@ def problems_of(report: KernelReport) -> list[str]:
         found.append(f"{report.shared_memory} bytes of shared memory, of {limit}")
     if "serialized" in report.warnings:
         found.append("products wait for one another")
+    if report.arch == "sm_90":
+        found += map(str, lost_descriptors(report.sass))
     return found
 
 

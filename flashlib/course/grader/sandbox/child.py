@@ -66,7 +66,7 @@ def run(channel: int, output: int, setup: dict[str, Any]) -> None:
         tempfile.tempdir = None  # found anew, in the new environment
         if interpreting():
             # New memory then holds NaN, so that what a kernel leaves unwritten shows, instead of being 0 by luck.
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports PyTorch's compiler as well
         libraries = _forbid(setup["forbidden"])
         protections = confine(Fence(**setup["fence"]))
         link = _Link(socket.socket(fileno=channel))

@@ -177,6 +177,11 @@ class TrafficMeter(TorchDispatchMode):
         if self._depth == 0:
             self._book_writes(self._fast_memory.flush())
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """The code is not compiled: without this answer PyTorch imports its compiler, which takes seconds, to be told so."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if _traits(func).composite:

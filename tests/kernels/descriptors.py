@@ -1,9 +1,10 @@
 """Does every product on Hopper's tensor cores read the shared memory that its kernel owns? The machine code is asked.
 
-Why: the assembler is a program too. Given a right kernel (fp16, head_dim 128, v_head_dim 32, a window, rows that begin at odd
-numbers) ptxas 12.8.93 once left out the instruction with the address of V's tile. The register that should have held it still
-held a stride, a parameter of the kernel, and the products read wherever that led. Nothing before the GPU's "illegal memory
-access" says so: PTX was right, nothing spilled, and a stride that happens to be small gives wrong numbers in silence.
+Why: the assembler is a program too. Of right kernels (16 bits, head_dim 128, v_head_dim 32, rows that begin at odd numbers) ptxas
+12.8.93 made some in which the instruction with the address of V's tile is missing. The register that should have held it still
+held something else: a stride, which is a parameter of the kernel, or the end of a loop, or half of another descriptor, and the
+products read wherever that led. Nothing before the GPU's "illegal memory access" says so: PTX was right, nothing spilled, and an
+offset that happens to be small gives wrong numbers in silence.
 
 What is followed: HGMMA finds a factor in shared memory by a descriptor, 64 bits in two uniform registers. The low one holds the
 address in units of 16 bytes, shifted right by 4 (PTX ISA, "Matrix Descriptor Format"). ``gdesc[UR44]`` names four registers: UR44

@@ -169,8 +169,8 @@ def error_budget(q: Tensor, k: Tensor, v: Tensor, **options) -> ErrorBudget:
 def _budget(q: Tensor, k: Tensor, v: Tensor, exact_out: Tensor, exact_lse: Tensor, **options) -> ErrorBudget:
     spec = AttentionSpec.from_tensors(q, k, v, **options)
     worst_out = worst_lse = 0.0
-    for keys, channels in _reorderings(spec):
-        out, lse = _naive(*_reordered(q, k, v, keys, channels, spec), spec)
+    for _, _, problem in _reordered(q, k, v, spec):
+        out, lse = _naive(*problem, spec)
         worst_out = max(worst_out, largest_error(out, exact_out))
         worst_lse = max(worst_lse, largest_error(lse, exact_lse))
     terms = _rounding_of_terms(q, k, v, exact_out, exact_lse, spec)
@@ -190,12 +190,17 @@ def _reorderings(spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor]]:
         yield tuple(order.to(spec.device) for order in orders)
 
 
-def _reordered(q, k, v, keys, channels, spec) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The same problem in another order: q, k, v, and the dense mask and bias of :func:`_dense`."""
+def _reordered(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor, tuple]]:
+    """The problem in each order: keys, channels, and ``(q, k, v, visible, bias)`` as :func:`_naive` takes them."""
     q, k, v = hide_unseen(q.detach(), k.detach(), v.detach(), spec)
     visible, bias = _dense(spec)
-    bias = bias if bias is None else bias[..., keys]
-    return q[..., channels], k[:, :, keys][..., channels], v[:, :, keys], visible[..., keys], bias
+    for keys, channels in _reorderings(spec):
+        one_bias = bias if bias is None else bias[..., keys]
+        yield (
+            keys,
+            channels,
+            (q[..., channels], k[:, :, keys][..., channels], v[:, :, keys], visible[..., keys], one_bias),
+        )
 
 
 def largest_error(result: Tensor, exact: Tensor) -> float:
@@ -289,8 +294,8 @@ def check_gradients(gradients, q, k, v, grad_out, grad_lse=None, **options) -> C
     exact = oracle_gradients(q, k, v, grad_out, grad_lse, **options)
     names = ("dq", "dk", "dv")
     worst = dict.fromkeys(names, 0.0)
-    for keys, channels in _reorderings(spec):
-        naive = _naive_gradients(*_reordered(q, k, v, keys, channels, spec), grad_out, grad_lse, spec)
+    for keys, channels, problem in _reordered(q, k, v, spec):
+        naive = _naive_gradients(*problem, grad_out, grad_lse, spec)
         dq, dk, dv = exact
         same_order = (dq[..., channels], dk[:, :, keys][..., channels], dv[:, :, keys])
         for name, result, reference in zip(names, naive, same_order, strict=True):

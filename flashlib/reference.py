@@ -196,11 +196,8 @@ def _reordered(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator
     visible, bias = _dense(spec)
     for keys, channels in _reorderings(spec):
         one_bias = bias if bias is None else bias[..., keys]
-        yield (
-            keys,
-            channels,
-            (q[..., channels], k[:, :, keys][..., channels], v[:, :, keys], visible[..., keys], one_bias),
-        )
+        problem = q[..., channels], k[:, :, keys][..., channels], v[:, :, keys], visible[..., keys], one_bias
+        yield keys, channels, problem
 
 
 def largest_error(result: Tensor, exact: Tensor) -> float:

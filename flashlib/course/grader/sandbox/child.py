@@ -65,8 +65,9 @@ def run(channel: int, output: int, setup: dict[str, Any]) -> None:
         os.environ.update(setup["environment"])
         tempfile.tempdir = None  # found anew, in the new environment
         if interpreting():
-            # New memory then holds NaN, so that what a kernel leaves unwritten shows, instead of being 0 by luck.
-            torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports PyTorch's compiler as well
+            # New memory then holds NaN, so that what a kernel leaves unwritten shows, instead of being 0 by luck. PyTorch's
+            # use_deterministic_algorithms would do the same, and import the compiler for it.
+            torch.set_deterministic_debug_mode("warn")
         libraries = _forbid(setup["forbidden"])
         protections = confine(Fence(**setup["fence"]))
         link = _Link(socket.socket(fileno=channel))

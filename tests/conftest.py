@@ -32,6 +32,7 @@ LONGEST_FIRST = (
     "models/test_injected_memory.py",
     "models/test_interop_transformers.py",
     "interop/test_flash_attn.py",
+    "course/test_in_the_interpreter.py",
     "course/test_growing_kernels.py",
     "course/test_mask_kernels.py",
 )

@@ -1,4 +1,4 @@
-"""The kernels of chapter 06 against float64, and its mistakes against KernelWatch. Run with TRITON_INTERPRET=1."""
+"""The kernels of chapter 06 against float64, and its mistakes against KernelWatch. For run_interpreted.py."""
 
 import random
 
@@ -102,14 +102,9 @@ def raises(fault: type, kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
     raise AssertionError(f"{fault.__name__} was not raised")
 
 
-if __name__ == "__main__":
-    seed = random.randrange(2**32)
-    print("seed", seed)
-    generator = random.Random(seed)
-    torch.manual_seed(seed)
-    right_kernels_are_right(generator)
-    mistakes_go_wrong_as_told(generator)
+def main(rng: random.Random) -> None:
+    right_kernels_are_right(rng)
+    mistakes_go_wrong_as_told(rng)
     the_interpreter_is_still_wrong_in_bfloat16()
     tf32_keeps_ten_bits()
     totals_of_racing_programs()
-    print("all as expected")

@@ -1,4 +1,4 @@
-"""The stages of chapter 07's kernel against float64. Run with TRITON_INTERPRET=1."""
+"""The stages of chapter 07's kernel against float64. For run_interpreted.py."""
 
 import random
 
@@ -44,17 +44,8 @@ def half_accumulators_are_outside_of_the_budget() -> None:
     assert not check(out, lse, q, k, v).passed
 
 
-def main() -> None:
-    seed = random.SystemRandom().getrandbits(31)
-    print("seed", seed)
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)
+def main(rng: random.Random) -> None:
     with KernelWatch(), faults_raised():
         one_head()
         heads()
         half_accumulators_are_outside_of_the_budget()
-    print("all as expected")
-
-
-if __name__ == "__main__":
-    main()

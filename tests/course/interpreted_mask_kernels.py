@@ -1,4 +1,4 @@
-"""Chapter 08's looks into the forward kernel, for random masks. Run with TRITON_INTERPRET=1."""
+"""Chapter 08's looks into the forward kernel, for random masks. For run_interpreted.py."""
 
 import random
 import warnings
@@ -52,18 +52,9 @@ def the_widget_shows_the_visits() -> None:
     assert told.endswith("Block 1 of 2 visits full 1, then partial 0, 2, 3; K and V: 8 KiB of 8 KiB."), told
 
 
-def main() -> None:
-    seed = random.SystemRandom().getrandbits(31)
-    print("seed", seed)
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
+def main(rng: random.Random) -> None:
     warnings.simplefilter("ignore", RuntimeWarning)  # the interpreter computes in NumPy, which warns of NaN
     visits_cover_what_is_seen(rng)
     for _ in range(4):
         poison_finds_what_is_not_skipped(rng)
     the_widget_shows_the_visits()
-    print("all as expected")
-
-
-if __name__ == "__main__":
-    main()

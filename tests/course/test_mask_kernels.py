@@ -1,10 +1,6 @@
 """Chapter 08: what the forward kernel visits, and what is read from its machine code."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -12,19 +8,6 @@ from flashlib.course import figures
 from flashlib.masks import Causal
 
 pytest.importorskip("triton")
-
-
-def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_mask_kernels.py"))],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FLASHLIB_NONINTERACTIVE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "all as expected"
 
 
 def test_compiled_beside_a_process_that_interprets(monkeypatch):

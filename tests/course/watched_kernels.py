@@ -1,4 +1,4 @@
-"""Kernels with known traffic and known faults, under KernelWatch. Run with TRITON_INTERPRET=1."""
+"""Kernels with known traffic and known faults, under KernelWatch. For run_interpreted.py."""
 
 import random
 import warnings
@@ -163,14 +163,9 @@ def nothing_is_left_behind() -> None:
         assert "missing" in str(error)
 
 
-if __name__ == "__main__":
-    seed = random.randrange(2**32)
-    print("seed", seed)
-    generator = random.Random(seed)
-    torch.manual_seed(seed)
-    traffic_is_counted(generator)
-    bounds_are_those_of_the_allocation(generator)
-    races_are_found_whatever_the_result(generator)
+def main(rng: random.Random) -> None:
+    traffic_is_counted(rng)
+    bounds_are_those_of_the_allocation(rng)
+    races_are_found_whatever_the_result(rng)
     programs_are_told_apart_in_three_dimensions()
     nothing_is_left_behind()
-    print("all as expected")

@@ -196,6 +196,7 @@ class _Launch:
         self.stops = np.array([memory.stop for memory in self.memories], dtype=np.uint64)
         self.owners = [[watch._owner_of(memory.start) for memory in self.memories] for watch in _watches]
         self.after_an_atomic = 0  # the last program that executed one
+        self.prepared: set[Any] = set()  # functions for which Triton has replaced the language by what computes
 
     @property
     def program(self) -> int:
@@ -329,9 +330,18 @@ def _install() -> None:
     for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas"):
         _originals[name] = getattr(builder, name)
     _originals["launch"] = interpreter.GridExecutor.__call__
+    _originals["prepare"] = interpreter._patch_lang
 
     def launch(executor, *args, **kwargs):
         return _watched_launch(builder, executor, args, kwargs)
+
+    def prepare(function):
+        # Triton lets the language's functions compute anew at every call of a device function. Once a launch is enough.
+        prepared = _launch[-1].prepared if _launch else set()
+        if function in prepared:
+            return None
+        prepared.add(function)
+        return _originals["prepare"](function)
 
     def masked_load(pointers, mask, *rest, **options):
         _launch[-1].load(pointers.data, mask.data, _itemsize(pointers))
@@ -349,7 +359,7 @@ def _install() -> None:
         _launch[-1].atomic(pointers.data, np.ones_like(pointers.data, dtype=bool), _itemsize(pointers))
         return _originals["create_atomic_cas"](pointers, *rest, **options)
 
-    interpreter.GridExecutor.__call__ = launch
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch, prepare
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     builder.create_atomic_rmw, builder.create_atomic_cas = atomic_rmw, atomic_cas
 
@@ -358,6 +368,7 @@ def _uninstall() -> None:
     from triton.runtime import interpreter
 
     interpreter.GridExecutor.__call__ = _originals.pop("launch")
+    interpreter._patch_lang = _originals.pop("prepare")
     while _originals:
         delattr(interpreter.interpreter_builder, _originals.popitem()[0])  # the class's own method shows again
 

@@ -24,9 +24,10 @@ from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
 # Of flashlib.kernels.common only the constants serve here: its functions are Triton's and cannot be called from Gluon.
 ROWS = gl.constexpr(64)  # of one consumer: what one warpgroup's instruction takes
 PLAN = gl.constexpr(7)  # numbers that the producer tells the consumers about each block of rows
-FIRST_TURN = gl.constexpr(
-    8
-)  # the hardware barrier of the first consumer's turn; the compiler uses those with lower numbers
+PLANS = gl.constexpr(
+    3
+)  # that are kept: of a block whose output is still written, of the one under way, and of the next
+FIRST_TURN = gl.constexpr(8)  # the hardware barrier of the first consumer's turn; the compiler uses those before it
 
 
 @gluon.jit(do_not_specialize=["stride_interval", "stride_tiles", "stride_slope", "heads", "q_heads", "group_size", "heads_together", "q_len", "kv_len", "offset", "left", "right"])  # fmt: skip
@@ -38,21 +39,22 @@ def hopper_forward(
     MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     """Blocks of ``64 * CONSUMERS`` rows of one query head. The keys given are those that some row sees, so that none need be blanked."""
-    smem_q = gl.allocate_shared_memory(desc_q.dtype, [CONSUMERS, 1, 1, ROWS, BLOCK_D], desc_q.layout)
+    smem_q = gl.allocate_shared_memory(desc_q.dtype, [2 * CONSUMERS, 1, 1, ROWS, BLOCK_D], desc_q.layout)
     smem_k = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], desc_k.layout)
     smem_v = gl.allocate_shared_memory(desc_v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], desc_v.layout)
-    smem_plan = gl.allocate_shared_memory(gl.int32, [2 * PLAN, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    ready_plan = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    ready_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    empty_q = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    smem_plan = gl.allocate_shared_memory(gl.int32, [PLANS * PLAN, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ready_plan = gl.allocate_shared_memory(gl.int64, [PLANS, 1], mbarrier.MBarrierLayout())
+    ready_q = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty_q = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ready_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready_q, count=1)
-    mbarrier.init(empty_q, count=CONSUMERS)
-    for i in gl.static_range(2):
+    for i in gl.static_range(PLANS):
         mbarrier.init(ready_plan.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(ready_q.index(i), count=1)
+        mbarrier.init(empty_q.index(i), count=CONSUMERS)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready_k.index(i), count=1)
         mbarrier.init(ready_v.index(i), count=1)
@@ -162,18 +164,21 @@ def produce(
             HAS_RIGHT,
         )  # fmt: skip
         block = gl.atomic_add(p_counter, 1) + gl.num_programs(0)
-        # Once the Q before this one is no longer needed, nobody reads the plan before that one any more: its place is free.
-        mbarrier.wait(empty_q, (done & 1) ^ 1)
+        # Once the Q before the last is no longer needed, its place is free, and nobody reads the plan before that one any more.
+        slot = done & 1
+        mbarrier.wait(empty_q.index(slot), (done // 2 & 1) ^ 1)
         announce(smem_plan, ready_plan, done, i_b, i_h, i_m, first, n_tiles, right_partial, full)
-        mbarrier.expect(ready_q, CONSUMERS * desc_q.block_type.nbytes)
+        mbarrier.expect(ready_q.index(slot), CONSUMERS * desc_q.block_type.nbytes)
         for i in gl.static_range(CONSUMERS):
-            tma.async_copy_global_to_shared(
-                desc_q, [i_b, i_h, (i_m * CONSUMERS + i) * ROWS, 0], ready_q, smem_q.index(i)
-            )
+            rows = [i_b, i_h, (i_m * CONSUMERS + i) * ROWS, 0]
+            tma.async_copy_global_to_shared(desc_q, rows, ready_q.index(slot), smem_q.index(slot * CONSUMERS + i))
         i_kv = i_h // group_size
         for i in range(n_tiles):
             tile = first + n_tiles - 1 - i
             stage, phase = (visited + i) % STAGES, (visited + i) // STAGES & 1
+            blanked = 0
+            if MASK == INTERVALS:
+                blanked = gl.load(p_blanked + i_b * stride_blanked + tile)  # it comes while this warp waits
             mbarrier.wait(empty_k.index(stage), phase ^ 1)
             mbarrier.expect(ready_k.index(stage), desc_k.block_type.nbytes)
             tma.async_copy_global_to_shared(
@@ -181,9 +186,6 @@ def produce(
             )
             mbarrier.wait(empty_v.index(stage), phase ^ 1)
             mbarrier.expect(ready_v.index(stage), desc_v.block_type.nbytes)
-            blanked = 0
-            if MASK == INTERVALS:
-                blanked = gl.load(p_blanked + i_b * stride_blanked + tile)
             if blanked != 0:
                 tma.async_copy_global_to_shared(
                     desc_blanked, [i_b, i_kv, tile * BLOCK_N, 0], ready_v.index(stage), smem_v.index(stage)
@@ -194,7 +196,7 @@ def produce(
                 )
         visited += n_tiles
         done += 1
-    mbarrier.wait(empty_q, (done & 1) ^ 1)
+    mbarrier.wait(empty_q.index(done & 1), (done // 2 & 1) ^ 1)
     announce(smem_plan, ready_plan, done, 0, 0, -1, 0, 0, 0, 0)
     # The last program to finish leaves the counters as it found them, for the next launch.
     if gl.atomic_add(p_counter + 1, 1) == gl.num_programs(0) - 1:
@@ -205,7 +207,7 @@ def produce(
 @gluon.jit
 def announce(smem_plan, ready_plan, done, i_b, i_h, i_m, first, n_tiles, right_partial, full):
     """Tell the consumers what comes next: which rows, and which tiles of keys they need. ``i_m`` of -1 says that all is done."""
-    slot = (done & 1) * PLAN
+    slot = done % PLANS * PLAN
     note(smem_plan, slot, i_b)
     note(smem_plan, slot + 1, i_h)
     note(smem_plan, slot + 2, i_m)
@@ -213,7 +215,7 @@ def announce(smem_plan, ready_plan, done, i_b, i_h, i_m, first, n_tiles, right_p
     note(smem_plan, slot + 4, n_tiles)
     note(smem_plan, slot + 5, right_partial)
     note(smem_plan, slot + 6, full)
-    mbarrier.arrive(ready_plan.index(done & 1), count=1)
+    mbarrier.arrive(ready_plan.index(done % PLANS), count=1)
 
 
 @gluon.jit
@@ -229,8 +231,8 @@ def noted(smem_plan, slot):
 @gluon.jit
 def next_plan(smem_plan, ready_plan, done):
     """What the producer has announced."""
-    mbarrier.wait(ready_plan.index(done & 1), done // 2 & 1)
-    slot = (done & 1) * PLAN
+    mbarrier.wait(ready_plan.index(done % PLANS), done // PLANS & 1)
+    slot = done % PLANS * PLAN
     tiles = (
         noted(smem_plan, slot + 3),
         noted(smem_plan, slot + 4),
@@ -243,7 +245,7 @@ def next_plan(smem_plan, ready_plan, done):
 @gluon.jit
 def noted_place(smem_plan, done):
     """Batch entry, query head, and block of rows."""
-    slot = (done & 1) * PLAN
+    slot = done % PLANS * PLAN
     return noted(smem_plan, slot), noted(smem_plan, slot + 1), noted(smem_plan, slot + 2)
 
 
@@ -266,9 +268,10 @@ def consume(
         if ALIBI:
             slope = gl.load(p_slopes + i_b * stride_slope + i_h)
         row = (i_m * CONSUMERS + which) * ROWS
-        mbarrier.wait(ready_q, done & 1)
+        mbarrier.wait(ready_q.index(done & 1), done // 2 & 1)
         b_m, b_l, b_acc = attend(
-            which, smem_q.index(which).reshape([ROWS, BLOCK_D]), smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, empty_q, p_start, p_stop,
+            which, smem_q.index((done & 1) * CONSUMERS + which).reshape([ROWS, BLOCK_D]), smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
+            empty_q.index(done & 1), p_start, p_stop,
             i_b * stride_interval, visited, row, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap,
             slope, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI,
         )  # fmt: skip
@@ -308,12 +311,26 @@ def attend(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     unit = softcap if SOFTCAP else scale  # what one unit of a score tile is worth
-    if MASK == INTERVALS:
-        p_start += entry
-        p_stop += entry
+    start, stop = intervals(p_start, p_stop, entry, row, q_len, s_layout, MASK)  # they come while the first tile does
+
+    # A last tile that a block of rows needs may be beyond what these 64 of them see. Not so with two consumers, as a rule: their 128
+    # rows are as many as a tile has keys.
+    skip = 0
+    if MASK == BAND and HAS_RIGHT and CONSUMERS == 3:
+        own_stop = gl.minimum(row + ROWS + offset + right, kv_len)
+        own_last = gl.maximum((own_stop + BLOCK_N - 1) // BLOCK_N, first + 1)
+        skip = gl.maximum(first + n_tiles - own_last, 0)
+        for i in range(0, skip):
+            stage, phase = (visited + i) % STAGES, (visited + i) // STAGES & 1
+            wait_turn(which)
+            pass_turn(which, CONSUMERS)
+            mbarrier.wait(ready_k.index(stage), phase)
+            mbarrier.arrive(empty_k.index(stage), count=1)
+            mbarrier.wait(ready_v.index(stage), phase)
+            mbarrier.arrive(empty_v.index(stage), count=1)
 
     # The first tile has no P V of a tile before it to run beside.
-    stage, phase = visited % STAGES, visited // STAGES & 1
+    stage, phase = (visited + skip) % STAGES, (visited + skip) // STAGES & 1
     mbarrier.wait(ready_k.index(stage), phase)
     k = smem_k.index(stage).reshape([BLOCK_N, BLOCK_D])
     b_s = warpgroup_mma(
@@ -322,7 +339,7 @@ def attend(
     b_s = warpgroup_mma_wait(0, deps=(b_s,))
     mbarrier.arrive(empty_k.index(stage), count=1)
     b_s = score(
-        b_s, row, (first + n_tiles - 1) * BLOCK_N, p_start, p_stop, q_len, kv_len, offset, left, right, scale, softcap, slope / unit,
+        b_s, row, (first + n_tiles - 1 - skip) * BLOCK_N, start, stop, kv_len, offset, left, right, scale, softcap, slope / unit,
         BLOCK_N, s_layout, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI,
     )  # fmt: skip
     b_m = gl.max(b_s, 1)
@@ -336,19 +353,21 @@ def attend(
     b_acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, o_layout)
 
     b_m, b_l, b_acc, p_left, p_right = turns(
-        1, gl.maximum(right_partial, 1), which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, p_start, p_stop,
-        visited, row, first + n_tiles - 1, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV, BLOCK_N,
+        skip + 1, gl.maximum(right_partial, skip + 1), which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, start, stop,
+        visited, row, first + n_tiles - 1, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV, BLOCK_N,
         CONSUMERS, STAGES, s_layout, o_layout, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI,
     )  # fmt: skip
     b_m, b_l, b_acc, p_left, p_right = turns(
-        gl.maximum(right_partial, 1), right_partial + full, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
-        p_start, p_stop, visited, row, first + n_tiles - 1, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV,
+        gl.maximum(right_partial, skip + 1), right_partial + full, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
+        start, stop, visited, row, first + n_tiles - 1, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV,
         BLOCK_N, CONSUMERS, STAGES, s_layout, o_layout, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI,
     )  # fmt: skip
     if HAS_LEFT or MASK == INTERVALS:
+        # Loaded again: the loop over the full tiles needs every register.
+        start, stop = intervals(p_start, p_stop, entry, row, q_len, s_layout, MASK)
         b_m, b_l, b_acc, p_left, p_right = turns(
-            gl.maximum(right_partial + full, 1), n_tiles, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
-            p_start, p_stop, visited, row, first + n_tiles - 1, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D,
+            gl.maximum(right_partial + full, skip + 1), n_tiles, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
+            start, stop, visited, row, first + n_tiles - 1, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D,
             BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, s_layout, o_layout, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI,
         )  # fmt: skip
 
@@ -365,8 +384,8 @@ def attend(
 
 @gluon.jit
 def turns(
-    from_tile, to_tile, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, p_start, p_stop, visited, row,
-    last_tile, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    from_tile, to_tile, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, start, stop, visited, row,
+    last_tile, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
     MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
     ALIBI: gl.constexpr,
@@ -391,7 +410,7 @@ def turns(
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
         mbarrier.arrive(empty_k.index(stage), count=1)
         b_s = score(
-            b_s, row, (last_tile - i) * BLOCK_N, p_start, p_stop, q_len, kv_len, offset, left, right, scale, softcap, slope / unit, BLOCK_N,
+            b_s, row, (last_tile - i) * BLOCK_N, start, stop, kv_len, offset, left, right, scale, softcap, slope / unit, BLOCK_N,
             s_layout, MASK, HAS_LEFT, HAS_RIGHT, MASKED, SOFTCAP, ALIBI,
         )  # fmt: skip
         m_new = gl.maximum(b_m, gl.max(b_s, 1))
@@ -433,8 +452,19 @@ def meet(instruction: gl.constexpr, which):
 
 
 @gluon.jit
+def intervals(p_start, p_stop, entry, row, q_len, s_layout: gl.constexpr, MASK: gl.constexpr):
+    """Which keys each of 64 rows sees, ``(start, stop)``, under row intervals. Other masks are computed where they are needed."""
+    o_m = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
+    start, stop = o_m, o_m
+    if MASK == INTERVALS:
+        start = gl.load(p_start + entry + o_m, mask=o_m < q_len, other=0)
+        stop = gl.load(p_stop + entry + o_m, mask=o_m < q_len, other=0)
+    return start, stop
+
+
+@gluon.jit
 def score(
-    b_s, row, n, p_start, p_stop, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_N: gl.constexpr,
+    b_s, row, n, start, stop, kv_len, offset, left, right, scale, softcap, slope, BLOCK_N: gl.constexpr,
     s_layout: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, MASKED: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
@@ -447,12 +477,8 @@ def score(
     if ALIBI:
         b_s = b_s - slope * gl.abs(o_m[:, None] + offset - o_n[None, :]).to(gl.float32)
     if MASKED:
-        start = gl.zeros_like(o_m)
-        stop = gl.zeros_like(o_m) + kv_len
-        if MASK == INTERVALS:
-            start = gl.load(p_start + o_m, mask=o_m < q_len, other=0)
-            stop = gl.load(p_stop + o_m, mask=o_m < q_len, other=0)
-        if MASK == BAND:
+        if MASK != INTERVALS:
+            start, stop = o_m, gl.zeros_like(o_m) + kv_len
             if HAS_LEFT:
                 start = o_m + offset - left
             if HAS_RIGHT:

@@ -16,42 +16,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E, UNMASKED
-from flashlib.kernels.hopper import noted
+from flashlib.kernels.hopper import note, noted
 
 KEYS = gl.constexpr(64)  # of one consumer: what one warpgroup's instruction takes
+# What the producer tells the consumers: places in shared memory.
+PLAN = gl.constexpr(4)
+BATCH_ENTRY, KV_HEAD, FULL, TILES = (gl.constexpr(place) for place in range(4))
+warp_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until triton 3.6
 
 
-@gluon.jit(do_not_specialize=["stride_interval", "stride_slope", "stride_range", "kv_heads", "group_size", "q_len", "kv_len", "unseeing", "offset", "left", "right"])  # fmt: skip
+@gluon.jit(do_not_specialize=["stride_interval", "stride_blank", "stride_slope", "stride_range", "kv_heads", "group_size", "q_len", "kv_len", "unseeing", "offset", "left", "right"])  # fmt: skip
 def hopper_dkdv(
-    desc_q, desc_k, desc_v, desc_do, desc_rows, desc_dk, desc_dv, p_start, p_stop, p_ranges, p_slopes,
-    stride_interval, stride_slope, stride_range, kv_heads, group_size, q_len, kv_len, unseeing, offset, left, right,
-    scale, softcap, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr,
+    desc_q, desc_k, desc_v, desc_do, desc_blank_q, desc_blank_do, desc_rows, desc_dk, desc_dv, p_start, p_stop, p_ranges, p_blank, p_slopes,
+    stride_interval, stride_blank, stride_slope, stride_range, kv_heads, group_size, q_len, kv_len, unseeing, offset, left, right,
+    scale, softcap, unit, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     """``64 * CONSUMERS`` keys of one KV head: every row of every query head of the group passes by, in a fixed order."""
-    BLOCK_N: gl.constexpr = KEYS * CONSUMERS
-    key_blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
-    i_head, i_n = gl.program_id(0) // key_blocks, gl.program_id(0) % key_blocks
-    i_b, i_kv = i_head // kv_heads, i_head % kv_heads
-    n = i_n * BLOCK_N
-    if MASK == INTERVALS:
-        p_start += i_b.to(gl.int64) * stride_interval
-        p_stop += i_b.to(gl.int64) * stride_interval
-        p_ranges += i_b * stride_range + i_n * 4
-    first, full_first, n_full, n_tiles = row_tiles(
-        n, q_len, kv_len, offset, left, right, p_ranges, BLOCK_M, BLOCK_N, MASK, HAS_LEFT, HAS_RIGHT
-    )
-
     smem_k = gl.allocate_shared_memory(desc_k.dtype, [CONSUMERS, 1, 1, KEYS, BLOCK_D], desc_k.layout)
     smem_v = gl.allocate_shared_memory(desc_v.dtype, [CONSUMERS, 1, 1, KEYS, BLOCK_DV], desc_v.layout)
     smem_q = gl.allocate_shared_memory(desc_q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], desc_q.layout)
     smem_do = gl.allocate_shared_memory(desc_do.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DV], desc_do.layout)
     smem_lse = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], desc_rows.layout)
     smem_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], desc_rows.layout)
-    # How many tiles of rows pass by; in shared memory because the loops need every register.
-    smem_total = gl.allocate_shared_memory(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    smem_total.index(0).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0])) + group_size * n_tiles)
+    smem_seen = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    smem_row = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    smem_plan = gl.allocate_shared_memory(gl.int32, [PLAN, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready_kv = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready_do = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -65,19 +56,16 @@ def hopper_dkdv(
         mbarrier.init(ready_do.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
 
-    if ALIBI:
-        p_slopes += i_b * stride_slope + i_kv * group_size
     gl.warp_specialize([
-        (consume, (0, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, done, smem_total, p_start, p_stop,
-                   p_slopes, n, first, full_first, n_full, n_tiles, q_len,
-                   offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_M,
-                   STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-        (consume, (1, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, done, smem_total, p_start, p_stop,
-                   p_slopes, n, first, full_first, n_full, n_tiles, q_len,
-                   offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_M,
-                   STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-        (produce, (desc_q, desc_k, desc_v, desc_do, desc_rows, desc_dk, desc_dv, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, done, i_b, i_kv, kv_heads, n,
-                   unseeing, first, full_first, n_full, n_tiles, group_size, CONSUMERS, BLOCK_M, STAGES, HAS_LEFT or MASK == INTERVALS)),
+        (consume, (0, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, smem_seen, smem_row, smem_plan, ready_kv, ready_q, ready_do, empty,
+                   done, p_slopes, stride_slope, group_size, scale, softcap, unit, BLOCK_D, BLOCK_DV, BLOCK_M, STAGES,
+                   MASK, SOFTCAP, ALIBI)),
+        (consume, (1, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, smem_seen, smem_row, smem_plan, ready_kv, ready_q, ready_do, empty,
+                   done, p_slopes, stride_slope, group_size, scale, softcap, unit, BLOCK_D, BLOCK_DV, BLOCK_M, STAGES,
+                   MASK, SOFTCAP, ALIBI)),
+        (produce, (desc_q, desc_k, desc_v, desc_do, desc_blank_q, desc_blank_do, desc_rows, desc_dk, desc_dv, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, smem_seen, smem_row,
+                   smem_plan, ready_kv, ready_q, ready_do, empty, done, p_start, p_stop, p_ranges, p_blank, stride_interval, stride_blank, stride_range, kv_heads,
+                   group_size, q_len, kv_len, unseeing, offset, left, right, CONSUMERS, BLOCK_M, STAGES, MASK, HAS_LEFT, HAS_RIGHT, ALIBI)),
     ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
 
 
@@ -113,33 +101,46 @@ def row_tiles(
 
 @gluon.jit
 def row_of(j, first, full_first, n_full, BLOCK_M: gl.constexpr, TWO_SIDED: gl.constexpr):
-    """Where the ``j``-th tile visited begins: the full tiles come first, then the partial ones."""
-    partial = partial_row(j, first, full_first, n_full, BLOCK_M, TWO_SIDED)
+    """Where the ``j``-th tile visited begins: the full tiles come first, then the partial ones.
+
+    The latter lie on both sides of the full ones (TWO_SIDED), or, without a limit on the left, only in front of them.
+    """
+    partial = first + (j - n_full) * BLOCK_M
+    if TWO_SIDED:
+        partial += gl.where(partial < full_first, 0, n_full * BLOCK_M)
     return gl.where(j < n_full, full_first + j * BLOCK_M, partial)
 
 
 @gluon.jit
-def partial_row(j, first, full_first, n_full, BLOCK_M: gl.constexpr, TWO_SIDED: gl.constexpr):
-    """The same for a partial tile, ``j >= n_full``.
-
-    They lie on both sides of the full ones (TWO_SIDED), or, without a limit on the left, only in front of them.
-    """
-    row = first + (j - n_full) * BLOCK_M
-    if TWO_SIDED:
-        row += gl.where(row < full_first, 0, n_full * BLOCK_M)
-    return row
-
-
-@gluon.jit
 def produce(
-    desc_q, desc_k, desc_v, desc_do, desc_rows, desc_dk, desc_dv, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, done, i_b, i_kv, kv_heads, n, unseeing,
-    first, full_first, n_full, n_tiles, group_size, CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    TWO_SIDED: gl.constexpr,
+    desc_q, desc_k, desc_v, desc_do, desc_blank_q, desc_blank_do, desc_rows, desc_dk, desc_dv, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, smem_seen, smem_row, smem_plan,
+    ready_kv, ready_q, ready_do, empty, done, p_start, p_stop, p_ranges, p_blank, stride_interval, stride_blank, stride_range, kv_heads, group_size, q_len, kv_len,
+    unseeing, offset, left, right, CONSUMERS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
-    """The warp that moves data: K and V once, then Q and dO as stages of the ring come free, and in the end dK and dV out.
+    """The warp that plans and that moves data: K and V once, then Q and dO as stages of the ring come free,
+    and in the end dK and dV out.
 
-    The first ``unseeing`` rows are not in the tensors given, because what they hold may be NaN: zeros come in their place.
+    Rows that see nothing may hold NaN, so zeros come in their place: under a band they are the first ``unseeing`` ones, which are not in
+    the tensors given; under row intervals tiles with such rows come from copies in which they are zeros. What the
+    consumers must know lies in shared memory, since their loops need every register.
     """
+    BLOCK_N: gl.constexpr = KEYS * CONSUMERS
+    key_blocks = (kv_len + BLOCK_N - 1) // BLOCK_N
+    i_head, i_n = gl.program_id(0) // key_blocks, gl.program_id(0) % key_blocks
+    i_b, i_kv = i_head // kv_heads, i_head % kv_heads
+    n = i_n * BLOCK_N
+    if MASK == INTERVALS:
+        p_start += i_b.to(gl.int64) * stride_interval
+        p_stop += i_b.to(gl.int64) * stride_interval
+        p_ranges += i_b * stride_range + i_n * 4
+    first, full_first, n_full, n_tiles = row_tiles(
+        n, q_len, kv_len, offset, left, right, p_ranges, BLOCK_M, BLOCK_N, MASK, HAS_LEFT, HAS_RIGHT
+    )
+    note(smem_plan, BATCH_ENTRY, i_b)
+    note(smem_plan, KV_HEAD, i_kv)
+    note(smem_plan, FULL, n_full)
+    note(smem_plan, TILES, n_tiles)
     mbarrier.expect(ready_kv, CONSUMERS * (desc_k.block_type.nbytes + desc_v.block_type.nbytes))
     for i in gl.static_range(CONSUMERS):
         tma.async_copy_global_to_shared(desc_k, [i_b, i_kv, n + i * KEYS, 0], ready_kv, smem_k.index(i))
@@ -147,18 +148,38 @@ def produce(
     for i in range(group_size * n_tiles):
         i_h = i_kv * group_size + i // n_tiles
         head = (i_b * kv_heads + i_kv) * group_size + i // n_tiles
-        row = row_of(i % n_tiles, first, full_first, n_full, BLOCK_M, TWO_SIDED)
+        row = row_of(i % n_tiles, first, full_first, n_full, BLOCK_M, HAS_LEFT or MASK == INTERVALS)
         stage, phase = i % STAGES, i // STAGES & 1
+        blank = 0
+        if MASK == INTERVALS:
+            blank = gl.load(p_blank + i_b * stride_blank + row // BLOCK_M)  # it comes while this warp waits
         mbarrier.wait(empty.index(stage), phase ^ 1)
+        if ALIBI:
+            note(smem_row, stage, row + offset - n)
+        if MASK != UNMASKED:  # noqa: SIM102  (the compiler decides this one)
+            if i % n_tiles >= n_full:
+                seen = seen_keys(
+                    row, n, q_len, kv_len, offset, left, right, p_start, p_stop, BLOCK_M, KEYS * CONSUMERS, MASK, HAS_LEFT, HAS_RIGHT
+                )  # fmt: skip
+                smem_seen.index(stage).store(seen)
+                warp_barrier()  # each lane has written what it knows before one of them says so
         mbarrier.expect(ready_q.index(stage), desc_q.block_type.nbytes + desc_rows.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            desc_q, [i_b, i_h, row - unseeing, 0], ready_q.index(stage), smem_q.index(stage)
-        )
+        if blank != 0:
+            tma.async_copy_global_to_shared(desc_blank_q, [i_b, i_h, row, 0], ready_q.index(stage), smem_q.index(stage))
+        else:
+            tma.async_copy_global_to_shared(
+                desc_q, [i_b, i_h, row - unseeing, 0], ready_q.index(stage), smem_q.index(stage)
+            )
         tma.async_copy_global_to_shared(desc_rows, [0, head, row], ready_q.index(stage), smem_lse.index(stage))
         mbarrier.expect(ready_do.index(stage), desc_do.block_type.nbytes + desc_rows.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            desc_do, [i_b, i_h, row - unseeing, 0], ready_do.index(stage), smem_do.index(stage)
-        )
+        if blank != 0:
+            tma.async_copy_global_to_shared(
+                desc_blank_do, [i_b, i_h, row, 0], ready_do.index(stage), smem_do.index(stage)
+            )
+        else:
+            tma.async_copy_global_to_shared(
+                desc_do, [i_b, i_h, row - unseeing, 0], ready_do.index(stage), smem_do.index(stage)
+            )
         tma.async_copy_global_to_shared(desc_rows, [1, head, row], ready_do.index(stage), smem_delta.index(stage))
     for i in gl.static_range(CONSUMERS):
         mbarrier.wait(done.index(i), 0)
@@ -168,12 +189,35 @@ def produce(
 
 
 @gluon.jit
+def seen_keys(
+    row, n, q_len, kv_len, offset, left, right, p_start, p_stop, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Which of the keys ``n .. n + BLOCK_N - 1`` each of ``BLOCK_M`` rows sees: the first in the low half of an int32, one past the last
+    in the high half, both from ``n``. The consumers have registers for one number per row, not for two."""
+    o_rows = gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    start, stop = gl.zeros_like(o_rows), gl.zeros_like(o_rows) + BLOCK_N
+    if MASK == INTERVALS:
+        o_m = row + o_rows
+        start = gl.load(p_start + o_m, mask=o_m < q_len, other=0) - n
+        stop = gl.load(p_stop + o_m, mask=o_m < q_len, other=0) - n
+    if MASK == BAND:
+        # Not known to be the same each time: what depends on it would be kept for all tiles, and the producer has 24 registers.
+        o_rows = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [o_rows], dtype=gl.int32, is_pure=False, pack=1)
+        if HAS_LEFT:
+            start = o_rows + (row - n + offset - left)
+        if HAS_RIGHT:
+            stop = o_rows + (row - n + offset + right + 1)
+    start = gl.minimum(gl.maximum(start, 0), BLOCK_N)
+    stop = gl.minimum(gl.maximum(stop, 0), BLOCK_N)
+    return start | (stop << 16)
+
+
+@gluon.jit
 def consume(
-    which, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, ready_kv, ready_q, ready_do, empty, done, smem_total, p_start, p_stop, p_slopes,
-    n, first, full_first, n_full, n_tiles, q_len, offset, left, right, scale,
-    softcap, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    which, smem_k, smem_v, smem_q, smem_do, smem_lse, smem_delta, smem_seen, smem_row, smem_plan, ready_kv, ready_q, ready_do, empty,
+    done, p_slopes, stride_slope, group_size, scale, softcap, unit, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     """Four warps that compute dK and dV of 64 keys."""
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -182,29 +226,28 @@ def consume(
     b_dv = gl.zeros([KEYS, BLOCK_DV], gl.float32, dv_layout)
     k = smem_k.index(which).reshape([KEYS, BLOCK_D])
     v = smem_v.index(which).reshape([KEYS, BLOCK_DV])
-    n += which * KEYS
-    offset -= n  # keys are counted from the first of these
     slope = 0.0
     mbarrier.wait(ready_kv, 0)
+    if ALIBI:
+        p_slopes += noted(smem_plan, BATCH_ENTRY) * stride_slope + noted(smem_plan, KV_HEAD) * group_size
     before = 0  # tiles of the group's heads that have passed by
-    while before < noted(smem_total, 0):
+    while before < group_size * noted(smem_plan, TILES):
         if ALIBI:
             slope = gl.load(p_slopes)
             p_slopes += 1
         b_dk, b_dv = gather_rows(
-            0, n_full, before, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start, p_stop,
-            n, first, full_first, n_full, q_len, offset, left, right, scale, softcap, slope, BLOCK_D, BLOCK_DV,
-            BLOCK_M, STAGES, UNMASKED, False, False, SOFTCAP, ALIBI, dk_layout, dv_layout,
+            before, before + noted(smem_plan, FULL), which, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, smem_seen, smem_row, ready_q, ready_do,
+            empty, scale, softcap, unit, slope, BLOCK_D, BLOCK_DV, BLOCK_M, STAGES, False, SOFTCAP, ALIBI, dk_layout, dv_layout,
         )  # fmt: skip
         if MASK != UNMASKED:
             b_dk, b_dv = gather_rows(
-                n_full, n_tiles, before, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start,
-                p_stop, n, first, full_first, n_full, q_len, offset, left, right, scale, softcap, slope, BLOCK_D,
-                BLOCK_DV, BLOCK_M, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, dk_layout, dv_layout,
+                before + noted(smem_plan, FULL), before + noted(smem_plan, TILES), which, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, smem_seen, smem_row, ready_q,
+                ready_do, empty, scale, softcap, unit, slope, BLOCK_D, BLOCK_DV, BLOCK_M, STAGES, True, SOFTCAP, ALIBI, dk_layout,
+                dv_layout,
             )  # fmt: skip
-        before += n_tiles
+        before += noted(smem_plan, TILES)
     # K and V are no longer needed: the gradients take their places, and the producer has them fetched from there.
-    k.store((b_dk * (scale if SOFTCAP else scale * LOG2_E * LN_2)).to(smem_k.dtype))
+    k.store((b_dk * (scale if SOFTCAP else unit * LN_2)).to(smem_k.dtype))
     v.store(b_dv.to(smem_v.dtype))
     fence_async_shared()
     mbarrier.arrive(done.index(which), count=1)
@@ -212,21 +255,14 @@ def consume(
 
 @gluon.jit
 def gather_rows(
-    from_tile, to_tile, before, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, ready_q, ready_do, empty, p_start, p_stop, n, first,
-    full_first, n_full, q_len, offset, left, right, scale, softcap, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, dk_layout: gl.constexpr, dv_layout: gl.constexpr,
+    from_tile, to_tile, which, b_dk, b_dv, k, v, smem_q, smem_do, smem_lse, smem_delta, smem_seen, smem_row, ready_q, ready_do, empty,
+    scale, softcap, unit, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, dk_layout: gl.constexpr, dv_layout: gl.constexpr,
 ):  # fmt: skip
-    """Add what the rows of one head give: the ``from_tile``-th tile visited and those up to ``to_tile``; ``before`` came earlier."""
+    """Add what the tiles of rows from the ``from_tile``-th that the producer brings up to ``to_tile`` give."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    unit = (softcap if SOFTCAP else scale) * LOG2_E
     for j in range(from_tile, to_tile):
-        stage, phase = (before + j) % STAGES, (before + j) // STAGES & 1
-        if MASK == UNMASKED:
-            row = full_first + j * BLOCK_M
-        else:
-            row = partial_row(j, first, full_first, n_full, BLOCK_M, HAS_LEFT or MASK == INTERVALS)
-        o_m = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
+        stage, phase = j % STAGES, j // STAGES & 1
         q = smem_q.index(stage).reshape([BLOCK_M, BLOCK_D])
         do = smem_do.index(stage).reshape([BLOCK_M, BLOCK_DV])
         zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, s_layout)
@@ -235,17 +271,20 @@ def gather_rows(
         mbarrier.wait(ready_do.index(stage), phase)
         b_dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
-        o_n = gl.arange(0, KEYS, layout=gl.SliceLayout(1, s_layout))
+        o_n = which * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, s_layout))
         if SOFTCAP:
             b_t = 1.0 - 2.0 / (gl.exp2(b_s * (scale / softcap * 2.0 * LOG2_E)) + 1.0)
             b_s = b_t
         if ALIBI:
-            b_s = b_s - slope / (softcap if SOFTCAP else scale) * gl.abs(o_m[None, :] + offset - o_n[:, None]).to(
-                gl.float32
-            )
+            o_m = noted(smem_row, stage) + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
+            b_s = b_s - slope / (softcap if SOFTCAP else scale) * gl.abs(o_m[None, :] - o_n[:, None]).to(gl.float32)
         b_lse = smem_lse.index(stage).reshape([BLOCK_M]).load(gl.SliceLayout(0, s_layout))
         b_p = gl.exp2(b_s * unit - b_lse[None, :])
-        b_p = hide(b_p, n, o_n, o_m, q_len, offset, left, right, p_start, p_stop, MASK, HAS_LEFT, HAS_RIGHT)
+        if MASKED:
+            # Rows past the end may keep what they have: their Q and dO are zeros.
+            seen = smem_seen.index(stage).load(gl.SliceLayout(0, s_layout))
+            b_p = gl.where(o_n[:, None] >= (seen & 0xFFFF)[None, :], b_p, 0.0)
+            b_p = gl.where(o_n[:, None] < (seen >> 16)[None, :], b_p, 0.0)
         b_dv = warpgroup_mma(
             gl.convert_layout(b_p.to(smem_do.dtype), gl.DotOperandLayout(0, dv_layout, 2)), do, b_dv, is_async=True
         )
@@ -256,7 +295,7 @@ def gather_rows(
         b_ds = b_p * (b_dp - b_delta[None, :])
         if SOFTCAP:
             b_ds = b_ds * (1.0 - b_t * b_t)
-        if MASK != UNMASKED:
+        if MASKED:
             b_ds = gl.where(b_p == 0.0, 0.0, b_ds)  # a key that nobody sees may hold NaN, and so may its dP
         b_dk = warpgroup_mma(
             gl.convert_layout(b_ds.to(smem_q.dtype), gl.DotOperandLayout(0, dk_layout, 2)), q, b_dk, is_async=True
@@ -264,20 +303,3 @@ def gather_rows(
         b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
         mbarrier.arrive(empty.index(stage), count=1)
     return b_dk, b_dv
-
-
-@gluon.jit
-def hide(
-    b_p, n, o_n, o_m, q_len, offset, left, right, p_start, p_stop, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr
-):  # fmt: skip
-    """The weights, 0 for pairs that the mask hides. Rows past the end may keep theirs: their Q and dO are zeros."""
-    if MASK == INTERVALS:
-        start = gl.load(p_start + o_m, mask=o_m < q_len, other=0) - n
-        stop = gl.load(p_stop + o_m, mask=o_m < q_len, other=0) - n
-        b_p = gl.where((o_n[:, None] >= start[None, :]) & (o_n[:, None] < stop[None, :]), b_p, 0.0)
-    if MASK == BAND:
-        if HAS_LEFT:
-            b_p = gl.where(o_n[:, None] >= o_m[None, :] + (offset - left), b_p, 0.0)
-        if HAS_RIGHT:
-            b_p = gl.where(o_n[:, None] <= o_m[None, :] + (offset + right), b_p, 0.0)
-    return b_p

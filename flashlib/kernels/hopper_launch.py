@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from flashlib.kernels.tiles import (
     HOPPER,
     HOPPER_BACKWARD,
     HOPPER_BACKWARD_ROOMY,
+    HOPPER_DQ,
     HOPPER_LEAST_KEYS,
     HOPPER_NARROW,
     HOPPER_ROOMY,
@@ -35,7 +37,7 @@ from flashlib.kernels.tiles import (
     multiprocessors,
 )
 
-__all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_launches", "hopper_runs"]
+__all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_dq_launches", "hopper_launches", "hopper_runs"]
 
 
 HOPPER_CACHE = 8 << 20  # bytes of K and V that heads worked on together may take
@@ -200,22 +202,21 @@ def hopper_dkdv_launches(
     """The launches of the warp-specialised dK and dV: one, or under row intervals two.
 
     It multiplies whole tiles of Q and dO by weights, and a weight of 0 does not hide a NaN. So rows that see nothing must not
-    be given to it: under a band they are the first ones, and under row intervals they are blanked in copies.
+    be given to it: under a band they are the first ones, and under row intervals a kernel blanks them in copies of their tiles.
     """
     from flashlib.kernels.hopper_backward import hopper_dkdv
 
     q, grad_out = tensors.q, tensors.grad_out
     batch, kv_heads, kv_len, _ = tensors.k.shape
     q_len, v_head_dim = q.shape[2], tensors.v.shape[3]
-    extras = options.mask_kind == INTERVALS or options.softcap or options.alibi_slopes is not None
-    table = HOPPER_BACKWARD_ROOMY if extras else HOPPER_BACKWARD
+    table = HOPPER_BACKWARD_ROOMY if options.softcap or options.alibi_slopes is not None else HOPPER_BACKWARD
     tiles = tiles or table[64 if max(q.shape[3], v_head_dim) <= 64 else 128]
-    launches, ranges, unseeing = [], None, 0
+    launches, ranges, unseeing, blank = [], None, 0, NOTHING_BLANK
     if options.mask_kind == INTERVALS:
         launch, ranges = row_ranges_launch(tensors, options, tiles.block_n)
         launches.append(launch)
-        blind = (options.start >= options.stop)[:, None, :, None]
-        q, grad_out = q.masked_fill(blind, 0.0), grad_out.masked_fill(blind, 0.0)
+        launch, blank = blank_rows_launch(q, grad_out, options, tiles.block_m)
+        launches.append(launch)
     elif options.right is not None:
         unseeing = min(max(0, q_len - kv_len - options.right), q_len - 1)
         q, grad_out = q[:, :, unseeing:], grad_out[:, :, unseeing:]
@@ -224,8 +225,13 @@ def hopper_dkdv_launches(
     taken = ("p_start", "p_stop", "p_slopes", "stride_interval", "stride_slope", "group_size", "kv_len", "left", "right", "scale",
              "softcap", "MASK", "HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "ALIBI")  # fmt: skip
     arguments = {name: shared[name] for name in taken} | {"q_len": q_len, "offset": kv_len - q_len}
+    # What one unit of a score tile is worth as a power of 2. Computed there, it would take a register, and none is left.
+    arguments["unit"] = (options.softcap or options.scale) * math.log2(math.e)
     arguments |= {
         **{"desc_q": tile_descriptor(q, tiles.block_m, block_d), "desc_do": tile_descriptor(grad_out, tiles.block_m, block_dv)},
+        **{"desc_blank_q": tile_descriptor(q if blank["q"] is None else blank["q"], tiles.block_m, block_d)},
+        **{"desc_blank_do": tile_descriptor(grad_out if blank["do"] is None else blank["do"], tiles.block_m, block_dv)},
+        **{"p_blank": blank["flags"], "stride_blank": batch_stride(blank["flags"])},
         **{"desc_k": tile_descriptor(tensors.k, HOPPER_ROWS, block_d), "desc_rows": row_descriptor(tensors.rows, tiles.block_m)},
         **{"desc_v": tile_descriptor(tensors.v, HOPPER_ROWS, block_dv)},
         **{"desc_dk": tile_descriptor(tensors.dk, HOPPER_ROWS, block_d), "desc_dv": tile_descriptor(tensors.dv, HOPPER_ROWS, block_dv)},
@@ -235,6 +241,75 @@ def hopper_dkdv_launches(
     }  # fmt: skip
     grid = (blocks(kv_len, tiles.block_n) * batch * kv_heads,)
     return [*launches, Launch(hopper_dkdv, grid, arguments, tiles)]
+
+
+def hopper_dq_launches(
+    tensors: BackwardTensors, options: KernelOptions, tiles: HopperTiles | None = None
+) -> list[Launch]:
+    """The launches of the warp-specialised dQ: one, or under row intervals two.
+
+    Keys that no row sees are not given to it, or come from a copy in which they are zeros, as in :func:`hopper_launches`.
+    """
+    from flashlib.kernels.hopper_dq import hopper_dq
+
+    q, rows = tensors.q, tensors.rows
+    batch, q_heads, q_len, _ = q.shape
+    tiles = tiles or HOPPER_DQ
+    seen = seen_range(q_len, tensors.k.shape[2], options)
+    if not seen:  # zero keys cannot be described to the copy engine
+        tensors.dq.zero_()
+        return []
+    offset = tensors.k.shape[2] - q_len - seen.start
+    k, v = (x[:, :, seen.start : seen.stop] for x in (tensors.k, tensors.v))
+    shared = options.arguments(q, k, v)
+    block_d, block_dv = (max(64, shared[name]) for name in ("BLOCK_D", "BLOCK_DV"))
+    launches, prepared = [], NOTHING_PREPARED
+    if options.mask_kind == INTERVALS:
+        launch, prepared = prepare_launch(k, options, q_len, tiles)
+        launches.append(launch)
+    blanked = k if prepared["blanked"] is None else prepared["blanked"]
+    taken = ("p_start", "p_stop", "p_slopes", "stride_interval", "stride_slope", "group_size", "q_len", "kv_len", "left", "right",
+             "scale", "softcap", "MASK", "HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "ALIBI")  # fmt: skip
+    arguments = {name: shared[name] for name in taken} | {"offset": offset, "q_heads": q_heads}
+    arguments |= {
+        **{"desc_q": tile_descriptor(q, HOPPER_ROWS, block_d), "desc_do": tile_descriptor(tensors.grad_out, HOPPER_ROWS, block_dv)},
+        **{"desc_k": tile_descriptor(k, tiles.block_n, block_d), "desc_v": tile_descriptor(v, tiles.block_n, block_dv)},
+        **{"desc_blanked": tile_descriptor(blanked, tiles.block_n, block_d), "desc_dq": tile_descriptor(tensors.dq, HOPPER_ROWS, block_d)},
+        **{"p_lse": rows[0], "p_delta": rows[1], "stride_row": rows.shape[3], "p_tiles": prepared["tiles"]},
+        **{"stride_tiles": 0 if prepared["tiles"] is None else batch_stride(prepared["tiles"]) // 5},
+        **{"p_blanked": prepared["flags"], "stride_blanked": batch_stride(prepared["flags"])},
+        **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_N": tiles.block_n, "CONSUMERS": tiles.consumers},
+        **{"STAGES": tiles.num_stages, "CONSUMER_REGISTERS": tiles.registers},
+    }  # fmt: skip
+    grid = (blocks(q_len, tiles.block_m) * batch * q_heads,)
+    return [*launches, Launch(hopper_dq, grid, arguments, tiles)]
+
+
+NOTHING_BLANK = {"flags": None, "q": None, "do": None}
+
+
+def blank_rows_launch(
+    q: Tensor, grad_out: Tensor, options: KernelOptions, block_m: int
+) -> tuple[Launch, dict[str, Tensor]]:
+    """The launch that blanks, in copies of q and dO, the rows that see nothing, and what it will write."""
+    from flashlib.kernels.hopper_prepare import hopper_blank_rows
+
+    batch, q_heads, q_len, head_dim = q.shape
+    entries, tiles, v_head_dim = options.start.shape[0], blocks(q_len, block_m), grad_out.shape[3]
+    blank = {
+        "flags": torch.empty(entries, tiles, dtype=torch.int32, device=q.device),
+        "q": torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        "do": torch.empty(grad_out.shape, dtype=q.dtype, device=q.device),
+    }
+    arguments = {
+        **{"p_start": options.start, "p_stop": options.stop, "p_q": q, "p_do": grad_out, "p_blank_q": blank["q"]},
+        **{"p_blank_do": blank["do"], "p_flags": blank["flags"], "stride_interval": batch_stride(options.start)},
+        **{"stride_flags": tiles, **strides(q=q, g=grad_out, bq=blank["q"], bg=blank["do"])},
+        **{"batch": batch, "entries": entries, "q_heads": q_heads, "q_len": q_len, "head_dim": head_dim},
+        **{"v_head_dim": v_head_dim, "BLOCK_M": block_m, "CHECK_D": head_dim != padded(head_dim)},
+        **{"CHECK_DV": v_head_dim != padded(v_head_dim), "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(v_head_dim)},
+    }
+    return Launch(hopper_blank_rows, (tiles, entries), arguments), blank
 
 
 def tile_descriptor(x: Tensor, rows: int, channels: int) -> Any:

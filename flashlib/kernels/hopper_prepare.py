@@ -1,4 +1,4 @@
-"""What the warp-specialised forward must know of a mask given as row intervals, looked up beforehand."""
+"""What the warp-specialised kernels must know of a mask given as row intervals, looked up beforehand."""
 
 import triton
 import triton.language as tl
@@ -60,6 +60,44 @@ def hopper_prepare(
                     p_copy += stride_bh
                 p_v += tl.cast(stride_vb, tl.int64) * entries
                 p_blanked += tl.cast(stride_bb, tl.int64) * entries
+
+
+@triton.jit(do_not_specialize=["stride_interval", "stride_flags", "batch", "entries", "q_heads", "q_len"])
+def hopper_blank_rows(
+    p_start, p_stop, p_q, p_do, p_blank_q, p_blank_do, p_flags, stride_interval, stride_flags, stride_qb, stride_qh, stride_qs, stride_gb,
+    stride_gh, stride_gs, stride_bqb, stride_bqh, stride_bqs, stride_bgb, stride_bgh, stride_bgs, batch, entries, q_heads, q_len, head_dim,
+    v_head_dim, BLOCK_M: tl.constexpr, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """For each tile of rows, whether some of them see nothing. Of such a tile copies of Q and dO are made in which those are 0.
+
+    dK and dV multiply whole tiles of Q and dO by weights, and a weight of 0 does not hide a NaN. Writes int32 ``[B or 1, row tiles]``: 1
+    if the copies must be used.
+    """
+    i_m, i_e = tl.program_id(0), tl.program_id(1)
+    p_start += i_e.to(tl.int64) * stride_interval
+    p_stop += i_e.to(tl.int64) * stride_interval
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    start = tl.load(p_start + o_m, mask=o_m < q_len, other=0)
+    stop = tl.load(p_stop + o_m, mask=o_m < q_len, other=1)
+    sees = start < stop
+    flag = tl.max((~sees).to(tl.int32))
+    tl.store(p_flags + i_e * stride_flags + i_m, flag)
+    if flag > 0:
+        for i in range(0, tl.cdiv(batch - i_e, entries) * q_heads):
+            i_b, i_h = (i_e + i // q_heads * entries).to(tl.int64), (i % q_heads).to(tl.int64)
+            p_q_head, p_blank_q_head = (
+                p_q + i_b * stride_qb + i_h * stride_qh,
+                p_blank_q + i_b * stride_bqb + i_h * stride_bqh,
+            )
+            p_do_head, p_blank_do_head = (
+                p_do + i_b * stride_gb + i_h * stride_gh,
+                p_blank_do + i_b * stride_bgb + i_h * stride_bgh,
+            )
+            b_q = load_tile(p_q_head, o_m, o_d, stride_qs, sees & (o_m < q_len), head_dim, True, CHECK_D)
+            store_tile(p_blank_q_head, b_q, o_m, o_d, stride_bqs, q_len, head_dim, CHECK_D)
+            b_do = load_tile(p_do_head, o_m, o_dv, stride_gs, sees & (o_m < q_len), v_head_dim, True, CHECK_DV)
+            store_tile(p_blank_do_head, b_do, o_m, o_dv, stride_bgs, q_len, v_head_dim, CHECK_DV)
 
 
 @triton.jit

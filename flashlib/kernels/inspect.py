@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from flashlib.kernels.hopper_launch import hopper_dkdv_launches, hopper_launches
+from flashlib.kernels.hopper_launch import hopper_dkdv_launches, hopper_dq_launches, hopper_launches
 from flashlib.kernels.launch import (
     KernelOptions,
     Launch,
@@ -180,7 +180,10 @@ def inspect(
             "hopper-backward": lambda tensors, options, _: hopper_dkdv_launches(tensors, options),
         }
         grad_out = torch.empty_like(out)
-        launches, _ = backward_launches(q, k, v, out, lse, grad_out, None, options, tiles=tiles, dkdv=dkdv[kernel])
+        dq = None if kernel == "backward" else lambda tensors, options, _: hopper_dq_launches(tensors, options)
+        launches, _ = backward_launches(
+            q, k, v, out, lse, grad_out, None, options, tiles=tiles, dkdv=dkdv[kernel], dq=dq
+        )
     names = [launch.name for launch in launches]
     if only is not None and only not in names:
         raise ValueError(f"only must be one of {', '.join(names)}; got {only!r}")

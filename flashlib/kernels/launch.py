@@ -240,25 +240,27 @@ class BackwardTensors:
 def backward_launches(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
     options: KernelOptions, *, tiles: dict[str, TileConfig] | None = None, dkdv: Callable[..., list[Launch]] | None = None,
+    dq: Callable[..., list[Launch]] | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """The launches of the backward, in order, and the ``(dq, dk, dv)`` that they will write.
 
     Args:
         tiles: tile sizes of "dkdv" and "dq"; those of :func:`choose_tiles` for what is left out.
-        dkdv: makes the launches of dK and dV, as :func:`dkdv_launches`, which is what None stands for.
+        dkdv, dq: make the launches of dK and dV, and of dQ, as :func:`dkdv_launches` and :func:`dq_launches`, which is what None
+            stands for.
     """
     q, k, v, out, grad_out = (aligned(x) for x in (q, k, v, out, grad_out))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     padded_rows = blocks(q.shape[2], ROW_PADDING) * ROW_PADDING
     rows = lse.new_empty(2, *lse.shape[:2], padded_rows)
-    tensors = BackwardTensors(q, k, v, grad_out, rows, dq, dk, dv)
+    tensors = BackwardTensors(q, k, v, grad_out, rows, *gradients)
     tiles = tiles or {}
     launches = [
         delta_launch(out, lse, grad_lse, tensors),
         *(dkdv or dkdv_launches)(tensors, options, tiles.get("dkdv")),
-        dq_launch(tensors, options, tiles.get("dq")),
+        *(dq or dq_launches)(tensors, options, tiles.get("dq")),
     ]
-    return launches, (dq, dk, dv)
+    return launches, gradients
 
 
 def delta_launch(out: Tensor, lse: Tensor, grad_lse: Tensor | None, tensors: BackwardTensors) -> Launch:
@@ -316,20 +318,20 @@ def dkdv_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileC
     return [*launches, Launch(backward_dkdv, grid, arguments, tiles)]
 
 
-def dq_launch(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig | None = None) -> Launch:
-    """The launch of dQ."""
+def dq_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig | None = None) -> list[Launch]:
+    """The launches of dQ: one."""
     from flashlib.kernels.backward import backward_dq
 
     if tiles is None:
         inputs = tensors.q, tensors.k, tensors.v
-        tiles = choose_tiles("dq", *inputs, options, lambda t: [dq_launch(tensors, options, t)])
+        tiles = choose_tiles("dq", *inputs, options, lambda t: dq_launches(tensors, options, t))
     batch, q_heads, q_len, _ = tensors.q.shape
     arguments = {
         **tensors.inputs(options),
         **{"p_dq": tensors.dq, **strides(dq=tensors.dq), "q_heads": q_heads},
         **{"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
     }
-    return Launch(backward_dq, (blocks(q_len, tiles.block_m) * batch * q_heads,), arguments, tiles)
+    return [Launch(backward_dq, (blocks(q_len, tiles.block_m) * batch * q_heads,), arguments, tiles)]
 
 
 def choose_tiles(

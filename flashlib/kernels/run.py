@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashlib.kernels.hopper_launch import hopper_backward_runs, hopper_dkdv_launches, hopper_launches, hopper_runs
+from flashlib.kernels.hopper_launch import (
+    hopper_backward_runs,
+    hopper_dkdv_launches,
+    hopper_dq_launches,
+    hopper_launches,
+    hopper_runs,
+)
 from flashlib.kernels.launch import (
     BackwardTensors,
     KernelOptions,
@@ -12,6 +18,7 @@ from flashlib.kernels.launch import (
     aligned,
     backward_launches,
     dkdv_launches,
+    dq_launches,
     empty_results,
     forward_launch,
 )
@@ -41,7 +48,8 @@ def launch_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, options: KernelOptions
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Start the backward kernels: ``(dq, dk, dv)``, shaped and typed like q, k, v."""
-    launches, gradients = backward_launches(q, k, v, out, lse, grad_out, grad_lse, options, dkdv=best_dkdv_launches)
+    best = {"dkdv": best_dkdv_launches, "dq": best_dq_launches}
+    launches, gradients = backward_launches(q, k, v, out, lse, grad_out, grad_lse, options, **best)
     for launch in launches:
         launch.start()
     return tuple(
@@ -54,3 +62,10 @@ def best_dkdv_launches(tensors: BackwardTensors, options: KernelOptions, tiles: 
     if hopper_backward_runs(tensors, options):
         return hopper_dkdv_launches(tensors, options)
     return dkdv_launches(tensors, options, tiles)
+
+
+def best_dq_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig) -> list[Launch]:
+    """The launches of dQ; ``tiles`` are those of the plain kernel."""
+    if hopper_backward_runs(tensors, options):
+        return hopper_dq_launches(tensors, options)
+    return dq_launches(tensors, options, tiles)

@@ -71,16 +71,18 @@ class HopperBackwardTiles:
 
 # By padded head_dim, measured on an H200.
 HOPPER_BACKWARD = {64: HopperBackwardTiles(128, 2, 2, 240), 128: HopperBackwardTiles(64, 2, 2, 240)}
-# With row intervals, a softcap or ALiBi, whose values take registers too.
+# With a softcap or ALiBi, whose values take registers too.
 HOPPER_BACKWARD_ROOMY = {64: HopperBackwardTiles(64, 2, 3, 240), 128: HopperBackwardTiles(32, 2, 3, 240)}
+# dQ of any head_dim: at 4k, wider tiles or three consumers were not faster at 64, and slower at 128.
+HOPPER_DQ = HopperTiles(2, 64, 3, 240)
 # With a softcap, ALiBi or row intervals at head_dim 64: the 160 registers a thread of three consumers are too few for them. Also
 # for windows and short sequences, of which blocks of 192 rows cut off too much.
-HOPPER = {64: HopperTiles(3, 128, 2, 160), 128: HopperTiles(2, 128, 2, 240)}
+HOPPER = {64: HopperTiles(3, 128, 3, 160), 128: HopperTiles(2, 128, 2, 240)}
 HOPPER_ROOMY = HopperTiles(2, 128, 2, 240)
 # With a softcap, ALiBi, and row intervals or a window, all three, at head_dim 128.
 HOPPER_NARROW = HopperTiles(2, 64, 3, 240)
-# Keys per row from which on three consumers were faster: at 4k, 496 against 415 TFLOP/s full, and 406 against 411 causal.
-HOPPER_LEAST_KEYS = 3072
+# Keys per row from which on three consumers were faster: at 4k, 507 against 418 TFLOP/s full, and 433 against 418 causal.
+HOPPER_LEAST_KEYS = 2048
 
 # By compute capability (major), kernel, and padded head_dim; 16-bit inputs. All of them, and the exceptions below, hold everything in
 # registers (tests/kernels/test_compiled.py says for which problems that was seen): a value that is spilled costs a store and a load

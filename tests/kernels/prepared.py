@@ -1,5 +1,5 @@
-"""What ``hopper_prepare`` looks up in row intervals, against the mask itself, in Triton's interpreter. The kernel that it prepares for
-runs on Hopper GPUs alone; what it is told can be checked anywhere.
+"""What ``hopper_prepare`` and ``hopper_blank_rows`` look up in row intervals, against the mask itself, in Triton's interpreter. The kernels
+that they prepare for run on Hopper GPUs alone; what they are told can be checked anywhere.
 
 TRITON_INTERPRET=1 python tests/kernels/prepared.py --seed 0 --problems 20
 """
@@ -44,6 +44,7 @@ def run_one(seed: int) -> None:
     launch.start()
     check_tiles(prepared["tiles"], intervals, tiles, f"seed {seed}: {mask}")
     check_blanked(prepared, seen, v, tiles.block_n, f"seed {seed}: {mask}")
+    check_blank_rows(spec, options, rng.choice((16, 64)), generator, f"seed {seed}: {mask}")
 
 
 def check_tiles(told, intervals, tiles: HopperTiles, problem: str) -> None:
@@ -72,6 +73,25 @@ def check_blanked(prepared, seen, v, block_n: int, problem: str) -> None:
                 assert torch.equal(copy, v[requests, :, some].masked_fill(~keys[some, None], 0.0)), problem
             else:
                 assert copy.isnan().all(), problem
+
+
+def check_blank_rows(spec, options, block_m: int, generator, problem: str) -> None:
+    """A tile with a row that sees nothing is flagged, and there are copies of its Q and dO in which such rows are 0."""
+    shape = spec.batch, spec.q_len, spec.q_heads
+    whole = [torch.randn(*shape, width, generator=generator).transpose(1, 2) for width in (16, 24)]
+    blind = (spec.intervals.start >= spec.intervals.stop).expand(spec.batch, -1)
+    poisoned = [x.masked_fill(blind[:, None, :, None], float("nan")) for x in whole]
+    launch, blank = hopper_launch.blank_rows_launch(*poisoned, options, block_m)
+    for copy in (blank["q"], blank["do"]):
+        copy.fill_(float("nan"))
+    launch.start()
+    for tile, flags in enumerate(blank["flags"].T):
+        rows = slice(tile * block_m, (tile + 1) * block_m)
+        flags = flags.expand(spec.batch).bool()
+        assert torch.equal(flags, blind[:, rows].any(1)), problem
+        for x, copy in zip(whole, (blank["q"], blank["do"]), strict=True):
+            right = x.masked_fill(blind[:, None, :, None], 0.0)
+            assert torch.equal(copy[flags][:, :, rows], right[flags][:, :, rows]), problem
 
 
 def main() -> None:

@@ -35,6 +35,17 @@ HOPPER_CASES = [
     ],
     ("hopper-backward", {"head_dim": 128, "only": "hopper_dkdv", **CAUSAL, **SOFTCAP, **ALIBI}),
     ("hopper-backward", {"head_dim": 128, "only": "hopper_dkdv", **INTERVALS, **SOFTCAP, **ALIBI}),
+    *[
+        ("hopper-backward", {"head_dim": d, "only": only, **INTERVALS})
+        for d in (64, 128)
+        for only in ("hopper_dkdv", "hopper_dq", "hopper_blank_rows")
+    ],
+    *[
+        ("hopper-backward", {"head_dim": d, "only": "hopper_dq", **features})
+        for d in (64, 128)
+        for features in (FULL, CAUSAL, WINDOW)
+    ],
+    *[("hopper-backward", {"head_dim": d, "only": "hopper_dq", **INTERVALS, **SOFTCAP, **ALIBI}) for d in (64, 128)],
 ]
 
 

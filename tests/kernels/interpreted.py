@@ -1,4 +1,5 @@
-"""The Triton kernels in Triton's interpreter, on random problems. A program of its own: the interpreter is chosen at import.
+"""The Triton kernels in Triton's interpreter, on random problems, under KernelWatch: no address is out of bounds, and no
+two programs race. A program of its own: the interpreter is chosen at import.
 
 TRITON_INTERPRET=1 python tests/kernels/interpreted.py --seed 0 --problems 20
 """
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+import triton  # noqa: F401  (KernelWatch asks whether it interprets)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -16,6 +18,7 @@ from seeds import seeds_asked_for
 
 from flashlib import attention
 from flashlib.backends.triton import count_tiles
+from flashlib.course.kernel_watch import KernelWatch, faults_raised
 from flashlib.kernels import tiles
 from flashlib.kernels.tiles import TileConfig
 from flashlib.masks import Tile
@@ -58,8 +61,9 @@ def main() -> None:
     tiles.FP32 = {kernel: dict.fromkeys((64, 128, 256), SMALL) for kernel in tiles.FP32}
     tiles.TABLE[9] = {kernel: dict.fromkeys((64, 128, 256), SMALL) for kernel in tiles.TABLE[9]}
     tiles.EXCEPTIONS.clear()
-    for seed in seeds:
-        run_one(seed)
+    with KernelWatch(), faults_raised():
+        for seed in seeds:
+            run_one(seed)
     print(f"{len(seeds)} problems within the budget")
 
 

@@ -4,8 +4,10 @@ TRITON_INTERPRET=1 python tests/kernels/operators.py
 """
 
 import torch
+import triton  # noqa: F401  (KernelWatch asks whether it interprets)
 
 from flashlib import attention, masks
+from flashlib.course.kernel_watch import KernelWatch, faults_raised
 from flashlib.kernels.launch import KernelOptions
 from flashlib.kernels.ops import attention_backward, attention_forward
 from flashlib.spec import AttentionSpec
@@ -55,6 +57,7 @@ def test_compiled() -> None:
         torch.testing.assert_close(ours, expected)
 
 
-test_operators()
-test_compiled()
+with KernelWatch(), faults_raised():
+    test_operators()
+    test_compiled()
 print("operators hold")

@@ -1,4 +1,5 @@
-"""The decoding kernels in Triton's interpreter, on random problems. A program of its own: the interpreter is chosen at import.
+"""The decoding kernels in Triton's interpreter, on random problems, under KernelWatch: no address is out of bounds, and no two
+programs race. A program of its own: the interpreter is chosen at import.
 
 TRITON_INTERPRET=1 python tests/kernels/interpreted_decode.py --seed 0 --problems 20
 """
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from decode_problems import random_decode_problem
 from seeds import seeds_asked_for
 
+from flashlib.course.kernel_watch import KernelWatch, faults_raised
 from flashlib.inference import decode, prefix
 from flashlib.inference.decode import combine_splits, decode_attention, split_ranges
 from flashlib.inference.prefix import SharedPrefix, shared_prefix_attention
@@ -232,16 +234,17 @@ def main() -> None:
     decode_launch.decode_tiles = lambda *problem: TileConfig(tile_of(*problem).block_m, SMALL_TILE, 4, 1)
     decode.LONGEST_SPLIT = 48
     decode_launch.MERGED_AT_ONCE = 512  # so that a merge takes several rounds
-    for seed in seeds:
-        run_one(seed)
-        check_both_merges_and_the_cuts(seed)
-        check_shared_prefixes(seed)
-    check_short_requests()
-    check_batch_invariance(seeds.start)
-    check_many_tiles(seeds.start)
-    check_combine(seeds.start)
-    check_the_operator()
-    check_the_grid()
+    with KernelWatch(), faults_raised():
+        for seed in seeds:
+            run_one(seed)
+            check_both_merges_and_the_cuts(seed)
+            check_shared_prefixes(seed)
+        check_short_requests()
+        check_batch_invariance(seeds.start)
+        check_many_tiles(seeds.start)
+        check_combine(seeds.start)
+        check_the_operator()
+        check_the_grid()
     counters = decode_launch.arrivals(1, torch.device("cpu"))
     assert not counters.any(), "a launch left its arrival counters behind"
     print(f"{len(seeds)} problems within the budget")

@@ -5,7 +5,7 @@ Racecheck follows barriers of a block, of a warp and, since its version 2021.2, 
 (NVIDIA, Compute Sanitizer manual, "Racecheck support for cuda::barrier"). It has been mistaken about the latter: the release notes
 say that 2025.4 "fixed multiple false-positives in racecheck involving mbarrier usage", and 2026.1 "false positives in racecheck when
 using warpgroup-level synchronizations on Hopper". So each way in which our warp-specialised kernels order two accesses has a control
-that does nothing else.
+that does nothing else, with partitions like theirs: two of four warps and one of one.
 """
 
 import torch
@@ -19,11 +19,8 @@ from flashlib.kernels.launch import Launch
 
 THREADS = 128  # four warps, one number each thread
 ROUNDS = gl.constexpr(4)  # that one word of shared memory is written and read
-
-
-def start(name: str, device: str = "cuda") -> None:
-    """Start one of the kernels below."""
-    launch(name, device).start()
+# What the controls write, the first numbers.
+RESULTS = {"control_handover": [6, 6], "control_dispatch": [1, 2, 3], "control_written_before": [5, 5, 1]}
 
 
 def launch(name: str, device: str) -> Launch:
@@ -64,9 +61,9 @@ def planted_race_kernel(p_out):
 
 @gluon.jit
 def planted_race_of_partitions_kernel(p_out):
-    """One partition writes a word, the other reads it, and nothing orders the two."""
+    """One partition writes a word, two read it, and nothing orders them."""
     smem = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    gl.warp_specialize([(take, (smem, p_out, 4)), (give, (smem,))], [1], [24])
+    gl.warp_specialize([(take, (smem, p_out)), (take, (smem, p_out + 1)), (give, (smem,))], [4, 1], [96, 24])
 
 
 @gluon.jit
@@ -75,20 +72,29 @@ def give(smem):
 
 
 @gluon.jit
-def take(smem, p_out, WARPS: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+def take(smem, p_out):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     gl.store(p_out + gl.arange(0, 1, layout=layout), smem.load(layout))
 
 
 @gluon.jit
 def control_handover_kernel(p_out):
-    """One warp writes a word, four read it, again and again; they meet at mbarriers "ready" and "empty", as producer and consumers do."""
+    """One warp writes a word, two groups of four read it, again and again; they meet at mbarriers "ready" and "empty", as a producer
+    and its consumers do."""
     smem = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
-    mbarrier.init(empty, count=1)
-    gl.warp_specialize([(hear, (smem, ready, empty, p_out)), (tell, (smem, ready, empty))], [1], [24])
+    mbarrier.init(empty, count=2)
+    gl.warp_specialize(
+        [
+            (hear, (smem, ready, empty, p_out)),
+            (hear, (smem, ready, empty, p_out + 1)),
+            (tell, (smem, ready, empty)),
+        ],
+        [4, 1],
+        [96, 24],
+    )
 
 
 @gluon.jit
@@ -114,7 +120,9 @@ def hear(smem, ready, empty, p_out):
 def control_dispatch_kernel(p_out):
     """Partitions that share nothing; what they are told, Triton hands them through shared memory by barriers of the block."""
     number = gl.load(p_out) + 1
-    gl.warp_specialize([(put, (p_out, number)), (put, (p_out + 1, number + 1))], [1], [24])
+    gl.warp_specialize(
+        [(put, (p_out, number)), (put, (p_out + 1, number + 1)), (put, (p_out + 2, number + 2))], [4, 1], [96, 24]
+    )
 
 
 @gluon.jit
@@ -127,4 +135,4 @@ def control_written_before_kernel(p_out):
     """All warps write a word, and only then does the kernel split into partitions, which read it."""
     smem = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     smem.store(gl.full([1], 5, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
-    gl.warp_specialize([(take, (smem, p_out, 4)), (take, (smem, p_out + 1, 1))], [1], [24])
+    gl.warp_specialize([(take, (smem, p_out)), (take, (smem, p_out + 1)), (put, (p_out + 2, 1))], [4, 1], [96, 24])

@@ -52,7 +52,6 @@ PLANTED = {
 CONTROLS = {"memcheck": [], "racecheck": list(CONTROL_OF.values()), "synccheck": []}
 # What a report on one of these must be about, lest one about something else in it passes for it.
 KIND_OF = {**{control: kind for kind, control in CONTROL_OF.items()}, "planted_race_of_partitions": "handover"}
-MOST_REPORTS = 50  # that the record keeps
 NOT_PRINTED = ("reports", "reports_on_planted_and_controls", "elsewhere", "kernels", "shown")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Q_LEN, KV_LEN, MANY_KEYS = (150, 461, 3400) if DEVICE == "cuda" else (20, 45, 60)  # no multiples of any tile
@@ -123,7 +122,8 @@ def judged(tool: str, said: str) -> dict:
     for report in ours:
         kind = kind_of(report, warp_specialised()) if tool == "racecheck" else None
         (unjudged if kind and controls[CONTROL_OF[kind]] else counted).append(report)
-    finished, overflow = "every case has run" in said, "Detected overflow" in said
+    finished = all(f"{what} has run" in said for what in ["every case", *CONTROLS[tool]])
+    overflow = "Detected overflow" in said  # of what the tool keeps of mbarriers
     return {
         "passed": finished and not counted and all(found.values()) and not overflow and "SUMMARY" in said,
         "errors": len(counted),
@@ -132,14 +132,22 @@ def judged(tool: str, said: str) -> dict:
         "planted_mistakes_found": found,
         "controls": controls,
         "not_judged": summed(unjudged),
-        "shown": shown(found, controls) if tool == "racecheck" else [],
+        "shown": shown(found, controls) if tool == "racecheck" and finished else [],
         "kernels": sorted(set(re.findall(r"^  launched (\w+)$", said, re.MULTILINE))),
-        "reports": [report[:1000] for report in counted[:MOST_REPORTS]],
-        "reports_on_planted_and_controls": [report[:1000] for report in beside[:MOST_REPORTS]],
+        "reports": distinct(counted),
+        "reports_on_planted_and_controls": distinct(beside),
         "elsewhere": sorted(
             {report.splitlines()[0] for report in reports if report not in ours and report not in beside}
         ),
     }
+
+
+def distinct(reports: list[str]) -> list[str]:
+    """The first of all reports that differ only in addresses and numbers of hazards, with how many there are."""
+    alike = defaultdict(list)
+    for report in reports:
+        alike[re.sub(r"0x[0-9a-f]+|\d+ hazards|[Tt]hread \(.*?\)|[Bb]lock \(.*?\)", "", report)].append(report)
+    return [f"{len(group)} x {group[0][:1000]}" for group in alike.values()]
 
 
 def is_reported(name: str, reports: list[str]) -> bool:
@@ -182,8 +190,8 @@ def warp_specialised() -> dict:
     from flashlib.kernels.hopper_backward import hopper_dkdv
     from flashlib.kernels.hopper_dq import hopper_dq
 
-    beside = (getattr(planted, f"{name}_kernel") for name in KIND_OF)
-    return {kernel.__name__: kernel for kernel in (hopper_forward, hopper_dkdv, hopper_dq, *beside)}
+    others = (getattr(planted, f"{name}_kernel") for name in KIND_OF)
+    return {kernel.__name__: kernel for kernel in (hopper_forward, hopper_dkdv, hopper_dq, *others)}
 
 
 def tool_options(tool: str, sanitizer: str) -> list[str]:
@@ -225,8 +233,13 @@ def run_watched(tool: str) -> int:
         import planted
 
         for name in [*CONTROLS[tool], *PLANTED[tool]]:
-            planted.start(name)
+            launch = planted.launch(name, DEVICE)
+            launch.start()
             _wait()
+            right = planted.RESULTS.get(name, [])
+            wrote = launch.arguments["p_out"][: len(right)].tolist()
+            assert wrote == right, f"{name} wrote {wrote} instead of {right}"
+            print(name, "has run", flush=True)
     return 0
 
 

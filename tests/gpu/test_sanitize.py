@@ -15,10 +15,9 @@ from gpu import planted
 from flashlib.kernels import hopper, hopper_backward, hopper_dq
 from flashlib.kernels.inspect import compile_launch
 
-HEADER, SUMMARY = (
-    "========= COMPUTE-SANITIZER\n",
-    "every case has run\n========= RACECHECK SUMMARY: hazards displayed\n",
-)
+HEADER = "========= COMPUTE-SANITIZER\n"
+RAN = "".join(f"{what} has run\n" for what in ["every case", *CONTROLS["racecheck"]])
+SUMMARY = "========= RACECHECK SUMMARY: hazards displayed\n"
 
 
 def machine_code(name: str) -> list[str]:
@@ -99,8 +98,8 @@ NEVER_EXCUSED = {
 }
 
 
-def racecheck(*reports: str) -> dict:
-    return judged("racecheck", HEADER + "case one\n  launched hopper_forward\n" + "".join(reports) + SUMMARY)
+def racecheck(*reports: str, ran: str = RAN) -> dict:
+    return judged("racecheck", HEADER + "case one\n  launched hopper_forward\n" + "".join(reports) + ran + SUMMARY)
 
 
 def test_silence_passes_only_if_what_is_planted_is_found():
@@ -130,6 +129,18 @@ def test_a_report_is_excused_by_the_control_of_its_kind_only():
     assert any("Nothing about" in line and "control_dispatch" in line for line in row["shown"])
 
 
+def test_a_control_that_did_not_run_fails_and_shows_nothing():
+    row = racecheck(PLANTED_RACES, ran=RAN.replace("control_handover has run\n", ""))
+    assert not row["passed"]
+    assert not row["shown"]
+
+
+def test_reports_that_differ_in_numbers_only_are_recorded_once():
+    row = racecheck(PLANTED_RACES, NOTED, NOTED.replace("+0xf0", "+0x1f0").replace("38 hazards", "2 hazards"))
+    assert row["errors"] == 2
+    assert [report[:20] for report in row["reports"]] == ["2 x Error: Race repo"]
+
+
 @pytest.mark.parametrize("name", NEVER_EXCUSED)
 def test_other_reports_fail_whatever_the_controls(name):
     row = racecheck(PLANTED_RACES, HANDOVER, DISPATCH, NEVER_EXCUSED[name])
@@ -145,6 +156,7 @@ def test_a_lack_of_room_for_barriers_fails():
 def test_every_planted_mistake_and_control_can_be_launched():
     for name in {name for group in (PLANTED, CONTROLS) for names in group.values() for name in names}:
         assert planted.launch(name, "cpu").name == f"{name}_kernel"
+    assert set(CONTROLS["racecheck"]) == set(planted.RESULTS)
 
 
 def test_the_tool_is_asked_for_all_reports(tmp_path):

@@ -6,13 +6,11 @@ how they are written and debugged on a laptop. Only then do they take CPU tensor
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from flashlib.backends.base import Backend
-from flashlib.kernels.launch import KernelOptions, blocks, forward_launch, interpreting
+from flashlib.kernels.launch import TRITON_INSTALLED, KernelOptions, blocks, forward_launch, interpreting
 from flashlib.kernels.tiles import TileConfig
 from flashlib.spec import AttentionSpec
 
@@ -25,7 +23,7 @@ class TritonBackend(Backend):
     name = "triton"
 
     def missing(self):
-        if importlib.util.find_spec("triton") is None:
+        if not TRITON_INSTALLED:
             return "triton is not installed (it exists for Linux only)"
         if not torch.cuda.is_available() and not interpreting():
             return "needs a CUDA GPU, or TRITON_INTERPRET=1 in the environment to run in Triton's interpreter"

@@ -9,7 +9,6 @@ Source: Dao, Haziza, Massa and Sizov 2023, Flash-Decoding for long-context infer
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -445,19 +444,14 @@ def _pick(backend: str, triton_why_not: str | None) -> str:
 
 
 def _no_triton(device: torch.device) -> str | None:
-    from flashlib.kernels.launch import interpreting
+    from flashlib.kernels.launch import TRITON_INSTALLED, interpreting
 
-    if not _triton_installed():
+    if not TRITON_INSTALLED:
         return "triton is not installed (it exists for Linux only)"
     expected = "cpu" if interpreting() else "cuda"
     if device.type != expected:
         return f"the kernels run on {expected} here; the tensors are on {device}"
     return None
-
-
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _too_wide(head_dim: int) -> str | None:

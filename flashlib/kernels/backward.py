@@ -21,6 +21,7 @@ from flashlib.kernels.common import (
     LOG2_E,
     UNMASKED,
     add_alibi,
+    add_product,
     alibi_rows,
     alibi_slope,
     cap,
@@ -232,14 +233,14 @@ def gather_rows(
             b_p = tl.where(m_pairs, tl.exp2(b_s * unit - b_lse[None, :]), 0.0)
         else:
             b_p = tl.exp2(b_s * unit - b_lse[None, :])
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
         b_slope = softcap_slope(b_p, b_t, SOFTCAP)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_delta = tl.load(p_delta + o_m)
         b_ds = b_slope * (b_dp - b_delta[None, :])
         if MASKED:
             b_ds = tl.where(b_slope > 0.0, b_ds, 0.0)  # dP may be NaN where a pair is hidden
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
     return b_dk, b_dv
 
 
@@ -330,7 +331,7 @@ def gather_keys(
         if MASKED and MASK == INTERVALS:
             m_seen = tl.max(b_slope, 0) > 0.0
             b_k = tl.where(m_seen[:, None], b_k, 0.0)
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        b_dq = add_product(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
     return b_dq
 
 

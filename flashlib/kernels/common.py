@@ -140,6 +140,21 @@ def tile_at(p_base, o_rows, o_cols, stride_row, n_cols, CHECK_COLS: tl.constexpr
 
 
 @triton.jit
+def add_product(b_acc, b_left, b_right, PRECISION: tl.constexpr):
+    """``b_acc + b_left @ b_right``, the product first.
+
+    In fp32 without tensor cores a product is a chain of multiply-adds. Begun at ``b_acc``, it would round once for each key or row of
+    the whole problem, at the size of the whole sum; begun at 0, once for each tile at that size. The compiler folds an addition into
+    the chain, and it does not fold a multiply-add.
+    """
+    if b_left.dtype == tl.float32 and PRECISION == "ieee":
+        b_product = tl.dot(b_left, b_right, input_precision=PRECISION)
+        return tl.fma(b_product, tl.full(b_product.shape, 1.0, tl.float32), b_acc)
+    else:
+        return tl.dot(b_left, b_right, b_acc, input_precision=PRECISION)
+
+
+@triton.jit
 def score_unit(scale, softcap, SOFTCAP: tl.constexpr):
     """What one unit of a score tile is worth. Tiles hold raw products, so that the factor joins the exp2's multiply-add."""
     if SOFTCAP:

@@ -14,6 +14,7 @@ from flashlib.kernels.common import (
     LN_2,
     LOG2_E,
     add_alibi,
+    add_product,
     alibi_rows,
     alibi_slope,
     cap,
@@ -172,7 +173,7 @@ def attend(
             # A weight of 0 does not hide a NaN: keys in the gaps, which none of these rows see, are blanked.
             m_seen = tl.max(b_p, 0) > 0.0
             b_v = tl.where(m_seen[:, None], b_v, 0.0)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+        b_acc = add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
         b_m = m_new
         if COUNT_TILES:
             m_rows = o_m < q_len

@@ -6,6 +6,7 @@ compiles it for a GPU that need not be there.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -30,6 +31,8 @@ __all__ = [
     "interpreting",
 ]
 
+# Asked once: torch.compile cannot trace the question.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 UNMASKED, BAND, INTERVALS = 0, 1, 2  # as in flashlib.kernels.common
 BY_HEAD, BY_ROW = 1, 2  # the same
 ROW_PADDING = 128  # a multiple of every kernel's tile of rows

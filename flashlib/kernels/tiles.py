@@ -120,8 +120,8 @@ EXCEPTIONS = {
 # fp32 products are done without tensor cores (IEEE), from operands in registers: the wider the head, the smaller the tile.
 FP32 = {
     "forward": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(16, 32, 8, 1), 256: TileConfig(16, 16, 8, 1)},
-    "dkdv": {64: TileConfig(32, 32, 8, 1), 128: TileConfig(16, 32, 8, 1), 256: TileConfig(16, 16, 8, 1)},
-    "dq": {64: TileConfig(32, 32, 8, 1), 128: TileConfig(16, 32, 8, 1), 256: TileConfig(16, 16, 8, 1)},
+    "dkdv": {64: TileConfig(32, 32, 8, 1), 128: TileConfig(16, 32, 8, 1), 256: TileConfig(16, 16, 8, 2)},
+    "dq": {64: TileConfig(32, 32, 8, 1), 128: TileConfig(32, 16, 8, 1), 256: TileConfig(16, 16, 8, 1)},
 }
 
 

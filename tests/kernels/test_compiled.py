@@ -89,6 +89,8 @@ PORTABLE_CASES = [
 FP32_CASES = [
     *[(kernel, {"dtype": torch.float32, **WINDOW}) for kernel in ("forward", "backward")],
     ("backward", {"dtype": torch.float32, "head_dim": 40, "only": "backward_dq", **MOST}),
+    ("backward", {"dtype": torch.float32, "head_dim": 128, "only": "backward_dq", **WINDOW}),
+    ("backward", {"dtype": torch.float32, "head_dim": 256, "only": "backward_dkdv", **MOST}),
 ]
 
 

@@ -8,8 +8,8 @@ processes, since the tools also report on PyTorch's kernels; a report that does 
 tools see Triton's kernels at all is shown by some with planted mistakes. The record says what was run, and what was found.
 
 Racecheck is judged as it judges: right kernels, the controls, run beside ours. What it says of a warp-specialised kernel of ours about
-a way of ordering two accesses that it also holds against the control for that way is no evidence, and is recorded as "not judged";
-any other report fails. See planted.py for what is known of the tool, and race_reports.py for how its reports are sorted.
+a way of ordering two accesses that it also holds against a control is no evidence, and is recorded as "not judged"; any other report
+fails. See planted.py for what is known of the tool, and race_reports.py for how its reports are sorted.
 """
 
 from __future__ import annotations
@@ -116,12 +116,13 @@ def judged(tool: str, said: str) -> dict:
     reports = list(reports_in(said))
     beside = [report for report in reports if any(name in report for name in [*PLANTED[tool], *CONTROLS[tool]])]
     found = {name: is_reported(name, beside) for name in PLANTED[tool]}
-    controls = {name: is_reported(name, beside) for name in CONTROLS[tool]}
+    controls = {name: kinds_reported(name, beside) for name in CONTROLS[tool]}
+    mistaken = {kind for kinds in controls.values() for kind in kinds}
     ours = [report for report in reports if any(name in report for name in OURS) and report not in beside]
     counted, unjudged = [], []
     for report in ours:
         kind = kind_of(report, warp_specialised()) if tool == "racecheck" else None
-        (unjudged if kind and controls[CONTROL_OF[kind]] else counted).append(report)
+        (unjudged if kind in mistaken else counted).append(report)
     finished = all(f"{what} has run" in said for what in ["every case", *CONTROLS[tool]])
     overflow = "Detected overflow" in said  # of what the tool keeps of mbarriers
     return {
@@ -132,7 +133,7 @@ def judged(tool: str, said: str) -> dict:
         "planted_mistakes_found": found,
         "controls": controls,
         "not_judged": summed(unjudged),
-        "shown": shown(found, controls) if tool == "racecheck" and finished else [],
+        "shown": shown(found, mistaken) if tool == "racecheck" and finished else [],
         "kernels": sorted(set(re.findall(r"^  launched (\w+)$", said, re.MULTILINE))),
         "reports": distinct(counted),
         "reports_on_planted_and_controls": distinct(beside),
@@ -151,33 +152,42 @@ def distinct(reports: list[str]) -> list[str]:
 
 
 def is_reported(name: str, reports: list[str]) -> bool:
-    """Whether a planted mistake or a control is reported, for what it is there for."""
+    """Whether a planted mistake is reported, for what it is there for."""
     named = [report for report in reports if name in report]
-    return any(name not in KIND_OF or kind_of(report, warp_specialised()) == KIND_OF[name] for report in named)
+    return any(name not in KIND_OF for _ in named) or KIND_OF.get(name) in kinds_reported(name, named)
+
+
+def kinds_reported(name: str, reports: list[str]) -> list[str]:
+    """Of which kinds the reports on a kernel of planted.py are. One that hands over by mbarriers is split like any other, and what is
+    said of its dispatch is said of a right one too."""
+    kinds = {kind_of(report, warp_specialised()) for report in reports if name in report}
+    return sorted(kinds - {None})
 
 
 def summed(unjudged: list[str]) -> list[dict]:
-    """Reports that are no evidence, counted by kernel and by the control that is reported too."""
+    """Reports that are no evidence, counted by kernel and by how it orders the accesses."""
     total: dict[tuple[str, str], Counter] = defaultdict(Counter)
     for report in unjudged:
         found = accesses(report)
-        key = found[0].kernel, CONTROL_OF[kind_of(report, warp_specialised())]
+        key = found[0].kernel, kind_of(report, warp_specialised())
         total[key] += Counter(reports=1, hazards=sum(access.hazards for access in found))
-    return [{"kernel": kernel, "control_reported_too": control, **n} for (kernel, control), n in sorted(total.items())]
+    return [{"kernel": kernel, "kind": kind, **n} for (kernel, kind), n in sorted(total.items())]
 
 
-def shown(found: dict[str, bool], controls: dict[str, bool]) -> list[str]:
+def shown(found: dict[str, bool], mistaken: set[str]) -> list[str]:
     """What the run of racecheck says about our kernels, and what it does not."""
     missed = [name for name, seen in found.items() if not seen]
-    mistaken = [name for name, reported in controls.items() if reported]
-    trusted = [name for name, reported in controls.items() if not reported]
     return [
         *(f"Nothing about races such as {name}, which was not found." for name in missed),
         *(f"Races such as {name} are found." for name in found if name not in missed),
-        *(f"Nothing about accesses ordered as in {name}: right, and reported all the same." for name in mistaken),
         *(
-            f"Accesses ordered as in {name} are understood: a report about such is taken as a fault."
-            for name in trusted
+            f"Nothing about accesses of the kind {kind!r}: right in a control, and reported all the same."
+            for kind in sorted(mistaken)
+        ),
+        *(
+            f"Accesses of the kind {kind!r} are understood: a report about such is taken as a fault."
+            for kind in CONTROL_OF
+            if kind not in mistaken
         ),
     ]
 

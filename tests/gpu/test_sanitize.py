@@ -121,12 +121,18 @@ def test_a_report_is_excused_by_the_control_of_its_kind_only():
             row = racecheck(PLANTED_RACES, on_control, report)
             assert row["passed"] == (kind == other), (kind, other, row)
             assert bool(row["not_judged"]) == (kind == other)
-            assert row["controls"][f"control_{other}"]
+            assert row["controls"][f"control_{other}"] == [other]
     row = racecheck(PLANTED_RACES, DISPATCH, OWN["dispatch"])
-    assert row["not_judged"] == [
-        {"kernel": "hopper_dkdv", "control_reported_too": "control_dispatch", "reports": 1, "hazards": 76}
-    ]
-    assert any("Nothing about" in line and "control_dispatch" in line for line in row["shown"])
+    assert row["not_judged"] == [{"kernel": "hopper_dkdv", "kind": "dispatch", "reports": 1, "hazards": 76}]
+    assert any("Nothing about" in line and "'dispatch'" in line for line in row["shown"])
+
+
+def test_what_is_said_of_any_right_kernel_excuses_its_kind():
+    """Racecheck may stay silent on a dispatch that is alone, and hold it against a kernel that also hands something over."""
+    head, split = (line_of(planted.control_handover_kernel, text) for text in ("def ", "gl.warp_specialize"))
+    row = racecheck(PLANTED_RACES, HANDOVER, race("control_handover_kernel", head, split), OWN["dispatch"])
+    assert row["controls"]["control_handover"] == ["dispatch", "handover"]
+    assert row["passed"]
 
 
 def test_a_control_that_did_not_run_fails_and_shows_nothing():

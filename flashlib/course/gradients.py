@@ -144,19 +144,22 @@ def training_losses(attend: Callable[..., Tensor], steps: int = 5, *, batch: int
 def recorded_backward(peer: str = "triton") -> Table:
     """Speed of the backward in all records: our kernels, and the fastest other implementation of the same run.
 
+    A case that was recorded again since the kernels changed is shown once, as it is now.
+
     Args:
         peer: whose speed is set against the others'.
     """
     records = [
         load_record(str(path.relative_to(BENCHMARKS).with_suffix(""))) for path in sorted(BENCHMARKS.rglob("*.json"))
     ]
-    rows, notes = [], []
-    for record in records:
-        if found := _backward_rows(record, peer):
-            rows += found
-            notes.append(record.label)
-    header = ["S", "D", "mask", f"{peer} (TFLOP/s)", "fastest other (TFLOP/s)", "named"]
-    return table(rows, header, notes=notes or ["no speed of the backward is recorded yet"])
+    found, notes = {}, {}
+    for record in sorted(records, key=lambda record: not record.stale):
+        for *case, ours, fastest, name in _backward_rows(record, peer):
+            found[tuple(case)] = ours, fastest, name, "STALE" if record.stale else "as they are"
+            notes[record.label] = None
+    rows = [(*case, *figures) for case, figures in sorted(found.items())]
+    header = ["S", "D", "mask", f"{peer} (TFLOP/s)", "fastest other (TFLOP/s)", "named", "kernels"]
+    return table(rows, header, notes=list(notes) or ["no speed of the backward is recorded yet"])
 
 
 def _backward_rows(record: Record, peer: str) -> list[tuple]:

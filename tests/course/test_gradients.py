@@ -1,6 +1,7 @@
 """What chapter 09 runs: steps and contributions are the gradient, orders are orders, and its figure tells what is owned."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def test_records_of_the_backward_are_found_wherever_they_are(tmp_path, monkeypat
     monkeypatch.setattr(gradients, "load_record", lambda name: {"gpu/race": record}[name])
     told = str(gradients.recorded_backward())
     assert "4,096" in told and "300" in told and "250" in told and "999" not in told and record.label in told
+    outdated = replace(record, rows=[{**row, "tflops": 111.0} for row in rows], sources_hash="of other files")
+    save_record(replace(outdated, topic="older"), tmp_path / "gpu")
+    both = {"gpu/race": record, "gpu/older": outdated}
+    monkeypatch.setattr(gradients, "load_record", both.__getitem__)
+    told = str(gradients.recorded_backward())
+    assert "300" in told and "111" not in told and "as they are" in told
+    both["gpu/race"] = replace(record, rows=[])
+    told = str(gradients.recorded_backward())
+    assert "111" in told and "STALE" in told
 
 
 @pytest.mark.parametrize(

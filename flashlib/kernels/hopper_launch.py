@@ -153,7 +153,7 @@ NOTHING_PREPARED = {"tiles": None, "flags": None, "blanked": None}
 def prepare_launch(
     v: Tensor, options: KernelOptions, q_len: int, tiles: HopperTiles
 ) -> tuple[Launch, dict[str, Tensor | None]]:
-    """The launch that looks up what row intervals mean for the tiles, and what it will write."""
+    """The launch that looks up what row intervals mean for the tiles, and what it will write. ``v``: for dQ, k."""
     from flashlib.kernels.hopper_prepare import hopper_prepare
 
     batch, kv_heads, kv_len, v_head_dim = v.shape

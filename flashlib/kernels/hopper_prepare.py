@@ -25,8 +25,8 @@ def hopper_prepare(
 ):  # fmt: skip
     """For each block of rows, which tiles of keys it needs; for each tile of keys, whether some of them are seen by no row.
 
-    Of a tile with unseen keys a copy of V is made in which they are 0: the kernel multiplies whole tiles by weights, and a weight of
-    0 does not hide a NaN. Tiles without unseen keys, nearly all as a rule, are not copied.
+    Of a tile with unseen keys a copy of V is made in which they are 0: the forward multiplies whole tiles by weights, and a weight of
+    0 does not hide a NaN. For dQ it is K, which is multiplied by dS. Tiles without unseen keys, nearly all as a rule, are not copied.
 
     Writes int32 ``[B or 1, row blocks, 5]``: the block, its first tile, how many, how many of the last are partial, how many then are
     full, the blocks that have most to do first; and int32 ``[B or 1, key tiles]``: 1 if the copy must be used.

@@ -135,7 +135,7 @@ def inspect(
 
     Args:
         kernel: "forward"; "hopper", the forward that Hopper GPUs run (sm_90, 16-bit, head_dim up to 128), under row intervals two
-            kernels; "backward", which is three or four kernels; or "hopper-backward", the same with the dK/dV that Hopper GPUs run.
+            kernels; "backward", which is three or four kernels; or "hopper-backward", those that Hopper GPUs run, three or six.
         arch: one of :data:`ARCHITECTURES`.
         dtype: fp16, bf16 or fp32. head_dim, v_head_dim: at most 256.
         causal, window, softcap, alibi: features, as in :func:`flashlib.attention`.

@@ -23,9 +23,9 @@ FULL = {}
 HOPPER_CASES = [
     *[("hopper", {"head_dim": d, **features}) for d in (64, 128) for features in (FULL, CAUSAL, WINDOW, INTERVALS)],
     ("hopper", {"head_dim": 64, "tiles": HOPPER[64], **CAUSAL}),
-    ("hopper", {"head_dim": 64, **INTERVALS, **SOFTCAP, **ALIBI}),
+    ("hopper", {"head_dim": 64, "only": "hopper_forward", **INTERVALS, **SOFTCAP, **ALIBI}),
     ("hopper", {"head_dim": 128, **WINDOW, **SOFTCAP}),
-    ("hopper", {"head_dim": 128, **INTERVALS, **ALIBI}),
+    ("hopper", {"head_dim": 128, "only": "hopper_forward", **INTERVALS, **ALIBI}),
     ("hopper", {"head_dim": 128, **WINDOW, **SOFTCAP, **ALIBI}),
     ("hopper", {"head_dim": 72, **WINDOW, **SOFTCAP}),
     *[
@@ -38,14 +38,13 @@ HOPPER_CASES = [
     *[
         ("hopper-backward", {"head_dim": d, "only": only, **INTERVALS})
         for d in (64, 128)
-        for only in ("hopper_dkdv", "hopper_dq", "hopper_blank_rows")
+        for only in ("hopper_dkdv", "hopper_blank_rows")
     ],
     *[
         ("hopper-backward", {"head_dim": d, "only": "hopper_dq", **features})
         for d in (64, 128)
-        for features in (FULL, CAUSAL, WINDOW)
+        for features in (WINDOW, INTERVALS | SOFTCAP | ALIBI)
     ],
-    *[("hopper-backward", {"head_dim": d, "only": "hopper_dq", **INTERVALS, **SOFTCAP, **ALIBI}) for d in (64, 128)],
 ]
 
 

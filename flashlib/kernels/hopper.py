@@ -375,7 +375,7 @@ def attend(
     stage, phase = (visited + n_tiles - 1) % STAGES, (visited + n_tiles - 1) // STAGES & 1
     mbarrier.wait(ready_v.index(stage), phase)
     v = smem_v.index(stage).reshape([BLOCK_N, BLOCK_DV])
-    b_p = unpack(p_left, p_right, smem_v.dtype, o_layout)
+    b_p = unpack(halves_joined(p_left, p_right), smem_v.dtype, o_layout)
     b_acc = warpgroup_mma(b_p, v, b_acc, is_async=True)
     b_acc, b_p = warpgroup_mma_wait(0, deps=(b_acc, b_p))
     mbarrier.arrive(empty_v.index(stage), count=1)
@@ -404,7 +404,7 @@ def turns(
         )
         mbarrier.wait(ready_v.index(before), before_phase)
         v = smem_v.index(before).reshape([BLOCK_N, BLOCK_DV])
-        b_p = unpack(p_left, p_right, smem_v.dtype, o_layout)
+        b_p = unpack(halves_joined(p_left, p_right), smem_v.dtype, o_layout)
         b_acc = warpgroup_mma(b_p, v, b_acc, is_async=True)
         pass_turn(which, CONSUMERS)
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
@@ -517,13 +517,18 @@ def pack(b_p, dtype: gl.constexpr):
 
 
 @gluon.jit
-def unpack(left, right, dtype: gl.constexpr, o_layout: gl.constexpr):
-    """Both halves of the weights as the first operand of P V."""
-    packed = gl.join(left, right).permute((0, 2, 1)).reshape([left.shape[0], 2 * left.shape[1]])
+def halves_joined(left, right):
+    """What ``halves`` split."""
+    return gl.join(left, right).permute((0, 2, 1)).reshape([left.shape[0], 2 * left.shape[1]])
+
+
+@gluon.jit
+def unpack(packed, dtype: gl.constexpr, layout: gl.constexpr):
+    """What ``pack`` made, as the first operand of the next product."""
     even = packed.to(gl.int16).to(dtype, bitcast=True)
     odd = (packed >> 16).to(gl.int16).to(dtype, bitcast=True)
     b_p = gl.join(even, odd).reshape([packed.shape[0], 2 * packed.shape[1]])
-    return gl.convert_layout(b_p, gl.DotOperandLayout(0, o_layout, 2), assert_trivial=True)
+    return gl.convert_layout(b_p, gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
 
 
 @gluon.jit

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
-from flashlib.kernels.hopper import ROWS, key_tiles, noted, pack
+from flashlib.kernels.hopper import ROWS, key_tiles, noted, pack, unpack
 
 
 @gluon.jit(do_not_specialize=["stride_interval", "stride_tiles", "stride_blanked", "stride_slope", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right"])  # fmt: skip
@@ -64,31 +64,16 @@ def hopper_dq(
         p_stop += i_b.to(gl.int64) * stride_interval
     p_lse += i_head.to(gl.int64) * stride_row
     p_delta += i_head.to(gl.int64) * stride_row
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (consume, (0, smem_q, smem_do, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, desc_dq, smem_place, p_lse, p_delta, p_start, p_stop,
-                       slope, row, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_N,
-                       STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (consume, (1, smem_q, smem_do, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, desc_dq, smem_place, p_lse, p_delta, p_start, p_stop,
-                       slope, row, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_N,
-                       STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (produce, (desc_q, desc_do, desc_k, desc_v, desc_blanked, smem_q, smem_do, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v,
-                       p_blanked, stride_blanked, i_b, i_h, group_size, row, first, n_tiles, BLOCK_N, CONSUMERS, STAGES, MASK)),
-        ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (consume, (0, smem_q, smem_do, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, desc_dq, smem_place, p_lse, p_delta, p_start, p_stop,
-                       slope, row, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_N,
-                       STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (consume, (1, smem_q, smem_do, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, desc_dq, smem_place, p_lse, p_delta, p_start, p_stop,
-                       slope, row, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_N,
-                       STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (consume, (2, smem_q, smem_do, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, desc_dq, smem_place, p_lse, p_delta, p_start, p_stop,
-                       slope, row, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_N,
-                       STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (produce, (desc_q, desc_do, desc_k, desc_v, desc_blanked, smem_q, smem_do, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v,
-                       p_blanked, stride_blanked, i_b, i_h, group_size, row, first, n_tiles, BLOCK_N, CONSUMERS, STAGES, MASK)),
-        ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 32])  # fmt: skip
+    gl.warp_specialize([
+        (consume, (0, smem_q, smem_do, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, desc_dq, smem_place, p_lse, p_delta, p_start, p_stop,
+                   slope, row, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_N,
+                   STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
+        (consume, (1, smem_q, smem_do, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v, desc_dq, smem_place, p_lse, p_delta, p_start, p_stop,
+                   slope, row, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, BLOCK_D, BLOCK_DV, BLOCK_N,
+                   STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
+        (produce, (desc_q, desc_do, desc_k, desc_v, desc_blanked, smem_q, smem_do, smem_k, smem_v, ready_q, ready_k, ready_v, empty_k, empty_v,
+                   p_blanked, stride_blanked, i_b, i_h, group_size, row, first, n_tiles, BLOCK_N, CONSUMERS, STAGES, MASK)),
+    ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
 
 
 @gluon.jit
@@ -267,12 +252,3 @@ def score_gradients(b_p, b_dp, b_delta, b_factor, MASKED: gl.constexpr, SOFTCAP:
     if MASKED:
         b_ds = gl.where(b_p == 0.0, 0.0, b_ds)
     return b_ds
-
-
-@gluon.jit
-def unpack(packed, dtype: gl.constexpr, layout: gl.constexpr):
-    """What ``pack`` made, as the first operand of dS K."""
-    even = packed.to(gl.int16).to(dtype, bitcast=True)
-    odd = (packed >> 16).to(gl.int16).to(dtype, bitcast=True)
-    b_ds = gl.join(even, odd).reshape([packed.shape[0], 2 * packed.shape[1]])
-    return gl.convert_layout(b_ds, gl.DotOperandLayout(0, layout, 2), assert_trivial=True)

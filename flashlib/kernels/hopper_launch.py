@@ -49,13 +49,17 @@ PREPARE_CHUNK = 1024  # rows that hopper_prepare looks at together
 
 def hopper_runs(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> bool:
     """Whether the warp-specialised kernel takes a problem: on a Hopper GPU, 16-bit, and within the rules of its copy engine."""
+    return takes(options, q, k, v) and len(seen_range(q.shape[2], k.shape[2], options)) > 0
+
+
+def takes(options: KernelOptions, *tensors: Tensor) -> bool:
+    """What the warp-specialised kernels ask of a problem, forward and backward."""
+    first = tensors[0]
     return (
-        q.device.type == "cuda"
-        and capability_of(q.device) == 9
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and max(q.shape[3], v.shape[3]) <= 128
-        and all(copy_engine_reads(x) for x in (q, k, v))
-        and len(seen_range(q.shape[2], k.shape[2], options)) > 0
+        first.device.type == "cuda"
+        and capability_of(first.device) == 9
+        and first.dtype in (torch.float16, torch.bfloat16)
+        and all(x.shape[3] <= 128 and copy_engine_reads(x) for x in tensors)
         and options.row_offsets is None
     )
 
@@ -184,16 +188,8 @@ def prepare_launch(
 
 
 def hopper_backward_runs(tensors: BackwardTensors, options: KernelOptions) -> bool:
-    """Whether the warp-specialised kernel of dK and dV takes a problem."""
-    q, k, v = tensors.q, tensors.k, tensors.v
-    return (
-        q.device.type == "cuda"
-        and capability_of(q.device) == 9
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and max(q.shape[3], v.shape[3]) <= 128
-        and all(copy_engine_reads(x) for x in (q, k, v, tensors.grad_out))
-        and options.row_offsets is None
-    )
+    """Whether the warp-specialised kernels of the gradients take a problem."""
+    return takes(options, tensors.q, tensors.k, tensors.v, tensors.grad_out)
 
 
 def hopper_dkdv_launches(

@@ -26,7 +26,6 @@ from flashlib.kernels.launch import (
     KernelOptions,
     Launch,
     backward_launches,
-    dkdv_launches,
     forward_launch,
     interpreting,
 )
@@ -175,15 +174,12 @@ def inspect(
     if kernel == "hopper":
         launches, _, _ = hopper_launches(q, k, v, options, tiles=tiles.get("hopper"))
     if kernel in ("backward", "hopper-backward"):
-        dkdv = {
-            "backward": dkdv_launches,
-            "hopper-backward": lambda tensors, options, _: hopper_dkdv_launches(tensors, options),
+        hopper = {
+            "dkdv": lambda tensors, options, _: hopper_dkdv_launches(tensors, options),
+            "dq": lambda tensors, options, _: hopper_dq_launches(tensors, options),
         }
-        grad_out = torch.empty_like(out)
-        dq = None if kernel == "backward" else lambda tensors, options, _: hopper_dq_launches(tensors, options)
-        launches, _ = backward_launches(
-            q, k, v, out, lse, grad_out, None, options, tiles=tiles, dkdv=dkdv[kernel], dq=dq
-        )
+        own = hopper if kernel == "hopper-backward" else {}
+        launches, _ = backward_launches(q, k, v, out, lse, torch.empty_like(out), None, options, tiles=tiles, **own)
     names = [launch.name for launch in launches]
     if only is not None and only not in names:
         raise ValueError(f"only must be one of {', '.join(names)}; got {only!r}")

@@ -153,8 +153,9 @@ def distinct(reports: list[str]) -> list[str]:
 
 def is_reported(name: str, reports: list[str]) -> bool:
     """Whether a planted mistake is reported, for what it is there for."""
-    named = [report for report in reports if name in report]
-    return any(name not in KIND_OF for _ in named) or KIND_OF.get(name) in kinds_reported(name, named)
+    if name in KIND_OF:
+        return KIND_OF[name] in kinds_reported(name, reports)
+    return any(name in report for report in reports)
 
 
 def kinds_reported(name: str, reports: list[str]) -> list[str]:

@@ -112,8 +112,8 @@ def key_tiles(
     i_b, rank, row_blocks, q_len, kv_len, offset, left, right, p_tiles, stride_tiles, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Which block of rows this is, and which tiles of keys it needs: the first, how many, how many of the last are partial, how many
-    then are full.
+    """Which block of rows this is, and which tiles of keys it needs: the first, how many, how many of the last are partial (all of
+    them, if none is full), how many then are full.
 
     At least one tile is visited, so that rows that see nothing need no code of their own. For row intervals ``hopper_prepare`` has
     looked all this up. Otherwise the last rows have most to do.
@@ -139,7 +139,8 @@ def key_tiles(
         n_tiles = gl.maximum(last - first, 1)
         full_first = gl.minimum(gl.maximum((latest_start + BLOCK_N - 1) // BLOCK_N, first), first + n_tiles)
         full_last = gl.minimum(gl.maximum(earliest_stop // BLOCK_N, full_first), first + n_tiles)
-        right_partial, full = first + n_tiles - full_last, full_last - full_first
+        full = full_last - full_first
+        right_partial = first + n_tiles - full_last if full > 0 else n_tiles
     return i_m, first, n_tiles, right_partial, full
 
 
@@ -311,13 +312,14 @@ def attend(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     unit = softcap if SOFTCAP else scale  # what one unit of a score tile is worth
-    start, stop = intervals(p_start, p_stop, entry, row, q_len, s_layout, MASK)  # they come while the first tile does
+    # They come while the first tile does.
+    start, stop = intervals(p_start, p_stop, entry, row, q_len, kv_len, s_layout, MASK)
 
     # A last tile that a block of rows needs may be beyond what these 64 of them see. Not so with two consumers, as a rule: their 128
-    # rows are as many as a tile has keys.
+    # rows are as many as a tile has keys. A tile that is skipped is partial, so the loops below need not ask again.
     skip = 0
-    if MASK == BAND and HAS_RIGHT and CONSUMERS == 3:
-        own_stop = gl.minimum(row + ROWS + offset + right, kv_len)
+    if CONSUMERS == 3 and (MASK == INTERVALS or (MASK == BAND and HAS_RIGHT)):
+        own_stop = gl.max(stop, 0) if MASK == INTERVALS else gl.minimum(row + ROWS + offset + right, kv_len)
         own_last = gl.maximum((own_stop + BLOCK_N - 1) // BLOCK_N, first + 1)
         skip = gl.maximum(first + n_tiles - own_last, 0)
         for i in range(0, skip):
@@ -364,9 +366,9 @@ def attend(
     )  # fmt: skip
     if HAS_LEFT or MASK == INTERVALS:
         # Loaded again: the loop over the full tiles needs every register.
-        start, stop = intervals(p_start, p_stop, entry, row, q_len, s_layout, MASK)
+        start, stop = intervals(p_start, p_stop, entry, row, q_len, kv_len, s_layout, MASK)
         b_m, b_l, b_acc, p_left, p_right = turns(
-            gl.maximum(right_partial + full, skip + 1), n_tiles, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
+            right_partial + full, n_tiles, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
             start, stop, visited, row, first + n_tiles - 1, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D,
             BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, s_layout, o_layout, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI,
         )  # fmt: skip
@@ -452,13 +454,14 @@ def meet(instruction: gl.constexpr, which):
 
 
 @gluon.jit
-def intervals(p_start, p_stop, entry, row, q_len, s_layout: gl.constexpr, MASK: gl.constexpr):
-    """Which keys each of 64 rows sees, ``(start, stop)``, under row intervals. Other masks are computed where they are needed."""
+def intervals(p_start, p_stop, entry, row, q_len, kv_len, s_layout: gl.constexpr, MASK: gl.constexpr):
+    """Which keys each of 64 rows sees, ``(start, stop)``, under row intervals; rows past the end, all. Other masks are computed
+    where they are needed."""
     o_m = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
     start, stop = o_m, o_m
     if MASK == INTERVALS:
         start = gl.load(p_start + entry + o_m, mask=o_m < q_len, other=0)
-        stop = gl.load(p_stop + entry + o_m, mask=o_m < q_len, other=0)
+        stop = gl.load(p_stop + entry + o_m, mask=o_m < q_len, other=kv_len)
     return start, stop
 
 

@@ -28,8 +28,8 @@ def hopper_prepare(
     Of a tile with unseen keys a copy of V is made in which they are 0: the forward multiplies whole tiles by weights, and a weight of
     0 does not hide a NaN. For dQ it is K, which is multiplied by dS. Tiles without unseen keys, nearly all as a rule, are not copied.
 
-    Writes int32 ``[B or 1, row blocks, 5]``: the block, its first tile, how many, how many of the last are partial, how many then are
-    full, the blocks that have most to do first; and int32 ``[B or 1, key tiles]``: 1 if the copy must be used.
+    Writes int32 ``[B or 1, row blocks, 5]``: the block, its first tile, how many, how many of the last are partial (all, if none is
+    full), how many then are full, the blocks that have most to do first; and int32 ``[B or 1, key tiles]``: 1 if the copy must be used.
     """
     row_blocks = tl.cdiv(q_len, BLOCK_M)
     i_e = tl.program_id(1)
@@ -141,8 +141,9 @@ def count_tiles(
     full_last = tl.minimum(tl.maximum(full_last, full_first), last)
     tl.store(p_tiles, first)
     tl.store(p_tiles + 1, last - first)
-    tl.store(p_tiles + 2, last - full_last)
-    tl.store(p_tiles + 3, full_last - full_first)
+    full = full_last - full_first
+    tl.store(p_tiles + 2, tl.where(full > 0, last - full_last, last - first))
+    tl.store(p_tiles + 3, full)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ __all__ = [
     "HOPPER",
     "HOPPER_BACKWARD",
     "HOPPER_BACKWARD_ROOMY",
+    "HOPPER_INTERVALS",
     "HOPPER_LEAST_KEYS",
     "HOPPER_NARROW",
     "HOPPER_ROOMY",
@@ -75,10 +76,13 @@ HOPPER_BACKWARD = {64: HopperBackwardTiles(128, 2, 2, 240), 128: HopperBackwardT
 HOPPER_BACKWARD_ROOMY = {64: HopperBackwardTiles(64, 2, 3, 240), 128: HopperBackwardTiles(32, 2, 3, 240)}
 # dQ of any head_dim: at 4k, wider tiles or three consumers were not faster at 64, and slower at 128.
 HOPPER_DQ = HopperTiles(2, 64, 3, 240)
-# With a softcap, ALiBi or row intervals at head_dim 64: the 160 registers a thread of three consumers are too few for them. Also
-# for windows and short sequences, of which blocks of 192 rows cut off too much.
 HOPPER = {64: HopperTiles(3, 128, 3, 160), 128: HopperTiles(2, 128, 2, 240)}
+# With a softcap or ALiBi at head_dim 64: the 160 registers a thread of three consumers are too few for them. Also for windows and
+# short sequences, of which blocks of 192 rows cut off too much.
 HOPPER_ROOMY = HopperTiles(2, 128, 2, 240)
+# Row intervals at head_dim 64, if nothing else is asked: narrower tiles leave three consumers registers for them. At 4k packed, full
+# and causal, and at ragged lengths 436, 400 and 388 TFLOP/s, against 420, 388 and 366 by two consumers.
+HOPPER_INTERVALS = HopperTiles(3, 64, 4, 160)
 # With a softcap, ALiBi, and row intervals or a window, all three, at head_dim 128.
 HOPPER_NARROW = HopperTiles(2, 64, 3, 240)
 # Keys per row from which on three consumers were faster: at 4k, 507 against 418 TFLOP/s full, and 433 against 418 causal.

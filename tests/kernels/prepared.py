@@ -54,6 +54,7 @@ def check_tiles(told, intervals, tiles: HopperTiles, problem: str) -> None:
         assert sorted(blocks[:, 0].tolist()) == list(range(len(entry))), problem
         for i_m, first, n_tiles, right_partial, full in blocks.tolist():
             assert n_tiles >= 1 and right_partial >= 0 and full >= 0 and right_partial + full <= n_tiles, problem
+            assert full > 0 or right_partial == n_tiles, problem
             last = first + n_tiles
             outside = torch.ones(entry.shape[1], dtype=torch.bool)
             outside[first:last] = False

@@ -1,9 +1,11 @@
 """Starting a kernel."""
 
+import random
 from types import SimpleNamespace
 
 import torch
 
+from flashlib.kernels.hopper_launch import HOPPER_CACHE, heads_together
 from flashlib.kernels.launch import Launch
 
 
@@ -43,3 +45,16 @@ def test_an_empty_grid_starts_nothing(monkeypatch):
     kernel = Recorder(monkeypatch)
     Launch(kernel, (0, 3), {"p_q": torch.zeros(0)}).start()
     assert kernel.started == []
+
+
+def test_groups_of_heads_are_large_enough_and_the_last_one_is_no_small_rest():
+    rng = random.Random()
+    for _ in range(1000):
+        heads, row_blocks, spread = rng.randint(1, 300), rng.randint(1, 128), rng.choice((0, 3.5, 7))
+        kilobytes = rng.randint(1, 20_000)
+        together = heads_together(heads, row_blocks, 132, kilobytes * 1024, spread)
+        problem = f"{heads} heads of {row_blocks} blocks and {kilobytes} KiB, spread {spread}: {together} together"
+        assert 1 <= together <= heads, problem
+        last = heads % together or together
+        assert together == heads or last * row_blocks >= spread * 132, problem
+        assert together == heads or (last + 1) * kilobytes * 1024 > HOPPER_CACHE, problem

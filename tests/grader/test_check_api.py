@@ -11,6 +11,7 @@ from flashlib.course.grader.engine import Submission, grade, sandbox_for
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import in_poison, ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
 from flashlib.course.grader.report import Failure
+from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.sandbox.session import StudentError
 
@@ -135,6 +136,35 @@ def test_same_seed_gives_the_same_inputs_and_no_seed_fresh_ones(sandbox):
     run(sandbox, make_exercise(draws), source, seed=first.seed)
     run(sandbox, make_exercise(draws), source)
     assert first.passed and seen[0] == seen[1] != seen[2]
+
+
+def test_a_result_is_known_for_the_very_same_arguments_alone():
+    calls = []
+
+    def doubled(x, factor=1.0):
+        calls.append(1)
+        return x * 2
+
+    def itself(x, factor=1.0):
+        return x
+
+    results, x = Results(), torch.randn(4, 6)
+    in_rows_of_8 = torch.zeros(4, 8)[:, :6].copy_(x)
+    for _ in range(2):
+        assert torch.equal(results.on((x.clone(),), {})(doubled)[0], x * 2)
+    assert len(calls) == 1
+    others = (x + 1, x.double(), x.view(6, 4), x.T, in_rows_of_8, in_poison(x))
+    for count, other in enumerate(others, start=2):
+        assert torch.equal(results.on((other,), {})(doubled)[0], other * 2)
+        assert len(calls) == count
+    for kwargs in ({"factor": 1.0}, {"factor": 1}, {"factor": -0.0}, {"factor": 0.0}, {"factor": torch.inf}):
+        results.on((x,), kwargs)(doubled)
+    assert len(calls) == 1 + len(others) + 5
+    first = results.on((x,), {})(itself)[0]
+    before = x.clone()
+    x += 1
+    assert torch.equal(first, before) and torch.equal(results.on((before,), {})(itself)[0], before)
+    assert torch.equal(results.on((x,), {})(itself)[0], x)
 
 
 def test_objects_stay_in_the_child_and_values_of_every_kind_cross(sandbox):

@@ -737,8 +737,8 @@ def check_decoding(t: Trial, q: Tensor, k: Tensor, v: Tensor, base: float, piece
             )
     parts = [(k[:, :, span], v[:, :, span]) for span in spans(pieces)]
     keys, values = (expect_length(t, cache, name, parts) for name in ("keys", "values"))
-    args = (q, k, v, base, pieces)
-    exact, budgets = exact_decoding(*args), decoding_budget(*args)
+    outputs_of = t.results_on(q, k, v, base, pieces)
+    exact, budgets = outputs_of(exact_decoding), outputs_of(decoding_budget)
     answers = (torch.cat(outs, 2), keys)
     if torch.equal(values, v) and all(
         reference.largest_error(*pair) <= budget for *pair, budget in zip(answers, exact, budgets, strict=True)
@@ -754,7 +754,7 @@ def check_decoding(t: Trial, q: Tensor, k: Tensor, v: Tensor, base: float, piece
         else ("cache.keys", answers[1], exact[1], budgets[1])
     )
     got, expected = contrast(name, answer, truth, budget)
-    mistake = recognize(DECODING_MISTAKES, answers, exact, budgets, args, {})
+    mistake = recognize(DECODING_MISTAKES, answers, exact, budgets, outputs_of)
     if mistake is not None:
         t.fail_as(mistake, got=got, expected=expected)
     t.fail(

@@ -14,6 +14,7 @@ import torch
 
 from flashlib.course.grader.exercise import Exercise, Property
 from flashlib.course.grader.report import Failure, Finding, Report, Result
+from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import Protections
 from flashlib.course.grader.sandbox.session import REPOSITORY, Child, Sandbox, SandboxError, StudentError, clean
 from flashlib.course.grader.trial import Process, Trial
@@ -58,12 +59,14 @@ def grade(
     *,
     seed: int | None = None,
     hints: int = 1,
+    results: Results | None = None,
 ) -> Report:
     """Check every property of `exercise`.
 
     Args:
         seed: of the inputs; fresh if None.
         hints: how many hints the report shows for each failed property.
+        results: what was computed for other submissions, and need not be again if they had the same seed.
 
     Returns:
         A report with one result for each property. Where a check itself is broken, its property is failed with the
@@ -72,18 +75,19 @@ def grade(
     Raises:
         SandboxError: the sandbox itself does not work.
     """
-    run = _Run(exercise, submission, sandbox, secrets.randbits(32) if seed is None else seed)
+    seed = secrets.randbits(32) if seed is None else seed
+    run = _Run(exercise, submission, sandbox, seed, Results() if results is None else results)
     began = time.monotonic()
     try:
         with _one_thread():
-            results = tuple(run.result(prop) for prop in exercise.properties)
+            outcomes = tuple(run.result(prop) for prop in exercise.properties)
     finally:
         run.process.end()
     return Report(
         exercise=exercise.name,
         title=exercise.title,
         submission=submission.student,
-        results=results,
+        results=outcomes,
         seed=run.seed,
         seconds=time.monotonic() - began,
         protections=run.protections,
@@ -105,8 +109,11 @@ def _one_thread() -> Iterator[None]:
 class _Run:
     """One submission on its way through the properties."""
 
-    def __init__(self, exercise: Exercise, submission: Submission, sandbox: Sandbox, seed: int) -> None:
+    def __init__(
+        self, exercise: Exercise, submission: Submission, sandbox: Sandbox, seed: int, results: Results
+    ) -> None:
         self.exercise, self.submission, self.sandbox, self.seed = exercise, submission, sandbox, seed
+        self.results = results
         self.limits = exercise.limits
         self.protections = Protections()
         self.hopeless = submission.problem  # a finding that holds for every property from here on
@@ -127,7 +134,7 @@ class _Run:
     def _try(self, prop: Property) -> Finding | None:
         finding = None
         try:
-            prop.run(Trial(prop.name, self.seed, self.process))
+            prop.run(Trial(prop.name, self.seed, self.process, self.results))
         except Failure as failure:
             finding = failure.finding
         except SandboxError:

@@ -7,6 +7,7 @@ solutions and the stubs, and writes the outcome to `exercises/KILL_MATRIX.md`.
 from __future__ import annotations
 
 import re
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from flashlib.course.grader.engine import Submission, grade, sandbox_for
 from flashlib.course.grader.exercise import Exercise, exercise_names, load_exercise
 from flashlib.course.grader.report import Report
+from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.session import REPOSITORY, Sandbox
 
 WRONG, RIGHT = REPOSITORY / "tests/grader/wrong", REPOSITORY / "tests/grader/right"
@@ -70,14 +72,24 @@ def cases(exercise: Exercise) -> list[tuple[str, Path, tuple[str, ...]]]:
     return [*wrong, *right, ("solution", REPOSITORY / "solutions" / exercise.file, ()), stub]
 
 
-def grade_file(exercise: Exercise, file: Path, sandbox: Sandbox, seed: int | None = None) -> Report:
+def grade_file(
+    exercise: Exercise, file: Path, sandbox: Sandbox, seed: int | None = None, results: Results | None = None
+) -> Report:
     """Grade one file as a submission of its own name."""
-    return grade(exercise, Submission(file.stem, file.read_bytes()), sandbox, seed=seed)
+    return grade(exercise, Submission(file.stem, file.read_bytes()), sandbox, seed=seed, results=results)
 
 
 def rows(exercise: Exercise, sandbox: Sandbox) -> list[Row]:
-    """Grade every case of one exercise on fresh inputs."""
-    return [Row(name, expected, grade_file(exercise, file, sandbox)) for name, file, expected in cases(exercise)]
+    """Grade every case of one exercise on fresh inputs.
+
+    Wrong solutions share theirs, so that exact answers, and those of all known mistakes, are computed once for all of them.
+    A right one must be accepted on any inputs, and draws its own.
+    """
+    shared = secrets.randbits(32), Results()
+    return [
+        Row(name, expected, grade_file(exercise, file, sandbox, *(shared if expected else ())))
+        for name, file, expected in cases(exercise)
+    ]
 
 
 def as_markdown(exercise: Exercise, graded: Sequence[Row]) -> str:

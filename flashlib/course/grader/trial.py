@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashlib.course.grader.exercise import FORBIDDEN_SAYS, Misconception, Target, as_tuple
 from flashlib.course.grader.report import Failure, Finding
+from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.sandbox.session import Child, Reply, StudentError, clean
 from flashlib.course.grader.sandbox.wire import Handle
@@ -66,11 +67,12 @@ class Trial:
         generator: the source of this trial's inputs; its seed comes from the run's seed and the property's name.
     """
 
-    def __init__(self, name: str, seed: int, process: Process) -> None:
+    def __init__(self, name: str, seed: int, process: Process, results: Results) -> None:
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         self.tried = ""
         self._process = process
+        self._results = results
 
     # --------------------------------------------------------------------------------------------------------- inputs
 
@@ -220,6 +222,13 @@ class Trial:
             )
         return reply
 
+    def results_on(self, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], tuple[Any, ...]]:
+        """What gives, for an oracle, a budget or a model, its outputs on these arguments, and computes them once.
+
+        "Once" is for all submissions that are graded with the same `Results` and get the same inputs.
+        """
+        return self._results.on(args, kwargs)
+
     def expect_tensor(self, value: Any, what: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """`value`, if it is a tensor of that shape (and dtype). For answers that you compute with yourself.
 
@@ -302,14 +311,14 @@ class Trial:
         if len(answers) != len(names) or not all(isinstance(answer, Tensor) for answer in answers):
             wanted = "a tensor" if len(names) == 1 else f"a tuple of tensors ({', '.join(names)})"
             self.fail("wrong-type", f"{target.function} should return {wanted}.", got=show(value), expected=wanted)
-        exact = as_tuple(target.oracle(*args, **kwargs))
-        budgets = as_tuple(target.budget(*args, **kwargs))
+        outputs_of = self.results_on(*args, **kwargs)
+        exact, budgets = outputs_of(target.oracle), outputs_of(target.budget)
         if not all(math.isfinite(budget) for budget in budgets):
             call = describe_call(target.function, args, kwargs)
             raise ValueError(f"the error budget of {call} is {budgets}: everything would pass")
         wrong = [i for i in range(len(names)) if _error(answers[i], exact[i]) > budgets[i]]
         if wrong:
-            self._diagnose(target, answers, exact, budgets, wrong[0], args, kwargs)
+            self._diagnose(target, answers, exact, budgets, wrong[0], outputs_of)
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         for name, answer in zip(names, answers, strict=True):
             dtype = target.outputs[name] or tensors[0].dtype
@@ -322,10 +331,10 @@ class Trial:
                     hint="Which dtype does the docstring promise? Convert once, at the end.",
                 )
 
-    def _diagnose(self, target: Target, answers, exact, budgets, wrong: int, args, kwargs) -> None:
+    def _diagnose(self, target: Target, answers, exact, budgets, wrong: int, outputs_of) -> None:
         name, answer, truth, budget = list(target.outputs)[wrong], answers[wrong], exact[wrong], budgets[wrong]
         got, expected = contrast(name, answer, truth, budget)
-        mistake = recognize(target.misconceptions, answers, exact, budgets, args, kwargs)
+        mistake = recognize(target.misconceptions, answers, exact, budgets, outputs_of)
         if mistake is not None:
             self.fail(mistake.slug, mistake.says, got=got, expected=expected, hint=mistake.hint)
         if answer.shape != truth.shape:
@@ -366,14 +375,22 @@ class Remote:
 
 
 def recognize(
-    misconceptions: Sequence[Misconception], answers, exact, budgets, args: Sequence[Any], kwargs: dict[str, Any]
+    misconceptions: Sequence[Misconception],
+    answers: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    budgets: Sequence[float],
+    outputs_of: Callable[[Callable[..., Any]], Sequence[Tensor | None]],
 ) -> Misconception | None:
-    """The misconception whose answer on the same inputs is this one; the nearest if several are."""
+    """The misconception whose answer on the same inputs is this one; the nearest if several are.
+
+    Args:
+        outputs_of: gives a model's answer on these inputs, as `Trial.results_on` does.
+    """
     best, best_distance = None, RECOGNIZED_WITHIN
     for mistake in misconceptions:
         if mistake.model is None:
             continue
-        model = as_tuple(mistake.model(*args, **kwargs))
+        model = outputs_of(mistake.model)
         distance = max(
             (_distance(*four) for four in zip(answers, model, exact, budgets, strict=True) if four[1] is not None),
             default=float("inf"),

@@ -1,9 +1,12 @@
 """The grader is graded: wrong solutions caught with the right diagnosis, right ones pass, stubs get nothing."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
 import pytest
 
 from flashlib.course.grader.engine import GRADER_ERROR, Submission, grade, sandbox_for
-from flashlib.course.grader.exercise import exercise_names, load_exercise
+from flashlib.course.grader.exercise import Exercise, exercise_names, load_exercise
 from flashlib.course.grader.matrix import (
     MATRIX,
     RIGHT,
@@ -15,7 +18,7 @@ from flashlib.course.grader.matrix import (
     rows,
     sections,
 )
-from flashlib.course.grader.sandbox.session import REPOSITORY
+from flashlib.course.grader.sandbox.session import REPOSITORY, Sandbox
 
 NOISE = b"""
 
@@ -37,19 +40,34 @@ for _name, _value in list(globals().items()):
 """
 
 
+@pytest.fixture(scope="module")
+def sandbox_of() -> Iterator[Callable[[Exercise], Sandbox]]:
+    """The sandbox for an exercise. Those that need the same loaded share one: to load PyTorch takes longer than to grade a file."""
+    with ExitStack() as opened:
+        sandboxes: dict[tuple, Sandbox] = {}
+
+        def sandbox(exercise: Exercise) -> Sandbox:
+            needed = exercise.preload, tuple(exercise.environment.items())
+            if needed not in sandboxes:
+                sandboxes[needed] = opened.enter_context(sandbox_for(exercise))
+            return sandboxes[needed]
+
+        yield sandbox
+
+
 @pytest.mark.parametrize("name", exercise_names())
-def test_matrix_holds_on_fresh_inputs_and_is_published(name):
+def test_matrix_holds_on_fresh_inputs_and_is_published(sandbox_of, name):
     exercise = load_exercise(name)
-    with sandbox_for(exercise) as sandbox:
-        graded = rows(exercise, sandbox)
-        # On one draw two mistakes may give the same answer, and then nobody can name the right one. On the next they do not. A wrong
-        # solution that is not rejected, and a right one that is, get no second chance.
-        misnamed = {row.name for row in graded if row.problem and row.expected and not row.report.passed}
-        again = [
-            Row(case, expected, grade_file(exercise, file, sandbox))
-            for case, file, expected in cases(exercise)
-            if case in misnamed
-        ]
+    sandbox = sandbox_of(exercise)
+    graded = rows(exercise, sandbox)
+    # On one draw two mistakes may give the same answer, and then nobody can name the right one. On the next they do not. A wrong
+    # solution that is not rejected, and a right one that is, get no second chance.
+    misnamed = {row.name for row in graded if row.problem and row.expected and not row.report.passed}
+    again = [
+        Row(case, expected, grade_file(exercise, file, sandbox))
+        for case, file, expected in cases(exercise)
+        if case in misnamed
+    ]
     assert [row.problem for row in graded if row.problem and row.name not in misnamed] == []
     assert [row.problem for row in again if row.problem] == []
     by_name = {row.name: row.report for row in graded}
@@ -60,12 +78,11 @@ def test_matrix_holds_on_fresh_inputs_and_is_published(name):
 
 
 @pytest.mark.parametrize("name", exercise_names())
-def test_no_check_breaks_on_answers_that_are_wrong_in_no_known_way(name):
+def test_no_check_breaks_on_answers_that_are_wrong_in_no_known_way(sandbox_of, name):
     """Then every model of a misconception is computed on every input, which none of them may refuse."""
     exercise = load_exercise(name)
     solution = (REPOSITORY / "solutions" / exercise.file).read_bytes()
-    with sandbox_for(exercise) as sandbox:
-        report = grade(exercise, Submission("noise", solution + NOISE), sandbox)
+    report = grade(exercise, Submission("noise", solution + NOISE), sandbox_of(exercise))
     assert GRADER_ERROR not in report.diagnoses, report
     assert "wrong-values" in report.diagnoses, report
 

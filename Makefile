@@ -62,9 +62,10 @@ lint: install ## Check style and formatting of code and notebooks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+# Each worker computes on one thread: on two cores, the threads of two workers would spend their time waiting for one another.
 unit: install ## Run all tests but the notebooks
 	@echo "== Tests: pytest"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 nbcheck: install ## Execute every notebook and compare every output with the committed one
 	@echo "== Notebooks: nbval"

@@ -60,6 +60,8 @@ An exercise `ex42` is three things that you write:
      before you compute with what `t.call` gave. An exception in a property is the grader's error, not his.
    - `t.expect_same(a, b, budget, diagnosis=..., says=...)`, `t.expect_equal(got, expected, what, misconceptions, *args)`
      for exact answers, `t.fail(...)` and `t.fail_as(misconception)` for anything else.
+   - `t.results_on(*args)(function)`, a tuple: what an oracle, a budget or a model gives on these arguments, where you need it
+     yourself. It is computed once for all submissions that get the same inputs, as the wrong solutions of a kill matrix do.
 
    `t.call(name, *args)` calls any function of the file and `t.make(name, *args)` keeps an object in the process
    (`cache = t.make("Cache", 2); cache.call("append", k, v)`); `t.ask(...)` tells all about a call. Tensors, numbers,

@@ -330,6 +330,11 @@ def attend(
             mbarrier.arrive(empty_k.index(stage), count=1)
             mbarrier.wait(ready_v.index(stage), phase)
             mbarrier.arrive(empty_v.index(stage), count=1)
+        if MASK == BAND and not HAS_LEFT:
+            # And one that is partial for the block may be full for these rows.
+            seen_by_all = gl.maximum(gl.minimum(row + offset + right + 1, kv_len), 0) // BLOCK_N
+            right_partial = gl.maximum(n_tiles - seen_by_all, 0)
+            full = n_tiles - right_partial
 
     # The first tile has no P V of a tile before it to run beside.
     stage, phase = (visited + skip) % STAGES, (visited + skip) // STAGES & 1

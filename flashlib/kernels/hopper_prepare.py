@@ -148,14 +148,13 @@ def count_tiles(
 
 @triton.jit
 def unseen_keys(p_start, p_stop, n, q_len, kv_len, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
-    """Which keys of a tile no row sees, int32 ``[BLOCK_N]``. As a rule one row sees them all, and the search ends there."""
+    """Which keys of a tile no row sees, int32 ``[BLOCK_N]``. As a rule one row near the diagonal sees them all, and the search ends
+    there; where sequences meet within the tile, a few rows do."""
     end = tl.minimum(n + BLOCK_N, kv_len)
     o_n = n + tl.arange(0, BLOCK_N)
     unseen = (o_n < kv_len).to(tl.int32)
     chunks = tl.cdiv(q_len, CHUNK)
-    first = (n.to(tl.int64) * q_len // kv_len).to(
-        tl.int32
-    ) // CHUNK  # near the diagonal, where most masks have such a row
+    first = (n.to(tl.int64) * q_len // kv_len).to(tl.int32) // CHUNK
     left = chunks
     while left > 0:
         o_m = (first + left) % chunks * CHUNK + tl.arange(0, CHUNK)
@@ -166,18 +165,16 @@ def unseen_keys(p_start, p_stop, n, q_len, kv_len, BLOCK_N: tl.constexpr, CHUNK:
             unseen = tl.zeros_like(unseen)
             left = 0
         elif tl.max(((start < end) & (stop > n)).to(tl.int32)) > 0:
-            unseen = unseen & unseen_by(p_start, p_stop, (first + left + 1) % chunks * CHUNK, o_n, q_len, CHUNK)
+            unseen = unseen & unseen_by(start, stop, n, BLOCK_N)
+            left = tl.where(tl.max(unseen) > 0, left, 0)
     return unseen
 
 
 @triton.jit
-def unseen_by(p_start, p_stop, m, o_n, q_len, CHUNK: tl.constexpr):
-    """Which keys no row of one chunk sees. A few rows at a time: a pair takes a register, and a thread has 255 of them."""
-    unseen = tl.full(o_n.shape, 1, tl.int32)
-    for row in range(m, tl.minimum(m + CHUNK, q_len), 16):
-        o_m = row + tl.arange(0, 16)
-        start = tl.load(p_start + o_m, mask=o_m < q_len, other=0)
-        stop = tl.load(p_stop + o_m, mask=o_m < q_len, other=0)
-        sees = (start[:, None] <= o_n[None, :]) & (stop[:, None] > o_n[None, :])
-        unseen = unseen & (1 - tl.max(sees.to(tl.int32), 0))
-    return unseen
+def unseen_by(start, stop, n, BLOCK_N: tl.constexpr):
+    """Which keys of a tile no row of one chunk sees. At each key, the rows that begin to see are counted, less those that cease; summed
+    from the left, that is how many see it. A row costs the same however many keys there are."""
+    begins = tl.minimum(tl.maximum(start - n, 0), BLOCK_N)
+    ceases = tl.minimum(tl.maximum(stop - n, begins), BLOCK_N)  # a row that sees nothing ceases where it begins
+    seeing = tl.histogram(begins, BLOCK_N, mask=begins < BLOCK_N) - tl.histogram(ceases, BLOCK_N, mask=ceases < BLOCK_N)
+    return (tl.cumsum(seeing, 0) == 0).to(tl.int32)

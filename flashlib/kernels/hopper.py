@@ -23,7 +23,7 @@ from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
 
 # Of flashlib.kernels.common only the constants serve here: its functions are Triton's and cannot be called from Gluon.
 ROWS = gl.constexpr(64)  # of one consumer: what one warpgroup's instruction takes
-PLAN = gl.constexpr(7)  # numbers that the producer tells the consumers about each block of rows
+PLAN = gl.constexpr(19)  # numbers that the producer tells the consumers about each block of rows
 PLANS = gl.constexpr(
     3
 )  # that are kept: of a block whose output is still written, of the one under way, and of the next
@@ -119,7 +119,7 @@ def key_tiles(
     looked all this up. Otherwise the last rows have most to do.
     """
     if MASK == INTERVALS:
-        p_tiles += (i_b * stride_tiles + rank) * 5
+        p_tiles += (i_b * stride_tiles + rank) * (5 + 4 * (BLOCK_M // ROWS))
         i_m, first, n_tiles = gl.load(p_tiles), gl.load(p_tiles + 1), gl.load(p_tiles + 2)
         right_partial, full = gl.load(p_tiles + 3), gl.load(p_tiles + 4)
     else:
@@ -168,6 +168,10 @@ def produce(
         # Once the Q before the last is no longer needed, its place is free, and nobody reads the plan before that one any more.
         slot = done & 1
         mbarrier.wait(empty_q.index(slot), (done // 2 & 1) ^ 1)
+        if MASK == INTERVALS:
+            p_own = p_tiles + (i_b * stride_tiles + rank) * (5 + 4 * CONSUMERS) + 5
+            for i in gl.static_range(4 * CONSUMERS):
+                note(smem_plan, done % PLANS * PLAN + 7 + i, gl.load(p_own + i))
         announce(smem_plan, ready_plan, done, i_b, i_h, i_m, first, n_tiles, right_partial, full)
         mbarrier.expect(ready_q.index(slot), CONSUMERS * desc_q.block_type.nbytes)
         for i in gl.static_range(CONSUMERS):
@@ -233,14 +237,19 @@ def noted(smem_plan, slot):
 def next_plan(smem_plan, ready_plan, done):
     """What the producer has announced."""
     mbarrier.wait(ready_plan.index(done % PLANS), done // PLANS & 1)
+    return noted_place(smem_plan, done), noted_tiles(smem_plan, done)
+
+
+@gluon.jit
+def noted_tiles(smem_plan, done):
+    """The first tile of keys, how many, how many of the last are partial, how many then are full."""
     slot = done % PLANS * PLAN
-    tiles = (
+    return (
         noted(smem_plan, slot + 3),
         noted(smem_plan, slot + 4),
         noted(smem_plan, slot + 5),
         noted(smem_plan, slot + 6),
     )
-    return noted_place(smem_plan, done), tiles
 
 
 @gluon.jit
@@ -268,12 +277,10 @@ def consume(
         slope = 0.0
         if ALIBI:
             slope = gl.load(p_slopes + i_b * stride_slope + i_h)
-        row = (i_m * CONSUMERS + which) * ROWS
         mbarrier.wait(ready_q.index(done & 1), done // 2 & 1)
         b_m, b_l, b_acc = attend(
             which, smem_q.index((done & 1) * CONSUMERS + which).reshape([ROWS, BLOCK_D]), smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
-            empty_q.index(done & 1), p_start, p_stop,
-            i_b * stride_interval, visited, row, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap,
+            empty_q.index(done & 1), smem_plan, done, p_start, p_stop, stride_interval, i_b, i_m, visited, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap,
             slope, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI,
         )  # fmt: skip
         i_b, i_h, i_m = noted_place(smem_plan, done)  # read again: the loops need every register
@@ -303,7 +310,8 @@ def consume(
 
 @gluon.jit
 def attend(
-    which, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, empty_q, p_start, p_stop, entry, visited, row, first, n_tiles,
+    which, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, empty_q, smem_plan, done, p_start, p_stop, stride_interval,
+    i_b, i_m, visited, first, n_tiles,
     right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
@@ -312,29 +320,24 @@ def attend(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     unit = softcap if SOFTCAP else scale  # what one unit of a score tile is worth
+    row = (i_m * CONSUMERS + which) * ROWS
     # They come while the first tile does.
-    start, stop = intervals(p_start, p_stop, entry, row, q_len, kv_len, s_layout, MASK)
+    start, stop = intervals(p_start, p_stop, i_b * stride_interval, row, q_len, kv_len, s_layout, MASK)
 
-    # A last tile that a block of rows needs may be beyond what these 64 of them see. Not so with two consumers, as a rule: their 128
-    # rows are as many as a tile has keys. A tile that is skipped is partial, so the loops below need not ask again.
-    skip = 0
-    if CONSUMERS == 3 and (MASK == INTERVALS or (MASK == BAND and HAS_RIGHT)):
-        own_stop = gl.max(stop, 0) if MASK == INTERVALS else gl.minimum(row + ROWS + offset + right, kv_len)
+    # Of the tiles that a block of rows needs, these 64 of them may need fewer, from the ``skip``-th up to the ``end``-th visited, and
+    # what is partial for the block may be full for them. A band is the same for all, but 192 rows are more than a tile has keys.
+    skip, end = 0, n_tiles
+    if MASK == INTERVALS:
+        skip, end, right_partial, full = own_tiles(smem_plan, done, which, first, n_tiles)
+    if MASK == BAND and HAS_RIGHT and CONSUMERS == 3:
+        own_stop = gl.minimum(row + ROWS + offset + right, kv_len)
         own_last = gl.maximum((own_stop + BLOCK_N - 1) // BLOCK_N, first + 1)
         skip = gl.maximum(first + n_tiles - own_last, 0)
-        for i in range(0, skip):
-            stage, phase = (visited + i) % STAGES, (visited + i) // STAGES & 1
-            wait_turn(which)
-            pass_turn(which, CONSUMERS)
-            mbarrier.wait(ready_k.index(stage), phase)
-            mbarrier.arrive(empty_k.index(stage), count=1)
-            mbarrier.wait(ready_v.index(stage), phase)
-            mbarrier.arrive(empty_v.index(stage), count=1)
-        if MASK == BAND and not HAS_LEFT:
-            # And one that is partial for the block may be full for these rows.
+        if not HAS_LEFT:
             seen_by_all = gl.maximum(gl.minimum(row + offset + right + 1, kv_len), 0) // BLOCK_N
             right_partial = gl.maximum(n_tiles - seen_by_all, 0)
             full = n_tiles - right_partial
+    pass_over(0, skip, which, ready_k, ready_v, empty_k, empty_v, visited, CONSUMERS, STAGES)
 
     # The first tile has no P V of a tile before it to run beside.
     stage, phase = (visited + skip) % STAGES, (visited + skip) // STAGES & 1
@@ -370,23 +373,54 @@ def attend(
         BLOCK_N, CONSUMERS, STAGES, s_layout, o_layout, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI,
     )  # fmt: skip
     if HAS_LEFT or MASK == INTERVALS:
-        # Loaded again: the loop over the full tiles needs every register.
-        start, stop = intervals(p_start, p_stop, entry, row, q_len, kv_len, s_layout, MASK)
+        # Looked up again: the loop over the full tiles needs every register.
+        i_b, _, i_m = noted_place(smem_plan, done)
+        row = (i_m * CONSUMERS + which) * ROWS
+        start, stop = intervals(p_start, p_stop, i_b * stride_interval, row, q_len, kv_len, s_layout, MASK)
+        if MASK == INTERVALS:
+            first, n_tiles, right_partial, full = noted_tiles(smem_plan, done)
+            skip, end, right_partial, full = own_tiles(smem_plan, done, which, first, n_tiles)
         b_m, b_l, b_acc, p_left, p_right = turns(
-            right_partial + full, n_tiles, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
+            right_partial + full, end, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
             start, stop, visited, row, first + n_tiles - 1, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D,
             BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, s_layout, o_layout, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI,
         )  # fmt: skip
 
     mbarrier.arrive(empty_q, count=1)
-    stage, phase = (visited + n_tiles - 1) % STAGES, (visited + n_tiles - 1) // STAGES & 1
+    stage, phase = (visited + end - 1) % STAGES, (visited + end - 1) // STAGES & 1
     mbarrier.wait(ready_v.index(stage), phase)
     v = smem_v.index(stage).reshape([BLOCK_N, BLOCK_DV])
     b_p = unpack(halves_joined(p_left, p_right), smem_v.dtype, o_layout)
     b_acc = warpgroup_mma(b_p, v, b_acc, is_async=True)
     b_acc, b_p = warpgroup_mma_wait(0, deps=(b_acc, b_p))
     mbarrier.arrive(empty_v.index(stage), count=1)
+    pass_over(end, n_tiles, which, ready_k, ready_v, empty_k, empty_v, visited, CONSUMERS, STAGES)
     return b_m, b_l, b_acc
+
+
+@gluon.jit
+def own_tiles(smem_plan, done, which, first, n_tiles):
+    """Of the tiles that a block of rows needs under row intervals, those of one consumer, in the order of their visits: the first, one
+    past the last, one past the partial ones at the beginning, and how many then are full."""
+    slot = done % PLANS * PLAN + 7 + which * 4
+    own_first, own_n = noted(smem_plan, slot), noted(smem_plan, slot + 1)
+    skip = first + n_tiles - own_first - own_n
+    return skip, skip + own_n, skip + noted(smem_plan, slot + 2), noted(smem_plan, slot + 3)
+
+
+@gluon.jit
+def pass_over(
+    from_tile, to_tile, which, ready_k, ready_v, empty_k, empty_v, visited, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Give back tiles that only other consumers need, in turn as if they had been used."""
+    for i in range(from_tile, to_tile):
+        stage, phase = (visited + i) % STAGES, (visited + i) // STAGES & 1
+        wait_turn(which)
+        pass_turn(which, CONSUMERS)
+        mbarrier.wait(ready_k.index(stage), phase)
+        mbarrier.arrive(empty_k.index(stage), count=1)
+        mbarrier.wait(ready_v.index(stage), phase)
+        mbarrier.arrive(empty_v.index(stage), count=1)
 
 
 @gluon.jit

@@ -28,7 +28,6 @@ from flashlib.kernels.tiles import (
     HOPPER_BACKWARD,
     HOPPER_BACKWARD_ROOMY,
     HOPPER_DQ,
-    HOPPER_INTERVALS,
     HOPPER_LEAST_KEYS,
     HOPPER_NARROW,
     HOPPER_ROOMY,
@@ -121,7 +120,7 @@ def hopper_launches(
         **{"desc_q": tile_descriptor(q, HOPPER_ROWS, block_d), "desc_k": tile_descriptor(k, tiles.block_n, block_d)},
         **{"desc_v": tile_descriptor(v, tiles.block_n, block_dv), "desc_blanked": tile_descriptor(blanked, tiles.block_n, block_dv)},
         **{"p_out": out, "p_lse": lse, "p_counter": torch.zeros(2, dtype=torch.int32, device=q.device), "offset": offset},
-        **{"p_tiles": prepared["tiles"], "stride_tiles": 0 if prepared["tiles"] is None else batch_stride(prepared["tiles"]) // 5},
+        **{"p_tiles": prepared["tiles"], "stride_tiles": row_blocks if batch_stride(prepared["tiles"]) else 0},
         **{"p_blanked": prepared["flags"], "stride_blanked": batch_stride(prepared["flags"])},
         **strides(o=out),
         **{"heads": heads, "q_heads": q_heads, "heads_together": heads_together(heads, row_blocks, programs, bytes_per_head, spread)},
@@ -138,9 +137,8 @@ def hopper_tiles(head_dim: int, keys: int, options: KernelOptions) -> HopperTile
     extras = [two_sided, options.softcap > 0, options.alibi_slopes is not None]
     if head_dim > 64:
         return HOPPER_NARROW if all(extras) else HOPPER[128]
-    if options.mask_kind == INTERVALS and not any(extras[1:]):
-        return HOPPER_INTERVALS
-    return HOPPER_ROOMY if any(extras) or keys < HOPPER_LEAST_KEYS else HOPPER[64]
+    few = options.left is not None or keys < HOPPER_LEAST_KEYS
+    return HOPPER_ROOMY if few or any(extras[1:]) else HOPPER[64]
 
 
 def heads_together(heads: int, row_blocks: int, programs: int, bytes_per_head: float, spread: float) -> int:
@@ -170,7 +168,7 @@ def prepare_launch(
     batch, kv_heads, kv_len, v_head_dim = v.shape
     entries, row_blocks, key_tiles = options.start.shape[0], blocks(q_len, tiles.block_m), blocks(kv_len, tiles.block_n)
     prepared = {
-        "tiles": torch.empty(entries, row_blocks, 5, dtype=torch.int32, device=v.device),
+        "tiles": torch.empty(entries, row_blocks, 5 + 4 * tiles.consumers, dtype=torch.int32, device=v.device),
         "flags": torch.empty(entries, key_tiles, dtype=torch.int32, device=v.device),
         "blanked": torch.empty(v.shape, dtype=v.dtype, device=v.device),
     }
@@ -187,6 +185,7 @@ def prepare_launch(
             "v_head_dim": v_head_dim,
             "BLOCK_M": tiles.block_m,
             "WIDTH": padded(tiles.block_m),
+            "GROUP": HOPPER_ROWS,
             "BLOCK_N": tiles.block_n,
         },
         **{"CHECK_DV": checked_channels(v), "BLOCK_DV": padded(v_head_dim), "CHUNK": PREPARE_CHUNK},
@@ -279,7 +278,7 @@ def hopper_dq_launches(
         **{"desc_k": tile_descriptor(k, tiles.block_n, block_d), "desc_v": tile_descriptor(v, tiles.block_n, block_dv)},
         **{"desc_blanked": tile_descriptor(blanked, tiles.block_n, block_d), "desc_dq": tile_descriptor(tensors.dq, HOPPER_ROWS, block_d)},
         **{"p_lse": rows[0], "p_delta": rows[1], "stride_row": rows.shape[3], "p_tiles": prepared["tiles"]},
-        **{"stride_tiles": 0 if prepared["tiles"] is None else batch_stride(prepared["tiles"]) // 5},
+        **{"stride_tiles": blocks(q_len, tiles.block_m) if batch_stride(prepared["tiles"]) else 0},
         **{"p_blanked": prepared["flags"], "stride_blanked": batch_stride(prepared["flags"])},
         **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_N": tiles.block_n, "CONSUMERS": tiles.consumers},
         **{"STAGES": tiles.num_stages, "CONSUMER_REGISTERS": tiles.registers},

@@ -21,15 +21,16 @@ from flashlib.kernels.common import key_ranges, load_tile, store_tile
 def hopper_prepare(
     p_start, p_stop, p_v, p_tiles, p_blanked, p_flags, stride_interval, stride_tiles, stride_flags, stride_vb, stride_vh, stride_vs,
     stride_bb, stride_bh, stride_bs, batch, entries, kv_heads, q_len, kv_len, v_head_dim, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """For each block of rows, which tiles of keys it needs; for each tile of keys, whether some of them are seen by no row.
 
     Of a tile with unseen keys a copy of V is made in which they are 0: the forward multiplies whole tiles by weights, and a weight of
     0 does not hide a NaN. For dQ it is K, which is multiplied by dS. Tiles without unseen keys, nearly all as a rule, are not copied.
 
-    Writes int32 ``[B or 1, row blocks, 5]``: the block, its first tile, how many, how many of the last are partial (all, if none is
-    full), how many then are full, the blocks that have most to do first; and int32 ``[B or 1, key tiles]``: 1 if the copy must be used.
+    Writes int32 ``[B or 1, row blocks, 5 + 4 * BLOCK_M / GROUP]``, the blocks that have most to do first: which block it is, its first
+    tile, how many, how many of the last are partial (all, if none is full), how many then are full; and the latter four again for
+    each ``GROUP`` of its rows alone. And int32 ``[B or 1, key tiles]``: 1 if the copy must be used.
     """
     row_blocks = tl.cdiv(q_len, BLOCK_M)
     i_e = tl.program_id(1)
@@ -38,9 +39,16 @@ def hopper_prepare(
     if tl.program_id(0) < row_blocks:
         i_m = tl.program_id(0)
         rank = rank_of(p_start, p_stop, i_m, row_blocks, q_len, BLOCK_M, CHUNK)
-        p_tiles += (i_e * stride_tiles + rank) * 5
+        p_tiles += (i_e * stride_tiles + rank) * (5 + 4 * (BLOCK_M // GROUP))
         tl.store(p_tiles, i_m)
-        count_tiles(p_start, p_stop, p_tiles + 1, i_m * BLOCK_M, q_len, kv_len, BLOCK_M, WIDTH, BLOCK_N)
+        o_m = i_m * BLOCK_M + tl.arange(0, WIDTH)  # a power of two, which BLOCK_M need not be
+        m_rows = (o_m < q_len) & (o_m < (i_m + 1) * BLOCK_M)
+        start = tl.load(p_start + o_m, mask=m_rows, other=0)
+        stop = tl.load(p_stop + o_m, mask=m_rows, other=0)
+        first, last = count_tiles(p_tiles + 1, start, stop, m_rows, 0, tl.cdiv(kv_len, BLOCK_N), kv_len, BLOCK_N)
+        for group in tl.static_range(0, BLOCK_M // GROUP):
+            m_group = m_rows & ((o_m - i_m * BLOCK_M) // GROUP == group)
+            count_tiles(p_tiles + 5 + group * 4, start, stop, m_group, first, last, kv_len, BLOCK_N)
     else:
         i_n = tl.program_id(0) - row_blocks
         unseen = unseen_keys(p_start, p_stop, i_n * BLOCK_N, q_len, kv_len, BLOCK_N, CHUNK)
@@ -125,25 +133,23 @@ def rank_of(p_start, p_stop, i_m, row_blocks, q_len, BLOCK_M: tl.constexpr, CHUN
 
 
 @triton.jit
-def count_tiles(
-    p_start, p_stop, p_tiles, row, q_len, kv_len, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Four numbers for one block of rows. At least one tile is visited, so that rows that see nothing need no code of their own."""
-    o_m = row + tl.arange(0, WIDTH)  # a power of two, which BLOCK_M need not be
-    m_rows = (o_m < q_len) & (o_m < row + BLOCK_M)
-    start = tl.load(p_start + o_m, mask=m_rows, other=0)
-    stop = tl.load(p_stop + o_m, mask=m_rows, other=0)
+def count_tiles(p_tiles, start, stop, m_rows, least, most, kv_len, BLOCK_N: tl.constexpr):
+    """Four numbers for some rows, whose tiles lie in ``least .. most - 1``; returns the first tile and one past the last.
+
+    At least one tile is visited, so that rows that see nothing need no code of their own.
+    """
     first, full_first, full_last, last = key_ranges(start, stop, m_rows, kv_len, BLOCK_N)
     first, full_first, full_last, last = first // BLOCK_N, full_first // BLOCK_N, full_last // BLOCK_N, last // BLOCK_N
-    first = tl.minimum(first, tl.maximum(last - 1, 0))
-    last = tl.maximum(last, first + 1)
+    first = tl.maximum(tl.minimum(first, tl.minimum(last, most) - 1), least)
+    last = tl.maximum(tl.minimum(last, most), first + 1)
     full_first = tl.minimum(tl.maximum(full_first, first), last)
     full_last = tl.minimum(tl.maximum(full_last, full_first), last)
+    full = full_last - full_first
     tl.store(p_tiles, first)
     tl.store(p_tiles + 1, last - first)
-    full = full_last - full_first
     tl.store(p_tiles + 2, tl.where(full > 0, last - full_last, last - first))
     tl.store(p_tiles + 3, full)
+    return first, last
 
 
 @triton.jit

@@ -12,7 +12,6 @@ __all__ = [
     "HOPPER",
     "HOPPER_BACKWARD",
     "HOPPER_BACKWARD_ROOMY",
-    "HOPPER_INTERVALS",
     "HOPPER_LEAST_KEYS",
     "HOPPER_NARROW",
     "HOPPER_ROOMY",
@@ -80,9 +79,6 @@ HOPPER = {64: HopperTiles(3, 128, 3, 160), 128: HopperTiles(2, 128, 2, 240)}
 # With a softcap or ALiBi at head_dim 64: the 160 registers a thread of three consumers are too few for them. Also for windows and
 # short sequences, of which blocks of 192 rows cut off too much.
 HOPPER_ROOMY = HopperTiles(2, 128, 4, 240)
-# Row intervals at head_dim 64, if nothing else is asked: narrower tiles leave three consumers registers for them. At 4k packed, full
-# and causal, and at ragged lengths 436, 400 and 388 TFLOP/s, against 420, 388 and 366 by two consumers.
-HOPPER_INTERVALS = HopperTiles(3, 64, 4, 160)
 # With a softcap, ALiBi, and row intervals or a window, all three, at head_dim 128.
 HOPPER_NARROW = HopperTiles(2, 64, 3, 240)
 # Keys per row from which on three consumers were faster: with 1024, 415 against 373 TFLOP/s full, and 365 against 356 causal; with

@@ -48,18 +48,31 @@ def run_one(seed: int) -> None:
 
 
 def check_tiles(told, intervals, tiles: HopperTiles, problem: str) -> None:
-    """Each block of rows once, and of its keys: skipped ones are hidden, full ones are seen by all rows, the rest is masked."""
-    kinds = intervals.tile_map(tiles.block_m, tiles.block_n)
-    for entry, blocks in zip(kinds, told, strict=True):
+    """Each block of rows once, and of its keys: skipped ones are hidden, full ones are seen by all rows, the rest is masked. The same
+    for the rows of each consumer, whose tiles are among those of the block; beyond the last row they may be any of them."""
+    kinds, kinds_of_groups = intervals.tile_map(tiles.block_m, tiles.block_n), intervals.tile_map(64, tiles.block_n)
+    assert told.shape == (*kinds.shape[:2], 5 + 4 * tiles.consumers), problem
+    for entry, entry_of_groups, blocks in zip(kinds, kinds_of_groups, told, strict=True):
         assert sorted(blocks[:, 0].tolist()) == list(range(len(entry))), problem
-        for i_m, first, n_tiles, right_partial, full in blocks.tolist():
-            assert n_tiles >= 1 and right_partial >= 0 and full >= 0 and right_partial + full <= n_tiles, problem
-            assert full > 0 or right_partial == n_tiles, problem
-            last = first + n_tiles
-            outside = torch.ones(entry.shape[1], dtype=torch.bool)
-            outside[first:last] = False
-            assert (entry[i_m, outside] == Tile.SKIP).all(), problem
-            assert (entry[i_m, last - right_partial - full : last - right_partial] == Tile.FULL).all(), problem
+        for i_m, first, n_tiles, *numbers in blocks.tolist():
+            check_range(entry[i_m], first, n_tiles, *numbers[:2], problem)
+            for consumer in range(tiles.consumers):
+                own_first, own_tiles, *own = numbers[2 + 4 * consumer : 6 + 4 * consumer]
+                assert first <= own_first and own_first + own_tiles <= first + n_tiles, problem
+                group = i_m * tiles.consumers + consumer
+                hidden = torch.full(entry.shape[1:], Tile.SKIP)
+                row = entry_of_groups[group] if group < len(entry_of_groups) else hidden
+                check_range(row, own_first, own_tiles, *own, problem)
+
+
+def check_range(row, first: int, n_tiles: int, right_partial: int, full: int, problem: str) -> None:
+    assert n_tiles >= 1 and right_partial >= 0 and full >= 0 and right_partial + full <= n_tiles, problem
+    assert full > 0 or right_partial == n_tiles, problem
+    last = first + n_tiles
+    outside = torch.ones(len(row), dtype=torch.bool)
+    outside[first:last] = False
+    assert (row[outside] == Tile.SKIP).all(), problem
+    assert (row[last - right_partial - full : last - right_partial] == Tile.FULL).all(), problem
 
 
 def check_blanked(prepared, seen, v, block_n: int, problem: str) -> None:

@@ -23,7 +23,8 @@ from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
 
 # Of flashlib.kernels.common only the constants serve here: its functions are Triton's and cannot be called from Gluon.
 ROWS = gl.constexpr(64)  # of one consumer: what one warpgroup's instruction takes
-PLAN = gl.constexpr(19)  # numbers that the producer tells the consumers about each block of rows
+PLAN = gl.constexpr(7)  # numbers that the producer tells the consumers about each block of rows
+OWN = gl.constexpr(16)  # and four about each consumer's rows, if row intervals say what they see; a power of two
 PLANS = gl.constexpr(
     3
 )  # that are kept: of a block whose output is still written, of the one under way, and of the next
@@ -43,6 +44,7 @@ def hopper_forward(
     smem_k = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], desc_k.layout)
     smem_v = gl.allocate_shared_memory(desc_v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], desc_v.layout)
     smem_plan = gl.allocate_shared_memory(gl.int32, [PLANS * PLAN, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    smem_own = gl.allocate_shared_memory(gl.int32, [PLANS, OWN], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready_plan = gl.allocate_shared_memory(gl.int64, [PLANS, 1], mbarrier.MBarrierLayout())
     ready_q = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty_q = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -64,29 +66,29 @@ def hopper_forward(
     row_blocks = (q_len + ROWS * CONSUMERS - 1) // (ROWS * CONSUMERS)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (0, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
+            (consume, (0, smem_q, smem_k, smem_v, smem_plan, smem_own, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
                        p_start, p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV,
                        BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (consume, (1, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
+            (consume, (1, smem_q, smem_k, smem_v, smem_plan, smem_own, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
                        p_start, p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV,
                        BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (produce, (desc_q, desc_k, desc_v, desc_blanked, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v,
+            (produce, (desc_q, desc_k, desc_v, desc_blanked, smem_q, smem_k, smem_v, smem_plan, smem_own, ready_plan, ready_q, empty_q, ready_k, ready_v,
                        empty_k, empty_v, p_counter, p_tiles, p_blanked, stride_tiles, stride_blanked, heads, q_heads, group_size,
                        heads_together, row_blocks, q_len, kv_len, offset, left, right, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT,
                        HAS_RIGHT)),
         ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (0, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
+            (consume, (0, smem_q, smem_k, smem_v, smem_plan, smem_own, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
                        p_start, p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV,
                        BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (consume, (1, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
+            (consume, (1, smem_q, smem_k, smem_v, smem_plan, smem_own, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
                        p_start, p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV,
                        BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (consume, (2, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
+            (consume, (2, smem_q, smem_k, smem_v, smem_plan, smem_own, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse,
                        p_start, p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV,
                        BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI)),
-            (produce, (desc_q, desc_k, desc_v, desc_blanked, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v,
+            (produce, (desc_q, desc_k, desc_v, desc_blanked, smem_q, smem_k, smem_v, smem_plan, smem_own, ready_plan, ready_q, empty_q, ready_k, ready_v,
                        empty_k, empty_v, p_counter, p_tiles, p_blanked, stride_tiles, stride_blanked, heads, q_heads, group_size,
                        heads_together, row_blocks, q_len, kv_len, offset, left, right, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT,
                        HAS_RIGHT)),
@@ -146,7 +148,7 @@ def key_tiles(
 
 @gluon.jit
 def produce(
-    desc_q, desc_k, desc_v, desc_blanked, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k,
+    desc_q, desc_k, desc_v, desc_blanked, smem_q, smem_k, smem_v, smem_plan, smem_own, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k,
     empty_v, p_counter, p_tiles, p_blanked, stride_tiles, stride_blanked, heads, q_heads, group_size, heads_together, row_blocks,
     q_len, kv_len, offset, left, right, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
@@ -164,14 +166,16 @@ def produce(
             i_b, rank, row_blocks, q_len, kv_len, offset, left, right, p_tiles, stride_tiles, ROWS * CONSUMERS, BLOCK_N, MASK, HAS_LEFT,
             HAS_RIGHT,
         )  # fmt: skip
+        if MASK == INTERVALS:
+            o_own = gl.arange(0, OWN, layout=gl.BlockedLayout([1], [32], [1], [0]))
+            p_own = p_tiles + (i_b * stride_tiles + rank) * (5 + 4 * CONSUMERS) + 5
+            own = gl.load(p_own + o_own, mask=o_own < 4 * CONSUMERS, other=0)
         block = gl.atomic_add(p_counter, 1) + gl.num_programs(0)
         # Once the Q before the last is no longer needed, its place is free, and nobody reads the plan before that one any more.
         slot = done & 1
         mbarrier.wait(empty_q.index(slot), (done // 2 & 1) ^ 1)
         if MASK == INTERVALS:
-            p_own = p_tiles + (i_b * stride_tiles + rank) * (5 + 4 * CONSUMERS) + 5
-            for i in gl.static_range(4 * CONSUMERS):
-                note(smem_plan, done % PLANS * PLAN + 7 + i, gl.load(p_own + i))
+            smem_own.index(done % PLANS).store(own)
         announce(smem_plan, ready_plan, done, i_b, i_h, i_m, first, n_tiles, right_partial, full)
         mbarrier.expect(ready_q.index(slot), CONSUMERS * desc_q.block_type.nbytes)
         for i in gl.static_range(CONSUMERS):
@@ -261,7 +265,7 @@ def noted_place(smem_plan, done):
 
 @gluon.jit
 def consume(
-    which, smem_q, smem_k, smem_v, smem_plan, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse, p_start,
+    which, smem_q, smem_k, smem_v, smem_plan, smem_own, ready_plan, ready_q, empty_q, ready_k, ready_v, empty_k, empty_v, p_out, p_lse, p_start,
     p_stop, p_slopes, stride_ob, stride_oh, stride_os, stride_interval, stride_slope, q_heads, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
@@ -280,8 +284,8 @@ def consume(
         mbarrier.wait(ready_q.index(done & 1), done // 2 & 1)
         b_m, b_l, b_acc = attend(
             which, smem_q.index((done & 1) * CONSUMERS + which).reshape([ROWS, BLOCK_D]), smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
-            empty_q.index(done & 1), smem_plan, done, p_start, p_stop, stride_interval, i_b, i_m, visited, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap,
-            slope, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI,
+            empty_q.index(done & 1), smem_plan, smem_own, done, p_start, p_stop, stride_interval, i_b, i_m, visited, first, n_tiles, right_partial, full, q_len, kv_len, offset, left, right, scale, softcap,
+            slope, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, MASK, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, CHECK_DV,
         )  # fmt: skip
         i_b, i_h, i_m = noted_place(smem_plan, done)  # read again: the loops need every register
         row = (i_m * CONSUMERS + which) * ROWS
@@ -310,11 +314,11 @@ def consume(
 
 @gluon.jit
 def attend(
-    which, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, empty_q, smem_plan, done, p_start, p_stop, stride_interval,
+    which, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v, empty_q, smem_plan, smem_own, done, p_start, p_stop, stride_interval,
     i_b, i_m, visited, first, n_tiles,
     right_partial, full, q_len, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, CHECK_DV: gl.constexpr,
 ):  # fmt: skip
     """Attention of 64 rows over their tiles: the running maximum, the sum of each thread's weights, and the unnormalised output."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -328,7 +332,7 @@ def attend(
     # what is partial for the block may be full for them. A band is the same for all, but 192 rows are more than a tile has keys.
     skip, end = 0, n_tiles
     if MASK == INTERVALS:
-        skip, end, right_partial, full = own_tiles(smem_plan, done, which, first, n_tiles)
+        skip, end, right_partial, full = own_tiles(smem_own, done, which, first, n_tiles)
     if MASK == BAND and HAS_RIGHT and CONSUMERS == 3:
         own_stop = gl.minimum(row + ROWS + offset + right, kv_len)
         own_last = gl.maximum((own_stop + BLOCK_N - 1) // BLOCK_N, first + 1)
@@ -373,13 +377,15 @@ def attend(
         BLOCK_N, CONSUMERS, STAGES, s_layout, o_layout, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI,
     )  # fmt: skip
     if HAS_LEFT or MASK == INTERVALS:
-        # Looked up again: the loop over the full tiles needs every register.
+        # Looked up again: the loop over the full tiles needs every register. That is quick but for the intervals, which are in memory
+        # and are kept if nothing else takes the registers.
         i_b, _, i_m = noted_place(smem_plan, done)
         row = (i_m * CONSUMERS + which) * ROWS
-        start, stop = intervals(p_start, p_stop, i_b * stride_interval, row, q_len, kv_len, s_layout, MASK)
+        if CONSUMERS == 3 or SOFTCAP or ALIBI or CHECK_DV:
+            start, stop = intervals(p_start, p_stop, i_b * stride_interval, row, q_len, kv_len, s_layout, MASK)
         if MASK == INTERVALS:
             first, n_tiles, right_partial, full = noted_tiles(smem_plan, done)
-            skip, end, right_partial, full = own_tiles(smem_plan, done, which, first, n_tiles)
+            skip, end, right_partial, full = own_tiles(smem_own, done, which, first, n_tiles)
         b_m, b_l, b_acc, p_left, p_right = turns(
             right_partial + full, end, which, b_m, b_l, b_acc, p_left, p_right, q, smem_k, smem_v, ready_k, ready_v, empty_k, empty_v,
             start, stop, visited, row, first + n_tiles - 1, kv_len, offset, left, right, scale, softcap, slope, BLOCK_D,
@@ -399,13 +405,18 @@ def attend(
 
 
 @gluon.jit
-def own_tiles(smem_plan, done, which, first, n_tiles):
+def own_tiles(smem_own, done, which, first, n_tiles):
     """Of the tiles that a block of rows needs under row intervals, those of one consumer, in the order of their visits: the first, one
     past the last, one past the partial ones at the beginning, and how many then are full."""
-    slot = done % PLANS * PLAN + 7 + which * 4
-    own_first, own_n = noted(smem_plan, slot), noted(smem_plan, slot + 1)
+    layout: gl.constexpr = gl.BlockedLayout([OWN], [32], [4], [0])  # each thread holds them all
+    numbers = smem_own.index(done % PLANS).load(layout)
+    which_number = gl.arange(0, OWN, layout=layout) - which * 4
+    own_first = gl.sum(gl.where(which_number == 0, numbers, 0), 0)
+    own_n = gl.sum(gl.where(which_number == 1, numbers, 0), 0)
+    own_right_partial = gl.sum(gl.where(which_number == 2, numbers, 0), 0)
+    own_full = gl.sum(gl.where(which_number == 3, numbers, 0), 0)
     skip = first + n_tiles - own_first - own_n
-    return skip, skip + own_n, skip + noted(smem_plan, slot + 2), noted(smem_plan, slot + 3)
+    return skip, skip + own_n, skip + own_right_partial, own_full
 
 
 @gluon.jit

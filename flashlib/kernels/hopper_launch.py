@@ -133,12 +133,12 @@ def hopper_launches(
 
 def hopper_tiles(head_dim: int, keys: int, options: KernelOptions) -> HopperTiles:
     """The shape of the forward for about so many ``keys`` per row."""
-    two_sided = options.mask_kind == INTERVALS or options.left is not None
-    extras = [two_sided, options.softcap > 0, options.alibi_slopes is not None]
+    extras = [options.softcap > 0, options.alibi_slopes is not None]
     if head_dim > 64:
-        return HOPPER_NARROW if all(extras) else HOPPER[128]
+        crowded = any(extras) if options.mask_kind == INTERVALS else options.left is not None and all(extras)
+        return HOPPER_NARROW if crowded else HOPPER[128]
     few = options.left is not None or keys < HOPPER_LEAST_KEYS
-    return HOPPER_ROOMY if few or any(extras[1:]) else HOPPER[64]
+    return HOPPER_ROOMY if few or any(extras) else HOPPER[64]
 
 
 def heads_together(heads: int, row_blocks: int, programs: int, bytes_per_head: float, spread: float) -> int:

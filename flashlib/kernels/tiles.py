@@ -79,7 +79,7 @@ HOPPER = {64: HopperTiles(3, 128, 3, 160), 128: HopperTiles(2, 128, 2, 240)}
 # With a softcap or ALiBi at head_dim 64: the 160 registers a thread of three consumers are too few for them. Also for windows and
 # short sequences, of which blocks of 192 rows cut off too much.
 HOPPER_ROOMY = HopperTiles(2, 128, 4, 240)
-# With a softcap, ALiBi, and row intervals or a window, all three, at head_dim 128.
+# At head_dim 128, with a softcap or ALiBi under row intervals, or both of them under a window.
 HOPPER_NARROW = HopperTiles(2, 64, 3, 240)
 # Keys per row from which on three consumers were faster: with 1024, 415 against 373 TFLOP/s full, and 365 against 356 causal; with
 # 512, under a causal mask, 264 against 312.

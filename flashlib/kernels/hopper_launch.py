@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from flashlib.kernels.launch import (
-    BAND,
     INTERVALS,
     BackwardTensors,
     KernelOptions,
@@ -42,10 +41,10 @@ __all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_dq_launches",
 
 
 HOPPER_CACHE = 8 << 20  # bytes of K and V that heads worked on together may take
-# Blocks of rows for each program that a group of heads must have where some have more work than others. Row intervals can be very
-# unequal: of four ragged sequences one had 85 % of the work. On an H200, at head_dim 128, that batch ran at 486 TFLOP/s with 4
-# heads together and at 516 with 8; causal attention of 16k keys at 639 and 626, for their keys have no room in the cache.
-HOPPER_SPREAD = {BAND: 3.5, INTERVALS: 7}
+# Blocks of rows for each program that a group of heads must have where some have more work than others. On an H200 at head_dim 128,
+# where K and V of 16k keys take 8 MiB a head: 4 heads together, as this gives, or 8 ran causal attention of 16k keys at 639 or 626
+# TFLOP/s, packed causal sequences of 1k at 377 or 352, and ragged ones at 545 or 568.
+HOPPER_SPREAD = 3.5
 PREPARE_CHUNK = 1024  # rows that hopper_prepare looks at together
 
 
@@ -115,7 +114,7 @@ def hopper_launches(
     blanked = v if prepared["blanked"] is None else prepared["blanked"]
     programs = min(multiprocessors(q.device), row_blocks * heads)
     bytes_per_head = k.shape[2] * (head_dim + v.shape[3]) * k.element_size() / arguments["group_size"]
-    spread = HOPPER_SPREAD[options.mask_kind] if options.mask_kind == INTERVALS or options.right is not None else 0
+    spread = HOPPER_SPREAD if options.mask_kind == INTERVALS or options.right is not None else 0
     arguments |= {
         **{"desc_q": tile_descriptor(q, HOPPER_ROWS, block_d), "desc_k": tile_descriptor(k, tiles.block_n, block_d)},
         **{"desc_v": tile_descriptor(v, tiles.block_n, block_dv), "desc_blanked": tile_descriptor(blanked, tiles.block_n, block_dv)},

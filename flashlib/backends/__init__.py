@@ -1,6 +1,6 @@
 """Every way to run an attention problem, the order in which they are tried, and the reasons.
 
-``attention(..., backend="auto")`` takes the first backend of :data:`PREFERENCES` that can run the problem;
+``attention(..., backend="auto")`` takes the first backend of :func:`order_of_choice` that can run the problem;
 ``explain(spec)`` shows the whole list with each one's answer. A backend that cannot run a problem says why. A backend asked
 for by name either runs or raises: nothing else runs in its place.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from tabulate import tabulate
 
 from flashlib.backends.base import Backend, BackendUnavailableError
@@ -29,6 +30,7 @@ __all__ = [
     "available",
     "choose",
     "explain",
+    "order_of_choice",
 ]
 
 BACKENDS: dict[str, Backend] = {
@@ -57,6 +59,9 @@ class Preference:
 
 # The figures are forward passes at head_dim 128, 16k tokens, bf16, on one H200 (torch 2.11, TFLOP/s full / causal).
 PREFERENCES: tuple[Preference, ...] = (
+    Preference(
+        "triton", "our own kernels: any mask, the LSE and its gradient, deterministic; 680 / 689 TFLOP/s on an H200"
+    ),
     Preference("flash_attn_3", "written for Hopper; the published figures lead on that GPU"),
     Preference("torch_sdpa_cudnn", "comes with PyTorch; 605 / 553 TFLOP/s on an H200, 1.7x FlashAttention-2"),
     Preference("flash_attn_2", "FlashAttention-2 with windows, softcap and LSE, which PyTorch's copy does not offer"),
@@ -64,7 +69,6 @@ PREFERENCES: tuple[Preference, ...] = (
         "torch_sdpa_flash", "FlashAttention-2 inside PyTorch: 340 / 318 TFLOP/s on an H200; the fused kernel on CPUs"
     ),
     Preference("torch_sdpa_efficient", "takes any mask and fp32 on a GPU, without the N x N matrix of scores"),
-    Preference("triton", "our own kernels: any mask, the LSE and its gradient, deterministic"),
     Preference("tiled", "runs everything everywhere in linear memory; a Python loop, so slow for its size"),
     Preference("torch_sdpa_math", "PyTorch's unfused formula: makes the N x N matrix, so only when asked for"),
     Preference("reference", "the formula itself, for comparison"),
@@ -105,7 +109,7 @@ def choose(spec: AttentionSpec, backend: str = "auto", config: FlashAttentionCon
         if reason:
             raise BackendUnavailableError(f"backend {backend!r} cannot run this: {reason}")
         return chosen
-    for name in _order(config):
+    for name in order_of_choice(config, spec.device):
         if BACKENDS[name].why_not(spec, config) is None:
             return BACKENDS[name]
     raise BackendUnavailableError(f"no backend in the order of choice can run this:\n{explain(spec, config)}")
@@ -121,7 +125,7 @@ def explain(spec: AttentionSpec, config: FlashAttentionConfig | None = None) -> 
     config = config or current_config()
     reasons = {preference.backend: preference.reason for preference in PREFERENCES}
     rows, chosen = [], None
-    for name in _order(config):
+    for name in order_of_choice(config, spec.device):
         obstacle = BACKENDS[name].why_not(spec, config)
         if obstacle is None and chosen is None:
             chosen = name
@@ -163,5 +167,15 @@ def _check_spec(spec: AttentionSpec) -> None:
         raise TypeError(f"spec must be an AttentionSpec; got {type(spec).__name__} ({hint})")
 
 
-def _order(config: FlashAttentionConfig) -> list[str]:
-    return list(config.order) or [preference.backend for preference in PREFERENCES]
+def order_of_choice(config: FlashAttentionConfig, device: torch.device) -> list[str]:
+    """The backends that ``"auto"`` tries for tensors on ``device``: those of ``config.order``, or else of :data:`PREFERENCES`.
+
+    On a CPU, where our kernels run in Triton's interpreter if at all, they come after everything that is compiled.
+    """
+    if config.order:
+        return list(config.order)
+    names = [preference.backend for preference in PREFERENCES]
+    if device.type == "cpu":
+        names.remove("triton")
+        names.insert(names.index("tiled"), "triton")
+    return names

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import flashlib
 from flashlib import AttentionSpec, BackendUnavailableError, FlashAttentionConfig, attention, explain, masks, use_config
-from flashlib.backends import BACKENDS, PREFERENCES, available, choose
+from flashlib.backends import BACKENDS, PREFERENCES, available, choose, order_of_choice
 from flashlib.config import current_config
 from flashlib.reference import assert_within_budget, check, check_gradients, error_budget, naive_attention, oracle
 
@@ -153,13 +153,23 @@ def test_explain_lists_every_backend_once_and_marks_what_auto_runs():
     spec = AttentionSpec.from_tensors(Q, K, V)
     explanation = explain(spec)
     assert sorted(row[0] for row in explanation.rows) == sorted(BACKENDS)
-    assert [row[0] for row in explanation.rows] == [preference.backend for preference in PREFERENCES]
     assert explanation.chosen == choose(spec).name == "torch_sdpa_flash"
     assert f"->  {explanation.chosen}" in str(explanation)
     assert "<table>" in explanation._repr_html_()
     for name, runs, reason in explanation.rows:
         assert reason
         assert runs == (BACKENDS[name].why_not(spec, current_config()) is None)
+
+
+def test_our_kernels_come_first_on_a_gpu_and_behind_compiled_ones_on_a_cpu():
+    preferred = [preference.backend for preference in PREFERENCES]
+    assert preferred[0] == "triton"
+    assert order_of_choice(FlashAttentionConfig(), torch.device("cuda")) == preferred
+    on_cpu = order_of_choice(FlashAttentionConfig(), torch.device("cpu"))
+    assert [name for name in on_cpu if name != "triton"] == preferred[1:]
+    assert on_cpu.index("torch_sdpa_flash") < on_cpu.index("triton") < on_cpu.index("tiled")
+    asked = FlashAttentionConfig(order=["tiled", "triton"])
+    assert order_of_choice(asked, torch.device("cpu")) == ["tiled", "triton"]
 
 
 def test_auto_falls_through_with_a_reason():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashlib.attention import attention
-from flashlib.backends import BACKENDS, PREFERENCES, BackendUnavailableError
+from flashlib.backends import BACKENDS, BackendUnavailableError, order_of_choice
 from flashlib.config import FA2Config, FA3Config, FlashAttentionConfig, current_config
 from flashlib.interop.flash_attn.arguments import Options, check_tensors
 from flashlib.interop.flash_attn.kv_cache import flash_attn_combine, flash_attn_with_kvcache
@@ -336,7 +336,7 @@ def _config(options: Options, tensors: tuple[Tensor, ...], *, packed: bool) -> F
                 f"deterministic=True: the gradients of {config.backend!r} may differ from run to run"
             )
     if config.backend == "auto" and (packed or repeatable):
-        order = config.order or [preference.backend for preference in PREFERENCES]
+        order = order_of_choice(config, tensors[0].device)
         unfit = [
             name
             for name in order

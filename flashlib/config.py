@@ -113,7 +113,7 @@ class FlashAttentionConfig:
 
     Attributes:
         backend: name of a backend, or ``"auto"`` for the first in the order of choice that can run the problem.
-        order: backends for ``"auto"`` to try, in this order; empty for :data:`flashlib.backends.PREFERENCES`.
+        order: backends for ``"auto"`` to try, in this order; empty for :func:`flashlib.backends.order_of_choice`.
         fa3, fa2, triton, tiled: settings of single backends.
         injection: how memories are injected.
     """

@@ -59,9 +59,7 @@ class Preference:
 
 # The figures are forward passes at head_dim 128, 16k tokens, bf16, on one H200 (torch 2.11, TFLOP/s full / causal).
 PREFERENCES: tuple[Preference, ...] = (
-    Preference(
-        "triton", "our own kernels: any mask, the LSE and its gradient, deterministic; 680 / 689 TFLOP/s on an H200"
-    ),
+    Preference("triton", "our own kernels: any mask, the LSE and its gradient, deterministic"),
     Preference("flash_attn_3", "written for Hopper; the published figures lead on that GPU"),
     Preference("torch_sdpa_cudnn", "comes with PyTorch; 605 / 553 TFLOP/s on an H200, 1.7x FlashAttention-2"),
     Preference("flash_attn_2", "FlashAttention-2 with windows, softcap and LSE, which PyTorch's copy does not offer"),

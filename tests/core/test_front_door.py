@@ -153,6 +153,7 @@ def test_explain_lists_every_backend_once_and_marks_what_auto_runs():
     spec = AttentionSpec.from_tensors(Q, K, V)
     explanation = explain(spec)
     assert sorted(row[0] for row in explanation.rows) == sorted(BACKENDS)
+    assert [row[0] for row in explanation.rows] == order_of_choice(current_config(), spec.device)
     assert explanation.chosen == choose(spec).name == "torch_sdpa_flash"
     assert f"->  {explanation.chosen}" in str(explanation)
     assert "<table>" in explanation._repr_html_()

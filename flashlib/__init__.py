@@ -7,6 +7,7 @@ from flashlib.config import FlashAttentionConfig, use_config
 from flashlib.masks import Mask
 from flashlib.partial import Partial
 from flashlib.spec import AttentionSpec
+from flashlib.values import check_values
 
 __all__ = [
     "AttentionSpec",
@@ -16,6 +17,7 @@ __all__ = [
     "Partial",
     "attention",
     "backends",
+    "check_values",
     "explain",
     "masks",
     "use_config",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import choose
 from flashlib.config import FlashAttentionConfig, current_config
+from flashlib.engines import TiledEngine, run_engine
 from flashlib.masks import Mask
+from flashlib.partial import merge_sinks
 from flashlib.spec import AttentionSpec
-from flashlib.tiled import run_tiled
 
 __all__ = ["attention"]
 
@@ -23,6 +25,9 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     config: FlashAttentionConfig | None = None,
@@ -43,6 +48,12 @@ def attention(
             taken from the score of row i and key j (ALiBi, Press et al. 2022, arXiv 2108.12409). A mask that says where rows sit, by
             its offset or as :class:`flashlib.masks.Varlen` does, says it here too, in place of Sk - Sq. None for no bias. They get no
             gradient.
+        sinks: ``[Hq]``, a floating dtype: one more score that every row of a head sees, and that has no value: it takes weight from the others
+            (gpt-oss, arXiv 2508.10925, section 2.3). It is part of the LSE, and gets a gradient. None for none.
+        dropout_p: the share of attention weights that is set to 0, at least 0 and below 1, the others growing by ``1 / (1 - dropout_p)``
+            (Srivastava et al. 2014). The LSE does not know of it.
+        dropout_seed: int64 ``[1]``, on the device: which weights; the same ones on every backend (:mod:`flashlib.dropout`). None to draw it from the
+            device's default generator.
         return_lse: also return the log-sum-exp of each row's scores.
         backend: ``"auto"``, or the name of one backend: it runs there or raises (:func:`flashlib.backends.explain`).
         config: settings for this call; None for those in force (:func:`flashlib.use_config`).
@@ -51,12 +62,15 @@ def attention(
         out ``[B, Hq, Sq, Dv]``, dtype of q. With ``return_lse``, ``(out, lse)``: lse ``[B, Hq, Sq]``, natural logarithm,
         fp32 (fp64 for fp64 inputs).
 
+        Under ``torch.autocast`` q, k and v are cast to its dtype first, as for PyTorch's SDPA: fp64 alone stays as it is.
+
     Raises:
         TypeError, ValueError: bad arguments; the message names the argument, what came and what was expected.
         flashlib.BackendUnavailableError: the named backend cannot run this problem; the message says why.
 
     Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; Dao et al. 2022 (arXiv 2205.14135).
     """
+    q, k, v = autocast_inputs(q, k, v)
     spec = AttentionSpec.from_tensors(
         q,
         k,
@@ -66,14 +80,20 @@ def attention(
         scale=scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
         return_lse=return_lse,
     )
     if config is not None and not isinstance(config, FlashAttentionConfig):
         raise TypeError(f"config must be a FlashAttentionConfig; got {type(config).__name__}")
     config = config or current_config()
     chosen = choose(spec, backend, config)
-    if spec.is_empty:
-        out, lse = run_tiled(q, k, v, spec, config.tiled)  # no tile to visit, so no kernel to launch: zeros and -inf
-    else:
-        out, lse = chosen.run(q, k, v, spec, config)
+    with autocast_off(spec.device):
+        if spec.is_empty:  # no tile to visit, so no kernel to launch: zeros and -inf
+            out, lse = run_engine(TiledEngine(config.tiled), q, k, v, spec)
+        else:
+            out, lse = chosen.run(q, k, v, spec, config)
+        if sinks is not None and (spec.is_empty or not chosen.has_sinks):
+            out, lse = merge_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out

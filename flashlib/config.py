@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from numbers import Real
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import dacite
 import yaml
+from torch.utils import checkpoint
 
 from flashlib.tiled import Tiling
 
@@ -164,14 +166,16 @@ class FlashAttentionConfig:
 
 
 _current: ContextVar[FlashAttentionConfig | None] = ContextVar("flashlib_config", default=None)
+_entered: list[FlashAttentionConfig] = []  # by any thread, the newest last
 
 
 def current_config() -> FlashAttentionConfig:
     """The configuration in force: that of the innermost :func:`use_config`, or the defaults.
 
-    Under ``torch.compile`` it is read once, when the call is traced.
+    A thread that has not entered a :func:`use_config` of its own sees the newest that any thread is inside of: worker threads, and those in which
+    autograd runs a backward pass. Under ``torch.compile`` it is read once, when the call is traced.
     """
-    return _current.get() or FlashAttentionConfig()
+    return _current.get() or (_entered[-1] if _entered else FlashAttentionConfig())
 
 
 # What torch.compiler.assume_constant_result does to a function, without importing the compiler for it: half a second and more.
@@ -180,11 +184,52 @@ current_config._dynamo_marked_constant = True
 
 @contextlib.contextmanager
 def use_config(config: FlashAttentionConfig) -> Iterator[FlashAttentionConfig]:
-    """Let every :func:`flashlib.attention` call inside the block run under ``config``."""
+    """Let every :func:`flashlib.attention` call inside the block run under ``config``.
+
+    What ``torch.utils.checkpoint`` records inside the block it also recomputes under ``config``, wherever the backward pass is run.
+    """
     if not isinstance(config, FlashAttentionConfig):
         raise TypeError(f"config must be a FlashAttentionConfig; got {type(config).__name__}")
+    _carry_through_checkpoints()
     token = _current.set(config)
+    _entered.append(config)
     try:
         yield config
     finally:
+        # By identity: of two equal configurations, either may go.
+        del _entered[max(at for at, entered in enumerate(_entered) if entered is config)]
         _current.reset(token)
+
+
+@functools.cache
+def _carry_through_checkpoints() -> None:
+    """Have the functions that PyTorch keeps for recomputation remember the configuration they were first run under.
+
+    A recomputation happens in the backward pass, mostly after the block of :func:`use_config` has ended. PyTorch restores autocast and the random state for
+    it and knows nothing of ours. Both kinds of checkpoint go through one name each, and are handed the function there.
+    """
+    reentrant, generator = checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator
+
+    class CheckpointFunction(reentrant):
+        @staticmethod
+        def forward(ctx, run_function, *arguments):
+            return reentrant.forward(ctx, _carrying(run_function), *arguments)
+
+    @functools.wraps(generator)
+    def without_reentrant(function, *arguments, **options):
+        return generator(_carrying(function), *arguments, **options)
+
+    checkpoint.CheckpointFunction = CheckpointFunction
+    checkpoint._checkpoint_without_reentrant_generator = without_reentrant
+
+
+def _carrying(function: Callable) -> Callable:
+    """``function``, run under the configuration of now whenever it is run."""
+    config = current_config()
+
+    @functools.wraps(function)
+    def run(*arguments, **options):
+        with use_config(config):
+            return function(*arguments, **options)
+
+    return run

@@ -27,6 +27,7 @@ __all__ = [
     "Causal",
     "Documents",
     "Intersection",
+    "Intervals",
     "KeyLengths",
     "Mask",
     "Prefix",
@@ -411,6 +412,31 @@ class Prefix(Mask):
 
     def row_offsets(self, batch, q_len, kv_len, device):
         return None if self.offset is None else _row_offsets(self.offset, batch, q_len, device)
+
+
+@dataclass(frozen=True, eq=False)
+class Intervals(Mask):
+    """A mask given as its row intervals, for one batch and one pair of lengths.
+
+    Args:
+        given: what each row sees.
+        offsets: the key at which each row sits, less the row: integers ``[B or 1, Sq]``, from where ALiBi measures; None: Sk - Sq.
+    """
+
+    given: RowIntervals
+    offsets: Tensor | None = None
+
+    def bounds(self, batch, q_len, kv_len, device):
+        entries = self.given.start.shape[0]
+        if entries not in (1, batch) or (self.given.q_len, self.given.kv_len) != (q_len, kv_len):
+            raise ValueError(
+                f"the mask was made for {entries} sequences of {self.given.q_len} queries and {self.given.kv_len} keys; "
+                f"got {batch} sequences of {q_len} queries and {kv_len} keys"
+            )
+        return self.given.start.to(device), self.given.stop.to(device)
+
+    def row_offsets(self, batch, q_len, kv_len, device):
+        return None if self.offsets is None else self.offsets.to(device)
 
 
 @dataclass(frozen=True, eq=False)

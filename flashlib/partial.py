@@ -22,7 +22,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-__all__ = ["Partial", "fold", "merge"]
+__all__ = ["Partial", "fold", "merge", "merge_sinks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +96,20 @@ def fold(partials: Iterable[Partial]) -> Partial:
     if not partials:
         raise ValueError("fold needs at least one Partial; start from Partial.identity(...) for a fold over nothing")
     return reduce(merge, partials)
+
+
+def merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention with a sink for each head, from attention without: a sink is a piece whose only key has the score ``sinks[h]`` and the value 0.
+
+    Args:
+        out: ``[B, Hq, Sq, Dv]``. lse: ``[B, Hq, Sq]``. sinks: ``[Hq]``.
+
+    Returns:
+        out, in its own dtype, and the LSE. Differentiable in all three.
+    """
+    alone = sinks.to(lse.dtype)[None, :, None].expand_as(lse)
+    whole = merge(Partial(out, lse), Partial(torch.zeros_like(out), alone))
+    return whole.out.to(out.dtype), whole.lse
 
 
 def _weight(lse: Tensor, pivot: Tensor) -> Tensor:

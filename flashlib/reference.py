@@ -48,13 +48,16 @@ def naive_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention as the formula reads (Vaswani et al. 2017, arXiv 1706.03762, equation 1). Makes the Sq x Sk matrix.
 
     Args:
         q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]``, ``[B, Hkv, Sk, Dv]``, one floating dtype.
-        mask, causal, scale, softcap, alibi_slopes: as in :func:`flashlib.attention`.
+        mask, causal, scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed: as in :func:`flashlib.attention`.
         return_lse: also return the log-sum-exp ``[B, Hq, Sq]`` of each row.
 
     Returns:
@@ -64,6 +67,7 @@ def naive_attention(
         TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors`.
     """
     options = {"mask": mask, "causal": causal, "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    options |= {"sinks": sinks, "dropout_p": dropout_p, "dropout_seed": dropout_seed}
     spec = AttentionSpec.from_tensors(q, k, v, **options, return_lse=return_lse)
     out, lse = naive_forward(q, k, v, spec)
     return (out, lse) if return_lse else out
@@ -74,13 +78,17 @@ def naive_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple
     return _naive(*hide_unseen(q, k, v, spec), *_dense(spec), spec)
 
 
-def _dense(spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
-    """The whole mask, bool ``[B or 1, 1, Sq, Sk]``, and the whole bias, ``[B or 1, Hq, Sq, Sk]`` or None."""
-    return spec.intervals.dense()[:, None], spec.bias(slice(0, spec.q_len), slice(0, spec.kv_len))
+def _dense(spec: AttentionSpec) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The whole mask, bool ``[B or 1, 1, Sq, Sk]``, the whole bias, ``[B or 1, Hq, Sq, Sk]``, and dropout's factors, ``[B, Hq, Sq, Sk]``.
+
+    The last two are None where there is none.
+    """
+    whole = slice(0, spec.q_len), slice(0, spec.kv_len)
+    return spec.intervals.dense()[:, None], spec.bias(*whole), spec.keep_factors(*whole)
 
 
 def _naive(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, spec: AttentionSpec
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, keep: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     k, v = (x.repeat_interleave(spec.group_size, dim=1) for x in (k, v))
     scores = (q @ k.mT) * spec.scale  # [B, Hq, Sq, Sk]
@@ -89,11 +97,20 @@ def _naive(
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     scores = scores.masked_fill(~visible, float("-inf"))
-    sees_nothing = ~visible.any(-1, keepdim=True)
-    # A row of -inf has no softmax. Give it finite scores, and throw what comes out away.
-    weights = torch.softmax(scores.masked_fill(sees_nothing, 0.0), dim=-1).masked_fill(sees_nothing, 0.0)
-    lse = torch.logsumexp(scores.masked_fill(sees_nothing, 0.0).to(spec.accumulate_dtype), dim=-1)
-    return weights @ v, lse.masked_fill(sees_nothing[..., 0], float("-inf"))
+    if spec.sinks is not None:  # one more key, which every row sees, and whose value is 0
+        sink = spec.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :-1]
+        lse = torch.logsumexp(scores.to(spec.accumulate_dtype), dim=-1)
+    else:
+        sees_nothing = ~visible.any(-1, keepdim=True)
+        # A row of -inf has no softmax. Give it finite scores, and throw what comes out away.
+        weights = torch.softmax(scores.masked_fill(sees_nothing, 0.0), dim=-1).masked_fill(sees_nothing, 0.0)
+        lse = torch.logsumexp(scores.masked_fill(sees_nothing, 0.0).to(spec.accumulate_dtype), dim=-1)
+        lse = lse.masked_fill(sees_nothing[..., 0], float("-inf"))
+    if keep is not None:
+        weights = weights * keep.to(weights.dtype)
+    return weights @ v, lse
 
 
 def hide_unseen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,11 +132,14 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
 
     Args:
         q, k, v: as in :func:`naive_attention`, any floating dtype.
-        **options: ``mask``, ``causal``, ``scale``, ``softcap``, ``alibi_slopes``.
+        **options: ``mask``, ``causal``, ``scale``, ``softcap``, ``alibi_slopes``, ``sinks``; ``dropout_p`` together with ``dropout_seed``, without which
+            each call would drop other weights.
 
     Raises:
-        TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors`.
+        TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors`; dropout without a seed.
     """
+    if options.get("dropout_p") and options.get("dropout_seed") is None:
+        raise ValueError("dropout_seed must say which weights are dropped, so that results can be compared; got None")
     AttentionSpec.from_tensors(q, k, v, **options)
     return naive_attention(q.double(), k.double(), v.double(), **options, return_lse=True)
 
@@ -193,11 +213,10 @@ def _reorderings(spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor]]:
 def _reordered(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor, tuple]]:
     """The problem in each order: keys, channels, and ``(q, k, v, visible, bias)`` as :func:`_naive` takes them."""
     q, k, v = hide_unseen(q.detach(), k.detach(), v.detach(), spec)
-    visible, bias = _dense(spec)
+    dense = _dense(spec)
     for keys, channels in _reorderings(spec):
-        one_bias = bias if bias is None else bias[..., keys]
-        problem = q[..., channels], k[:, :, keys][..., channels], v[:, :, keys], visible[..., keys], one_bias
-        yield keys, channels, problem
+        by_key = (None if x is None else x[..., keys] for x in dense)
+        yield keys, channels, (q[..., channels], k[:, :, keys][..., channels], v[:, :, keys], *by_key)
 
 
 def largest_error(result: Tensor, exact: Tensor) -> float:
@@ -253,10 +272,10 @@ def oracle_gradients(
     return _naive_gradients(*hidden, *_dense(spec), grad_out, grad_lse, spec)
 
 
-def _naive_gradients(q, k, v, visible, bias, grad_out, grad_lse, spec):
+def _naive_gradients(q, k, v, visible, bias, keep, grad_out, grad_lse, spec):
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
-        out, lse = _naive(*inputs, visible, bias, spec)
+        out, lse = _naive(*inputs, visible, bias, keep, spec)
         objective = (out * grad_out.to(out.dtype)).sum()
         if grad_lse is not None:
             objective = objective + (lse.masked_fill(lse.isinf(), 0.0) * grad_lse.to(lse.dtype)).sum()
@@ -322,7 +341,7 @@ def _rounding_of_terms(q, k, v, out, lse, spec, grad_out=None, grad_lse=None) ->
         scores = (q @ k.mT) * spec.scale
         if spec.softcap:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        visible, bias = _dense(spec)
+        visible, bias, keep = _dense(spec)
         score_terms = spec.scale * (q.abs() @ k.abs().mT)
         if bias is not None:
             scores, score_terms = scores + bias.double(), score_terms + bias.abs().double()
@@ -330,7 +349,10 @@ def _rounding_of_terms(q, k, v, out, lse, spec, grad_out=None, grad_lse=None) ->
         p = torch.exp(scores - lse).masked_fill(~visible, 0.0)
         eps, stored_eps = (torch.finfo(dtype).eps for dtype in (spec.accumulate_dtype, spec.dtype))
         p_error = eps * p * (1 + lse.abs() + score_terms)
-        errors = {"out": p_error @ v.abs(), "lse": eps * (p * score_terms).sum(-1)}
+        errors = {"lse": eps * (p * score_terms).sum(-1)}
+        if keep is not None:  # on its way to V a weight is multiplied, and so is the gradient on its way back
+            p_error, p = p_error * keep.clamp(min=1), p * keep.clamp(min=1)
+        errors["out"] = p_error @ v.abs()
         if grad_out is not None:
             incoming = grad_out.double().abs()
             delta = (incoming * out.abs()).sum(-1, keepdim=True)

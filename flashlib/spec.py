@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from flashlib.masks import Causal, Mask, RowIntervals, Unmasked
+from flashlib.dropout import draw_seed, keep_factors
+from flashlib.masks import Causal, Intervals, Mask, RowIntervals, Unmasked, Window
 
 __all__ = ["AttentionSpec"]
 
@@ -33,8 +34,12 @@ class AttentionSpec:
             taken from the score of row i and key j (Press et al. 2022, ALiBi, arXiv 2108.12409, section 3). The offset is Sk - Sq, or
             what the mask says (:meth:`flashlib.masks.Mask.row_offsets`).
         mask: a :class:`flashlib.masks.Mask`; never None.
-        return_lse: whether the log-sum-exp of each row is wanted.
+        sinks: ``[Hq]``, a score without a value that every row of a head sees, or None (gpt-oss, arXiv 2508.10925, section 2.3).
+        dropout_p: the share of the attention weights that is set to 0, the others growing by ``1 / (1 - dropout_p)``.
+        dropout_seed: int64 ``[1]``: which ones (:mod:`flashlib.dropout`); None without dropout.
+        return_lse: whether the log-sum-exp of each row is wanted, by the caller or to merge the sinks.
         needs_grad: whether a gradient may be asked for.
+        has_tangents: whether an input carries a tangent of forward-mode differentiation (``torch.func.jvp``).
     """
 
     batch: int
@@ -50,8 +55,13 @@ class AttentionSpec:
     softcap: float
     mask: Mask
     alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
     return_lse: bool = False
     needs_grad: bool = False
+    has_tangents: bool = False
+    _intervals: RowIntervals | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def from_tensors(
@@ -65,9 +75,12 @@ class AttentionSpec:
         scale: float | None = None,
         softcap: float = 0.0,
         alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        dropout_p: float = 0.0,
+        dropout_seed: Tensor | None = None,
         return_lse: bool = False,
     ) -> AttentionSpec:
-        """Check one call's arguments and describe it.
+        """Check one call's arguments and describe it. With dropout and no seed given, one is drawn.
 
         Raises:
             TypeError: an argument is of the wrong type, or the dtypes or devices differ.
@@ -84,6 +97,9 @@ class AttentionSpec:
         batch, q_heads, q_len, head_dim = q.shape
         _, kv_heads, kv_len, _ = k.shape
         _check_shapes(q, k, v)
+        dropout_p = _check_dropout(dropout_p, dropout_seed)
+        if dropout_p and dropout_seed is None:
+            dropout_seed = draw_seed(q.device)
         if not isinstance(causal, bool):
             raise TypeError(f"causal must be True or False; got {causal!r}")
         mask = _check_mask(mask)
@@ -101,8 +117,12 @@ class AttentionSpec:
             softcap=_finite("softcap", softcap),
             mask=mask & CAUSAL if causal else mask,
             alibi_slopes=_check_slopes(alibi_slopes, batch, q_heads, q_len, q.device),
-            return_lse=bool(return_lse),
-            needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+            sinks=_check_sinks(sinks, q_heads, q.device),
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed if dropout_p else None,
+            return_lse=bool(return_lse) or sinks is not None,
+            needs_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)),
+            has_tangents=any(_has_tangent(x) for x in (q, k, v)),
         )
         if spec.scale <= 0:
             raise ValueError(f"scale must be greater than 0; got {spec.scale}")
@@ -111,6 +131,47 @@ class AttentionSpec:
         if spec.mask.band() is None:
             spec.intervals  # noqa: B018  a mask made for other lengths is refused here, not inside a kernel
         return spec
+
+    @classmethod
+    def from_numbers(cls, q: Tensor, k: Tensor, v: Tensor, *numbers) -> AttentionSpec:
+        """The inverse of :meth:`numbers`, for inputs already checked."""
+        start, stop, left, right, alibi_slopes, row_offsets, scale, softcap, dropout_p, dropout_seed = numbers
+        mask = Window(left, right) if start is None else Intervals(RowIntervals(start, stop, k.shape[2]), row_offsets)
+        return cls(
+            *(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype, q.device),
+            *(scale, softcap, mask, alibi_slopes),
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            return_lse=True,
+        )
+
+    def numbers(self) -> tuple:
+        """All that kernels and operators must know besides q, k and v, as tensors and plain numbers.
+
+        Returns:
+            ``(start, stop, left, right, alibi_slopes, row_offsets, scale, softcap, dropout_p, dropout_seed)``. A plain band is two numbers,
+            left and right, None for no limit on that side; any other mask is its row intervals, start and stop, int64 ``[B or 1, Sq]``. Where
+            rows do not share their slope, or sit elsewhere than bottom-right, alibi_slopes is ``[B or 1, Hq, Sq]`` and row_offsets
+            int64 ``[B or 1, Sq]``; otherwise ``[B or 1, Hq]`` and None. Sinks are not among them: they are merged into the result.
+        """
+        band = self.mask.band()
+        left, right = band or (None, None)
+        start, stop = (None, None) if band is not None else (self.intervals.start, self.intervals.stop)
+        slopes, offsets = self._slopes_and_offsets(band)
+        return start, stop, left, right, slopes, offsets, self.scale, self.softcap, self.dropout_p, self.dropout_seed
+
+    def _slopes_and_offsets(self, band: tuple | None) -> tuple[Tensor | None, Tensor | None]:
+        slopes = self.alibi_slopes
+        if slopes is None:
+            return None, None
+        offsets = self.row_offsets if band is None else None  # a band is aligned bottom-right
+        if slopes.dim() == 2:
+            if offsets is None:
+                return slopes, None
+            slopes = slopes[..., None].expand(-1, -1, self.q_len).contiguous()
+        if offsets is None:
+            offsets = torch.full((1, self.q_len), self.kv_len - self.q_len, device=self.device)
+        return slopes, offsets
 
     @property
     def group_size(self) -> int:
@@ -127,12 +188,15 @@ class AttentionSpec:
         """The type in which softmax statistics and the output are accumulated, and the type of the LSE."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @cached_property
+    @property
     def intervals(self) -> RowIntervals:
-        """The mask as one interval of visible keys per row."""
-        return self.mask.intervals(self.batch, self.q_len, self.kv_len, self.device)
+        """The mask as one interval of visible keys per row. Made once; not by functools.cached_property, whose lock torch.compile cannot trace."""
+        if self._intervals is None:
+            made = self.mask.intervals(self.batch, self.q_len, self.kv_len, self.device)
+            object.__setattr__(self, "_intervals", made)
+        return self._intervals
 
-    @cached_property
+    @property
     def row_offsets(self) -> Tensor | None:
         """The key at which each row sits, less the row, where the mask says it: int64 ``[B or 1, Sq]``. Else None: Sk - Sq for all."""
         offsets = self.mask.row_offsets(self.batch, self.q_len, self.kv_len, self.device)
@@ -146,6 +210,13 @@ class AttentionSpec:
         offset = self.kv_len - self.q_len if self.row_offsets is None else self.row_offsets[:, None, rows, None]
         slope = self.alibi_slopes[..., None] if self.alibi_slopes.dim() == 2 else self.alibi_slopes[:, :, rows]
         return -slope.to(self.accumulate_dtype)[..., None] * (row[:, None] + offset - key).abs()
+
+    def keep_factors(self, rows: slice, keys: slice) -> Tensor | None:
+        """What dropout multiplies the weights of a tile by: ``[B, Hq, rows, keys]`` in the accumulation dtype; None without dropout."""
+        if not self.dropout_p:
+            return None
+        heads = self.batch, self.q_heads
+        return keep_factors(self.dropout_seed, self.dropout_p, *heads, rows, keys, self.accumulate_dtype)
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -208,6 +279,43 @@ def _check_slopes(slopes: Tensor | None, batch: int, q_heads: int, q_len: int, d
     if slopes.device != device:
         raise TypeError(f"alibi_slopes is on {slopes.device} but q is on {device}; all must be on one device")
     return slopes.contiguous()[None] if slopes.dim() == 1 else slopes.contiguous()
+
+
+def _check_sinks(sinks: Tensor | None, q_heads: int, device: torch.device) -> Tensor | None:
+    if sinks is None:
+        return None
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks must be a torch.Tensor or None; got {type(sinks).__name__}")
+    if sinks.dtype not in DTYPES:
+        raise TypeError(f"sinks is {sinks.dtype}; expected float16, bfloat16, float32 or float64")
+    if sinks.shape != (q_heads,):
+        raise ValueError(f"sinks has shape {tuple(sinks.shape)}; expected ({q_heads},), one score per query head")
+    if sinks.device != device:
+        raise TypeError(f"sinks is on {sinks.device} but q is on {device}; all must be on one device")
+    return sinks
+
+
+def _check_dropout(dropout_p: float, seed: Tensor | None) -> float:
+    dropout_p = _finite("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1; got {dropout_p}")
+    if seed is not None and not (isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.shape == (1,)):
+        came = f"{seed.dtype} {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
+        raise TypeError(f"dropout_seed must be an int64 torch.Tensor of shape (1,) or None; got {came}")
+    return dropout_p
+
+
+def _has_tangent(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    # Inside a gradient that is itself pushed forward, as in a Hessian, the tangent is hidden in what the gradient's tensors stand for.
+    pushed = any(
+        level.key() == torch._C._functorch.TransformType.Jvp
+        for level in torch._C._functorch.get_interpreter_stack() or ()
+    )
+    if pushed and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return True
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _finite(name: str, value: float) -> float:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashlib.autocast import autocast_inputs
 from flashlib.masks import Mask, Tile
 from flashlib.spec import AttentionSpec
 
@@ -66,17 +67,19 @@ def tiled_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
     block_q: int = 128,
     block_k: int = 128,
     loop_order: str = "q_outer",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact attention without the N x N matrix. Differentiable, also through the LSE.
+    """Exact attention without the N x N matrix. Differentiable once, backward and forward (JVP), also through the LSE.
 
     Args:
         q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]``, ``[B, Hkv, Sk, Dv]``; fp16, bf16, fp32 or fp64. Arithmetic is in
             fp32 (fp64 for fp64).
-        mask, causal, scale, softcap, alibi_slopes, return_lse: as in :func:`flashlib.attention`.
+        mask, causal, scale, softcap, alibi_slopes, dropout_p, dropout_seed, return_lse: as in :func:`flashlib.attention`.
         block_q, block_k, loop_order: see :class:`Tiling`. They change the rounding, never the result.
 
     Returns:
@@ -85,37 +88,15 @@ def tiled_attention(
     Raises:
         TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors` and :class:`Tiling`.
     """
+    from flashlib.engines import TiledEngine, run_engine  # it stands on this module
+
+    tiling = Tiling(block_q, block_k, loop_order)
+    q, k, v = autocast_inputs(q, k, v)
     options = {"mask": mask, "causal": causal, "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    options |= {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
     spec = AttentionSpec.from_tensors(q, k, v, **options, return_lse=return_lse)
-    out, lse = run_tiled(q, k, v, spec, Tiling(block_q, block_k, loop_order))
+    out, lse = run_engine(TiledEngine(tiling), q, k, v, spec)
     return (out, lse) if return_lse else out
-
-
-def run_tiled(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """:func:`tiled_attention` for a problem already checked: ``(out, lse)``, on the autograd graph."""
-    return _TiledAttention.apply(q, k, v, spec, tiling)
-
-
-class _TiledAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, spec, tiling):
-        out, lse = tiled_forward(q, k, v, spec, tiling)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.spec, ctx.tiling = spec, tiling
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_lse):
-        if (
-            torch.is_grad_enabled()
-        ):  # only under create_graph=True; dropping the second derivative would be silent and wrong
-            raise NotImplementedError(
-                "tiled attention has no second derivative; use backend='reference' for create_graph"
-            )
-        q, k, v, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        return *tiled_backward(q, k, v, out, lse, grad_out, grad_lse, ctx.spec, ctx.tiling), None, None
 
 
 def tiled_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tiling: Tiling) -> tuple[Tensor, Tensor]:
@@ -137,7 +118,7 @@ def _forward_q_outer(q, k, v, out, lse, spec, tiling):
             if tile.kind is not Tile.SKIP:
                 k_tile, v_tile = tile.load_keys(k, spec), tile.load_keys(v, spec)
                 scores, _ = _scores(q_tile, k_tile, tile, spec)
-                state = online_softmax_step(state, scores, v_tile)
+                state = online_softmax_step(state, scores, v_tile, tile.keep_factors(spec))
         tile_out, tile_lse = _finish(state)
         _store(out, rows, tile_out)
         _store(lse, rows, tile_lse)
@@ -156,7 +137,7 @@ def _forward_kv_outer(q, k, v, out, lse, spec, tiling):
             if tile.kind is not Tile.SKIP:
                 k_tile, v_tile = tile.load_keys(k, spec), tile.load_keys(v, spec)
                 scores, _ = _scores(_load(q, rows, spec), k_tile, tile, spec)
-                states[i] = online_softmax_step(states[i], scores, v_tile)
+                states[i] = online_softmax_step(states[i], scores, v_tile, tile.keep_factors(spec))
     for state, rows in zip(states, blocks(spec.q_len, tiling.block_q), strict=True):
         tile_out, tile_lse = _finish(state)
         _store(out, rows, tile_out)
@@ -164,7 +145,7 @@ def _forward_kv_outer(q, k, v, out, lse, spec, tiling):
 
 
 def online_softmax_step(
-    state: tuple[Tensor, Tensor, Tensor], scores: Tensor, v_tile: Tensor
+    state: tuple[Tensor, Tensor, Tensor], scores: Tensor, v_tile: Tensor, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take one more tile of scores into the running softmax (FlashAttention-2, algorithm 1, lines 9 and 10).
 
@@ -172,6 +153,7 @@ def online_softmax_step(
         state: m, l ``[..., rows]`` and acc ``[..., rows, Dv]``.
         scores: ``[..., rows, keys]``, -inf where masked.
         v_tile: ``[..., keys, Dv]``.
+        keep: what dropout multiplies the weights by, shaped like the scores; None without dropout. l, the softmax's own sum, knows nothing of it.
 
     Returns:
         the new state.
@@ -182,7 +164,8 @@ def online_softmax_step(
     pivot = m_new.masked_fill(m_new == float("-inf"), 0.0)
     p = torch.exp(scores - pivot[..., None])
     rescale = torch.exp(m - pivot)
-    return m_new, l * rescale + p.sum(-1), acc * rescale[..., None] + p @ v_tile
+    weights = p if keep is None else p * keep
+    return m_new, l * rescale + p.sum(-1), acc * rescale[..., None] + weights @ v_tile
 
 
 def _empty_state(q_tile: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,7 +202,8 @@ def tiled_backward(
         dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        delta = rowsum(dO * O) - dLSE
         dQ = scale * dS K                     dK = scale * dS^T Q
 
-    The LSE's own gradient enters through delta alone, since d lse / d S = P.
+    The LSE's own gradient enters through delta alone, since d lse / d S = P. Under dropout, which multiplies P by M on its way to O, M stands
+    at both products with V's side: dV = (M * P)^T dO and dP = M * (dO V^T); delta is rowsum(dO * O) - dLSE as ever.
 
     Args:
         q, k, v: the inputs of the forward pass. out, lse: its results.
@@ -243,14 +227,70 @@ def tiled_backward(
         row_lse = lse[:, :, :, rows].flatten(2, 3)
         # A row that saw nothing has lse = -inf; with any finite number in its place all its P are exp(-inf) = 0.
         p = torch.exp(scores - row_lse.masked_fill(row_lse == float("-inf"), 0.0)[..., None])
-        dp = do_tile @ v_tile.mT
+        dp, weights, keep = do_tile @ v_tile.mT, p, tile.keep_factors(spec)
+        if keep is not None:
+            dp, weights = dp * keep, p * keep
         ds = p * (dp - delta[:, :, :, rows].flatten(2, 3)[..., None]) * spec.scale
         if slope is not None:
             ds = ds * slope
-        dv[:, :, keys] += p.mT @ do_tile
+        dv[:, :, keys] += weights.mT @ do_tile
         dk[:, :, keys] += ds.mT @ q_tile
         dq_grouped[:, :, :, rows] += (ds @ k_tile).unflatten(2, (spec.group_size, -1))
     return dq.to(spec.dtype), dk.to(spec.dtype), dv.to(spec.dtype)
+
+
+def tiled_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    spec: AttentionSpec,
+    tiling: Tiling,
+) -> tuple[Tensor, Tensor]:
+    """How ``(out, lse)`` move when q, k and v move along ``tangents``, formed tile by tile from the saved LSE.
+
+    With S' the tangent of the masked scores::
+
+        lse' = rowsum(P * S')        out' = P V' + (P * (S' - lse')) V
+
+    so that one pass sums P V', (P * S') V and rowsum(P * S'), and ``lse' * out`` is taken off at the end. Under dropout P counts in the first two sums
+    as it reaches V.
+
+    Args:
+        q, k, v: the inputs of the forward pass. out, lse: its results.
+        tangents: of q, k and v, shaped like them; None for one that does not move.
+
+    Returns:
+        the tangents of out and lse, shaped and typed like them.
+    """
+    dq, dk, dv = (torch.zeros_like(x) if dx is None else dx for x, dx in zip((q, k, v), tangents, strict=True))
+    q, dq, lse, out = (_grouped(x, spec) for x in (q, dq, lse, out))
+    moved_out, moved_lse = [], []
+    for rows in blocks(spec.q_len, tiling.block_q):
+        total = out.new_zeros((), dtype=spec.accumulate_dtype)
+        shift = lse.new_zeros(())
+        for keys in blocks(spec.kv_len, tiling.block_k):
+            tile = visible_tile(spec, rows, keys)
+            if tile.kind is Tile.SKIP:
+                continue
+            q_tile, dq_tile = tile.load_rows(q, spec), tile.load_rows(dq, spec)
+            k_tile, dk_tile, v_tile, dv_tile = (tile.load_keys(x, spec) for x in (k, dk, v, dv))
+            scores, slope = _scores(q_tile, k_tile, tile, spec)
+            row_lse = lse[:, :, :, rows].flatten(2, 3)
+            p = torch.exp(scores - row_lse.masked_fill(row_lse == float("-inf"), 0.0)[..., None])
+            ds = (dq_tile @ k_tile.mT + q_tile @ dk_tile.mT) * spec.scale
+            ds = ds if slope is None else ds * slope
+            keep = tile.keep_factors(spec)
+            weights = p if keep is None else p * keep
+            total = total + weights @ dv_tile + (weights * ds) @ v_tile
+            shift = shift + (p * ds).sum(-1)
+        tile_out = out[:, :, :, rows].to(spec.accumulate_dtype).flatten(2, 3)
+        moved = (total - shift[..., None] * tile_out).expand_as(tile_out)
+        moved_out.append(moved.unflatten(2, (spec.group_size, -1)).to(spec.dtype))
+        moved_lse.append(shift.expand(tile_out.shape[:-1]).unflatten(2, (spec.group_size, -1)))
+    return torch.cat(moved_out, dim=3).flatten(1, 2), torch.cat(moved_lse, dim=3).flatten(1, 2)
 
 
 def blocks(length: int, block: int) -> Iterator[slice]:
@@ -284,6 +324,11 @@ class VisibleTile:
         if self.pairs is not None:
             tile = tile.masked_fill(~self.pairs.any(3)[:, :, None, :, None], 0.0)
         return tile.flatten(2, 3)
+
+    def keep_factors(self, spec: AttentionSpec) -> Tensor | None:
+        """What dropout multiplies this tile's weights by, ``[B, Hkv, G * rows, keys]``; None without dropout."""
+        keep = spec.keep_factors(self.rows, self.keys)
+        return None if keep is None else _grouped(keep, spec).flatten(2, 3)
 
 
 def visible_tile(spec: AttentionSpec, rows: slice, keys: slice) -> VisibleTile:

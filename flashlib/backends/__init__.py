@@ -173,7 +173,7 @@ def order_of_choice(config: FlashAttentionConfig, device: torch.device) -> list[
     if config.order:
         return list(config.order)
     names = [preference.backend for preference in PREFERENCES]
-    if device.type == "cpu":
+    if device.type != "cuda":
         names.remove("triton")
         names.insert(names.index("tiled"), "triton")
     return names

@@ -20,12 +20,16 @@ class Backend:
     Attributes:
         name: as in ``attention(..., backend=name)``.
         makes_dense_mask: whether a fused kernel is given any other mask than causal as a matrix of Sq x Sk booleans.
+        forward_mode: whether tangents go through it (``torch.func.jvp``, ``jacfwd``, ``torch.autograd.forward_ad``).
+        has_sinks: whether it takes sinks itself. Into the results of others they are merged, which takes the LSE.
         repeats_gradients: whether the same call gives the same gradients, bit by bit (for flash_attn: under its own setting).
     """
 
     name: str
     makes_dense_mask: bool = False
     repeats_gradients: bool = True
+    forward_mode: bool = True
+    has_sinks: bool = False
 
     def missing(self) -> str | None:
         """What this machine lacks for any problem at all (a package, a GPU); None if nothing."""
@@ -33,7 +37,12 @@ class Backend:
 
     def why_not(self, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:
         """Why this problem cannot be run here; None if it can."""
-        return self.missing() or self.unsupported(spec, config)
+        return self.missing() or self._underivable(spec) or self.unsupported(spec, config)
+
+    def _underivable(self, spec: AttentionSpec) -> str | None:
+        if spec.has_tangents and not self.forward_mode:
+            return "has no forward-mode derivative, and an input carries a tangent"
+        return None
 
     def unsupported(self, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:
         """What in the problem is beyond this backend; None if nothing."""

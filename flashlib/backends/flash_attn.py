@@ -12,6 +12,7 @@ import importlib.util
 import torch
 
 from flashlib.backends.base import Backend
+from flashlib.engines import refuse_second_derivative
 from flashlib.spec import AttentionSpec
 
 __all__ = ["FlashAttention2", "FlashAttention3"]
@@ -20,6 +21,7 @@ __all__ = ["FlashAttention2", "FlashAttention3"]
 class _FlashAttentionPackage(Backend):
     package: str  # the name that is imported
     least_capability: tuple[int, int]
+    forward_mode = False
     settings: str  # the name of its section in FlashAttentionConfig
 
     def missing(self):
@@ -48,14 +50,17 @@ class _FlashAttentionPackage(Backend):
             return f"takes one head_dim of at most 256 for q, k and v; got {spec.head_dim} and {spec.v_head_dim}"
         if spec.return_lse and spec.needs_grad:
             return "its LSE carries no gradient"
+        if spec.dropout_p:
+            return "drops other pairs than ours"
         return None
 
     def run(self, q, k, v, spec, config):
         function = importlib.import_module(self.package).flash_attn_func
         left, right = (-1 if width is None else width for width in spec.mask.band())
+        once = refuse_second_derivative(self.name, q, k, v)
         out, lse = self.call(
             function,
-            *(x.transpose(1, 2) for x in (q, k, v)),
+            *(x.transpose(1, 2) for x in once),
             getattr(config, self.settings),
             spec,
             softmax_scale=spec.scale,

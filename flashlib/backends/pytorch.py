@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flashlib.backends.base import Backend
+from flashlib.engines import TiledEngine, run_engine
 from flashlib.reference import naive_forward
-from flashlib.tiled import run_tiled
 
 __all__ = ["ReferenceBackend", "TiledBackend"]
 
@@ -13,6 +13,7 @@ class ReferenceBackend(Backend):
     """``softmax(Q K^T) V`` as it reads, in the inputs' dtype. Makes the N x N matrix."""
 
     name = "reference"
+    has_sinks = True
 
     def unsupported(self, spec, config):
         return None
@@ -30,4 +31,4 @@ class TiledBackend(Backend):
         return None
 
     def run(self, q, k, v, spec, config):
-        return run_tiled(q, k, v, spec, config.tiled)
+        return run_engine(TiledEngine(config.tiled), q, k, v, spec)

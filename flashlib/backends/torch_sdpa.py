@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashlib.backends.base import Backend
+from flashlib.engines import refuse_second_derivative
 from flashlib.reference import hide_unseen
 from flashlib.spec import AttentionSpec
+from flashlib.values import has_values
 
 __all__ = ["SDPACudnn", "SDPAEfficient", "SDPAFlash", "SDPAMath"]
 
@@ -26,6 +28,7 @@ class _SDPA(Backend):
     makes_dense_mask = True
     repeats_gradients = False  # the fused kernels may add up in another order each time
     shares_kv_heads = True  # whether the kernel takes fewer KV heads than query heads as they are
+    forward_mode = False  # nor a second derivative: only the unfused formula has them
 
     def unsupported(self, spec: AttentionSpec, config) -> str | None:
         if spec.return_lse:
@@ -34,6 +37,10 @@ class _SDPA(Backend):
             return "PyTorch's SDPA has no softcap"
         if spec.alibi_slopes is not None:
             return "PyTorch's SDPA has no ALiBi; its bias would have to be an Sq x Sk matrix"
+        if spec.dropout_p:
+            return "PyTorch's SDPA drops other pairs than ours"
+        if spec.device.type == "meta":
+            return "PyTorch's kernels are asked whether they take a problem, and meta tensors cannot be asked about"
         return self._kernel_limits(spec)
 
     def _kernel_limits(self, spec: AttentionSpec) -> str | None:
@@ -41,6 +48,8 @@ class _SDPA(Backend):
 
     def run(self, q, k, v, spec, config):
         q, k, v = (x if _is_readable(x) else _readable_copy(x) for x in hide_unseen(q, k, v, spec))
+        if spec.needs_grad and not self.forward_mode:
+            q, k, v = refuse_second_derivative(self.name, q, k, v)
         shared = spec.group_size > 1 and self.shares_kv_heads
         if spec.group_size > 1 and not shared:
             k, v = (x.repeat_interleave(spec.group_size, dim=1) for x in (k, v))
@@ -56,9 +65,12 @@ def _is_readable(x: Tensor) -> bool:
     """Whether the fused kernels can read a tensor where it lies. PyTorch asks only for unit stride in the last dimension;
     on CUDA its kernels also load 16 bytes at a time, and rows that start elsewhere are an illegal access.
     """
+    if x.stride(-1) != 1 or x.device.type != "cuda":
+        return x.stride(-1) == 1
     steps = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(stride % steps == 0 for stride in x.stride()[:-1])
-    return x.stride(-1) == 1 and (aligned or x.device.type != "cuda")
+    # What has no address yet will begin where an allocation does, which is aligned.
+    begin = x.data_ptr() if has_values(x) else x.storage_offset() * x.element_size()
+    return begin % 16 == 0 and all(stride % steps == 0 for stride in x.stride()[:-1])
 
 
 def _readable_copy(x: Tensor) -> Tensor:
@@ -98,6 +110,7 @@ class SDPAMath(_SDPA):
     """The unfused formula, in PyTorch operations. Makes the N x N matrix."""
 
     name = "torch_sdpa_math"
+    forward_mode = True
     kernel = SDPBackend.MATH
     makes_dense_mask = False  # its scores are a matrix of that size anyway
     repeats_gradients = True

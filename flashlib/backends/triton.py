@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashlib.backends.base import Backend
+from flashlib.engines import TritonEngine, run_engine
 from flashlib.kernels.launch import TRITON_INSTALLED, KernelOptions, blocks, forward_launch, interpreting
 from flashlib.kernels.tiles import TileConfig
 from flashlib.spec import AttentionSpec
@@ -21,6 +22,7 @@ class TritonBackend(Backend):
     """FlashAttention-2's algorithm in Triton, deterministic in both directions."""
 
     name = "triton"
+    forward_mode = False
 
     def missing(self):
         if not TRITON_INSTALLED:
@@ -37,13 +39,13 @@ class TritonBackend(Backend):
             return "takes fp16, bf16 and fp32; got torch.float64"
         if max(spec.head_dim, spec.v_head_dim) > 256:
             return f"takes a head_dim of at most 256; got {spec.head_dim} and {spec.v_head_dim}"
+        if spec.dropout_p:
+            return "has no dropout"
         return None
 
     def run(self, q, k, v, spec, config):
-        from flashlib.kernels.ops import attention_forward  # registering operators imports torch's compiler
-
-        options = KernelOptions.from_spec(spec, config.triton.fp32_precision, config.triton.autotune)
-        return attention_forward(q, k, v, *options.values())
+        engine = TritonEngine(config.triton.fp32_precision, config.triton.autotune)
+        return run_engine(engine, q, k, v, spec)
 
 
 def count_tiles(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tiles: TileConfig | None = None) -> Tensor:

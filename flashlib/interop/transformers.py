@@ -18,7 +18,6 @@ Needs the extra ``models``: ``pip install 'flashlib[models]'``, transformers 5.2
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -36,7 +35,7 @@ except ImportError as error:
 from flashlib.attention import attention
 from flashlib.backends import BACKENDS
 from flashlib.inference.cache import KVCache
-from flashlib.masks import Causal, Mask, RowIntervals, Unmasked, Window
+from flashlib.masks import Causal, Intervals, Mask, RowIntervals, Unmasked, Window
 
 # transformers looks into a name before it looks it up. One that contains "flash" sends it searching for the flash_attn
 # package; "sdpa" and "flex_attention" are refused by models that those two cannot run; "|" and "/" have meanings of their own.
@@ -219,22 +218,6 @@ def make_mask(
     return _simplest(RowIntervals(start, stop, kv_length))
 
 
-@dataclass(frozen=True, eq=False)
-class IntervalMask(Mask):
-    """A mask given as its intervals, for one batch and one pair of lengths."""
-
-    given: RowIntervals
-
-    def bounds(self, batch: int, q_len: int, kv_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        entries = self.given.start.shape[0]
-        if entries not in (1, batch) or (self.given.q_len, self.given.kv_len) != (q_len, kv_len):
-            raise ValueError(
-                f"the mask was made for {entries} sequences of {self.given.q_len} queries and {self.given.kv_len} keys; "
-                f"got {batch} sequences of {q_len} queries and {kv_len} keys"
-            )
-        return self.given.start.to(device), self.given.stop.to(device)
-
-
 def _checked(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     """Call a function that is not ours, and see that its result can be what it should be."""
     out = function(q, k, v, **options)
@@ -288,17 +271,17 @@ def _simplest(intervals: RowIntervals) -> Mask:
     """The same mask as a band, which every backend knows, if it is one."""
     q_len, kv_len = intervals.q_len, intervals.kv_len
     if 0 in (q_len, kv_len) or intervals.start.shape[0] == 0:
-        return IntervalMask(intervals)
+        return Intervals(intervals)
     first_stop, last_start = int(intervals.stop[0, 0]), int(intervals.start[0, -1])
     left = None if last_start == 0 else kv_len - 1 - last_start
     right = None if first_stop == kv_len else first_stop - 1 - (kv_len - q_len)
     if right is not None and right < 0:
-        return IntervalMask(intervals)
+        return Intervals(intervals)
     band = Window(left, right)
     expected = band.intervals(intervals.start.shape[0], q_len, kv_len, intervals.start.device)
     same = torch.equal(expected.start.expand_as(intervals.start), intervals.start)
     same = same and torch.equal(expected.stop.expand_as(intervals.stop), intervals.stop)
-    return band if same else IntervalMask(intervals)
+    return band if same else Intervals(intervals)
 
 
 class KVCacheLayer(CacheLayerMixin):

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,7 +48,8 @@ class KernelOptions:
         left, right: the band, aligned bottom-right; None for no limit on that side.
         alibi_slopes: fp32 ``[B or 1, Hq]``, or None; with ``row_offsets`` ``[B or 1, Hq, Sq]``.
         row_offsets: int32 ``[B or 1, Sq]``: ALiBi's distance of row i and key j is ``|i + offset - j|``. None for Sk - Sq.
-        scale, softcap: as in :func:`flashlib.attention`.
+        scale, softcap, dropout_p: as in :func:`flashlib.attention`.
+        dropout_seed: int64 ``[1]`` (:mod:`flashlib.dropout`); None without dropout.
         precision: how fp32 products are formed: ``"ieee"``, or ``"tf32"`` or ``"tf32x3"`` on tensor cores.
         autotune: when tile sizes are searched for (:mod:`flashlib.kernels.autotune`).
     """
@@ -61,19 +62,17 @@ class KernelOptions:
     row_offsets: Tensor | None
     scale: float
     softcap: float
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
     precision: str = "ieee"
     autotune: str = "never"
 
     @classmethod
     def from_spec(cls, spec: AttentionSpec, precision: str = "ieee", autotune: str = "never") -> KernelOptions:
-        """A plain band is two numbers; any other mask is its row intervals."""
-        band = spec.mask.band()
-        left, right = band or (None, None)
-        start, stop = None, None
-        if band is None:
-            start, stop = (x.to(torch.int32).contiguous() for x in (spec.intervals.start, spec.intervals.stop))
-        alibi = alibi_of(spec)
-        return cls(start, stop, left, right, *alibi, spec.scale, spec.softcap, precision, autotune)
+        """:meth:`flashlib.AttentionSpec.numbers`, with integers as wide as the kernels read them."""
+        start, stop, left, right, slopes, offsets, *rest = spec.numbers()
+        start, stop, offsets = (None if x is None else x.to(torch.int32).contiguous() for x in (start, stop, offsets))
+        return cls(start, stop, left, right, slopes, offsets, *rest, precision, autotune)
 
     @property
     def mask_kind(self) -> int:
@@ -95,10 +94,6 @@ class KernelOptions:
             "alibi_by_row": self.alibi_kind == BY_ROW,
         }
         return {name for name, holds in found.items() if holds}
-
-    def values(self) -> tuple[Any, ...]:
-        """All attributes in order, as the operators of :mod:`flashlib.kernels.ops` take them after the tensors."""
-        return tuple(getattr(self, field.name) for field in fields(self))
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
         """The arguments that all attention kernels share, by name."""
@@ -132,21 +127,6 @@ class KernelOptions:
             "ALIBI": self.alibi_kind,
             "PRECISION": self.precision,
         }
-
-
-def alibi_of(spec: AttentionSpec) -> tuple[Tensor | None, Tensor | None]:
-    """``(alibi_slopes, row_offsets)`` of :class:`KernelOptions`. Unless rows share both, both are said for each of them."""
-    slopes = spec.alibi_slopes
-    if slopes is None:
-        return None, None
-    offsets = spec.row_offsets if spec.mask.band() is None else None  # a band is aligned bottom-right
-    if slopes.dim() == 2:
-        if offsets is None:
-            return slopes, None
-        slopes = slopes[..., None].expand(-1, -1, spec.q_len).contiguous()
-    if offsets is None:
-        offsets = torch.full((1, spec.q_len), spec.kv_len - spec.q_len, device=spec.device)
-    return slopes, offsets.to(torch.int32).contiguous()
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,9 @@ class Record:
 
     @property
     def stale(self) -> bool:
-        """Whether the measured code has changed since."""
-        return sources_hash(self.sources) != self.sources_hash
+        """Whether the measured code has changed since, or is no longer where it was."""
+        there = all((PACKAGE / name).is_file() for name in self.sources)
+        return not there or sources_hash(self.sources) != self.sources_hash
 
     @property
     def label(self) -> str:

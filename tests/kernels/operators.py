@@ -8,8 +8,7 @@ import triton  # noqa: F401  (KernelWatch asks whether it interprets)
 
 from flashlib import attention, masks
 from flashlib.course.kernel_watch import KernelWatch, faults_raised
-from flashlib.kernels.launch import KernelOptions
-from flashlib.kernels.ops import attention_backward, attention_forward
+from flashlib.operators import attention_backward, attention_forward
 from flashlib.spec import AttentionSpec
 
 torch.manual_seed(torch.seed())
@@ -18,16 +17,15 @@ k = torch.randn(2, 1, 12, 16, requires_grad=True)
 v = torch.randn(2, 1, 12, 8, requires_grad=True)
 
 
-def options_of(**options) -> tuple:
-    return KernelOptions.from_spec(AttentionSpec.from_tensors(q, k, v, **options)).values()
+ENGINES = ("triton ieee never", "tiled 4 4 q_outer")
 
 
-def test_operators() -> None:
+def test_operators(engine: str) -> None:
     for options, wants_lse in (
         ({"causal": True}, False),
         ({"mask": masks.KeyLengths([5, 12]), "softcap": 2.0, "alibi_slopes": torch.rand(2)}, True),
     ):
-        given = options_of(**options)
+        given = (*AttentionSpec.from_tensors(q, k, v, **options).numbers(), engine)
         torch.library.opcheck(attention_forward, (q, k, v, *given))
         inputs = [x.detach() for x in (q, k, v)]
         out, lse = attention_forward(*inputs, *given)
@@ -35,7 +33,8 @@ def test_operators() -> None:
         torch.library.opcheck(attention_backward, (*inputs, out, lse, torch.randn_like(out), grad_lse, *given))
     tokens_first = q.detach().transpose(1, 2).contiguous().transpose(1, 2)
     torch.library.opcheck(attention_forward, (tokens_first, k, v, *given))
-    assert attention_forward(tokens_first, k, v, *given)[0].transpose(1, 2).is_contiguous()
+    if engine.startswith("triton"):
+        assert attention_forward(tokens_first, k, v, *given)[0].transpose(1, 2).is_contiguous()
     # Rows that end between multiples of 16 bytes are copied to where they do not; what comes out is as if they had not been.
     odd = [x.detach() for x in (tokens_first[..., :13], k[..., 3:], v[..., :7])]
     torch.library.opcheck(attention_forward, (*odd, *given))
@@ -43,9 +42,9 @@ def test_operators() -> None:
     torch.library.opcheck(attention_backward, (*odd, out, lse, torch.randn_like(out), None, *given))
 
 
-def test_compiled() -> None:
+def test_compiled(engine: str) -> None:
     def objective(q, k, v):
-        out, lse = attention(q, k, v, causal=True, return_lse=True, backend="triton")
+        out, lse = attention(q, k, v, causal=True, return_lse=True, backend=engine.split()[0])
         return (out.square().sum() + lse.sin().sum()) * 2
 
     eager = objective(q, k, v)
@@ -58,6 +57,7 @@ def test_compiled() -> None:
 
 
 with KernelWatch(), faults_raised():
-    test_operators()
-    test_compiled()
+    for words in ENGINES:
+        test_operators(words)
+        test_compiled(words)
 print("operators hold")

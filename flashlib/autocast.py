@@ -1,0 +1,35 @@
+"""What `torch.autocast` does to attention: the inputs are cast once, at the door, and nothing behind it is cast again.
+
+PyTorch's SDPA stands on autocast's list of operations that run in the lower precision: q, k and v are cast to the autocast dtype, whatever they were,
+but for fp64, which is left alone. The same holds here, so that a program gets the dtype and the accuracy it is used to, and every backend
+the same. Behind the door autocast is off: products that an algorithm forms in fp32 on purpose stay in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+__all__ = ["autocast_inputs", "autocast_off"]
+
+
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast hands them to PyTorch's SDPA; as they are where it is off. What is no floating tensor passes through."""
+    return tuple(_cast(x) if isinstance(x, Tensor) else x for x in tensors)
+
+
+def _cast(x: Tensor) -> Tensor:
+    eligible = x.is_floating_point() and x.dtype != torch.float64 and _active(x.device.type)
+    return x.to(torch.get_autocast_dtype(x.device.type)) if eligible else x
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager:
+    """A block in which autocast does nothing on this device. Costs nothing where it is off already."""
+    return torch.autocast(device.type, enabled=False) if _active(device.type) else contextlib.nullcontext()
+
+
+def _active(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

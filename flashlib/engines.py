@@ -1,0 +1,289 @@
+"""Our two implementations, the tiled algorithm and the kernels, as autograd, torch.func, torch.compile and torch.export see them.
+
+An engine computes a forward and a backward pass from tensors and plain numbers. Around it stand, once for both:
+
+* in eager mode one ``torch.autograd.Function``, which knows backward, forward mode (where the engine does), and ``vmap``: the mapped dimension
+  becomes part of the batch;
+* under a tracer, or for tensors without data, one operator (:mod:`flashlib.operators`), which a graph can hold and which says the shapes of its results.
+
+A second derivative is refused in plain words where somebody asks for it, and not before: ``create_graph=True`` alone is no reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flashlib.autocast import autocast_off
+from flashlib.spec import AttentionSpec
+from flashlib.tiled import Tiling, tiled_backward, tiled_forward, tiled_jvp
+from flashlib.values import has_values
+
+__all__ = ["Engine", "TiledEngine", "TritonEngine", "engine_named", "refuse_second_derivative", "run_engine"]
+
+
+class Engine(Protocol):
+    """How a checked problem is computed. ``str(engine)`` says its name and its settings; :func:`engine_named` reads them back."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
+        spec: AttentionSpec,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+    def empty_results(self, q: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """``(out, lse)`` as :meth:`forward` would return them, not filled in."""
+
+
+@dataclass(frozen=True)
+class TiledEngine:
+    """FlashAttention in plain PyTorch (:mod:`flashlib.tiled`)."""
+
+    tiling: Tiling
+
+    def __str__(self) -> str:
+        return f"tiled {self.tiling.block_q} {self.tiling.block_k} {self.tiling.loop_order}"
+
+    @classmethod
+    def from_words(cls, block_q: str, block_k: str, loop_order: str) -> TiledEngine:
+        return cls(Tiling(int(block_q), int(block_k), loop_order))
+
+    def forward(self, q, k, v, spec):
+        return tiled_forward(q, k, v, spec, self.tiling)
+
+    def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
+        return tiled_backward(q, k, v, out, lse, grad_out, grad_lse, spec, self.tiling)
+
+    def jvp(self, q, k, v, out, lse, tangents, spec):
+        return tiled_jvp(q, k, v, out, lse, tangents, spec, self.tiling)
+
+    def empty_results(self, q, v, spec):
+        return q.new_empty(spec.out_shape), q.new_empty(spec.out_shape[:3], dtype=spec.accumulate_dtype)
+
+
+@dataclass(frozen=True)
+class TritonEngine:
+    """Our Triton and Gluon kernels (:mod:`flashlib.kernels`); settings as :class:`flashlib.config.TritonConfig`."""
+
+    precision: str
+    autotune: str
+
+    def __str__(self) -> str:
+        return f"triton {self.precision} {self.autotune}"
+
+    @classmethod
+    def from_words(cls, precision: str, autotune: str) -> TritonEngine:
+        return cls(precision, autotune)
+
+    def forward(self, q, k, v, spec):
+        from flashlib.kernels.run import launch_forward
+
+        return launch_forward(q, k, v, self._options(spec))
+
+    def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
+        from flashlib.kernels.run import launch_backward
+
+        return launch_backward(q, k, v, out, lse, grad_out, grad_lse, self._options(spec))
+
+    def empty_results(self, q, v, spec):
+        from flashlib.kernels.launch import empty_results
+
+        return empty_results(q, v)
+
+    def _options(self, spec):
+        from flashlib.kernels.launch import KernelOptions
+
+        return KernelOptions.from_spec(spec, self.precision, self.autotune)
+
+
+_ENGINES = {"tiled": TiledEngine, "triton": TritonEngine}
+
+
+def engine_named(words: str) -> Engine:
+    """The engine of which ``words`` is the ``str``: operators take no other arguments than numbers, tensors and text."""
+    name, *settings = words.split()
+    return _ENGINES[name].from_words(*settings)
+
+
+def run_engine(engine: Engine, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of a checked problem, on the autograd graph."""
+    numbers = spec.numbers()
+    with autocast_off(spec.device):
+        if torch.compiler.is_compiling() or _no_data(q, k, v):
+            from flashlib.operators import attention_forward  # registering operators imports PyTorch's compiler
+
+            return attention_forward(q, k, v, *numbers, str(engine))
+        return _Attention.apply(q, k, v, engine, *numbers)
+
+
+def _no_data(*tensors: Tensor) -> bool:
+    """Whether these are meta or fake tensors. Those inside torch.func's transforms are not: there the Function below serves."""
+    return not has_values(*(_innermost(x) for x in tensors))
+
+
+def _innermost(x: Tensor) -> Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+class _Attention(torch.autograd.Function):
+    """``(q, k, v, engine, *numbers) -> (out, lse)``; numbers as :meth:`flashlib.AttentionSpec.numbers`."""
+
+    @staticmethod
+    def forward(q, k, v, engine, *numbers):
+        return engine.forward(q, k, v, AttentionSpec.from_numbers(q, k, v, *numbers))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, ctx.engine, *numbers = inputs
+        ctx.tensors_at = [at for at, x in enumerate(numbers) if isinstance(x, Tensor)]
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in numbers]
+        tensors = (q, k, v, *output, *(numbers[at] for at in ctx.tensors_at))
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, out, lse, numbers = _restored(ctx)
+        nothing = (None,) * (1 + len(numbers))
+        if grad_out is None and grad_lse is None:
+            return None, None, None, *nothing
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        with autocast_off(q.device):
+            return *_Gradients.apply(q, k, v, out, lse, grad_out, grad_lse, ctx.engine, *numbers), *nothing
+
+    @staticmethod
+    def jvp(ctx, dq, dk, dv, *_):
+        q, k, v, out, lse, numbers = _restored(ctx)
+        jvp = getattr(ctx.engine, "jvp", None)
+        if jvp is None:
+            raise NotImplementedError(f"{_name(ctx.engine)} attention has no forward-mode derivative; {_FORWARD_MODE}")
+        return jvp(q, k, v, out, lse, (dq, dk, dv), AttentionSpec.from_numbers(q, k, v, *numbers))
+
+    @staticmethod
+    def vmap(info, in_dims, q, k, v, engine, *numbers):
+        folded = _folded(info.batch_size, in_dims[:3], (q, k, v))
+        batch = folded[0].shape[0] // info.batch_size
+        results = _Attention.apply(*folded, engine, *_folded_numbers(info.batch_size, batch, in_dims[4:], numbers))
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0)
+
+
+class _Gradients(torch.autograd.Function):
+    """``(q, k, v, out, lse, grad_out, grad_lse, engine, *numbers) -> (dq, dk, dv)``."""
+
+    @staticmethod
+    def forward(q, k, v, out, lse, grad_out, grad_lse, engine, *numbers):
+        return engine.backward(q, k, v, out, lse, grad_out, grad_lse, AttentionSpec.from_numbers(q, k, v, *numbers))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.engine = inputs[7]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise no_second_derivative(_name(ctx.engine))
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise no_second_derivative(_name(ctx.engine))
+
+    @staticmethod
+    def vmap(info, in_dims, q, k, v, out, lse, grad_out, grad_lse, engine, *numbers):
+        folded = _folded(info.batch_size, in_dims[:7], (q, k, v, out, lse, grad_out, grad_lse))
+        batch = folded[0].shape[0] // info.batch_size
+        results = _Gradients.apply(*folded, engine, *_folded_numbers(info.batch_size, batch, in_dims[8:], numbers))
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
+
+
+_FORWARD_MODE = "the backends 'tiled', 'reference' and 'torch_sdpa_math' have one"
+
+
+def no_second_derivative(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{name} attention has no second derivative; the backends 'reference' and 'torch_sdpa_math' have one"
+    )
+
+
+def _name(engine: Engine) -> str:
+    return str(engine).split()[0]
+
+
+def _restored(ctx) -> tuple:
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    numbers = list(ctx.numbers)
+    for at, tensor in zip(ctx.tensors_at, tensors, strict=True):
+        numbers[at] = tensor
+    return q, k, v, out, lse, numbers
+
+
+def _folded(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """``[B, ...]`` of each of ``size`` problems as one batch of ``size * B``."""
+    return [
+        None if x is None else _mapped_first(size, dim, x).flatten(0, 1)
+        for dim, x in zip(in_dims, tensors, strict=True)
+    ]
+
+
+def _mapped_first(size: int, dim: int | None, x: Tensor) -> Tensor:
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _folded_numbers(size: int, batch: int, in_dims: tuple[int | None, ...], numbers: tuple) -> list:
+    """The numbers of one batch of ``size * batch``. What all entries share stays shared."""
+    *rest, seed = numbers
+    if in_dims[-1] is not None:
+        raise ValueError("dropout under vmap needs randomness='same': one seed serves all of a batch")
+    folded = []
+    for dim, x in zip(in_dims, rest, strict=False):
+        if isinstance(x, Tensor) and (dim is not None or x.shape[0] != 1):
+            x = _mapped_first(size, dim, x)
+            x = x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)
+        folded.append(x)
+    return [*folded, seed]
+
+
+def refuse_second_derivative(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, whose gradients say in our words that they cannot be differentiated again: for kernels that are not ours."""
+    return tuple(_Once.apply(x, name) if x.requires_grad else x for x in tensors)
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, name):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _OnceGradient.apply(grad, ctx.name), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent
+
+
+class _OnceGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, name):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[1]
+
+    @staticmethod
+    def backward(ctx, _):
+        raise no_second_derivative(ctx.name)

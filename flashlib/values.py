@@ -1,0 +1,62 @@
+"""Whether the values of a tensor may be looked at.
+
+Checking that lengths, page numbers or cumulative lengths make sense means reading them. On a CPU that costs nothing and is always done. On a GPU
+it would wait for all the work that was queued, in a CUDA graph it is forbidden, and under a tracer there is nothing to read. There, values that
+make no sense never reach memory that is not theirs (each function says what they give instead), and they are checked on request::
+
+    with flashlib.check_values():
+        out = attention(q, k, v, mask=KeyLengths(lengths))      # waits for the GPU; says which length is wrong
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_values", "has_values", "may_read"]
+
+_asked: ContextVar[bool] = ContextVar("flashlib_check_values", default=False)
+
+
+@contextlib.contextmanager
+def check_values() -> Iterator[None]:
+    """Inside the block lengths, cumulative lengths and page numbers on a GPU are checked as they are on a CPU. Each check waits for the GPU."""
+    token = _asked.set(True)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def has_values(*tensors: Tensor) -> bool:
+    """Whether the tensors hold numbers: False for meta and fake tensors, inside torch.compile, torch.export and function transforms."""
+    if torch.compiler.is_compiling():
+        return False
+    return not any(
+        x.device.type == "meta" or torch._is_functional_tensor(x) or _is_wrapped(x) or _is_fake(x) for x in tensors
+    )
+
+
+def may_read(*tensors: Tensor) -> bool:
+    """Whether to look at the values: they are on the CPU, or :func:`check_values` asks for it and no CUDA graph is being captured."""
+    if not has_values(*tensors):
+        return False
+    if all(x.device.type == "cpu" for x in tensors):
+        return True
+    return _asked.get() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """Whether ``x`` stands for a tensor inside torch.func.grad, vmap or jvp."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _is_fake(x: Tensor) -> bool:
+    # By name: importing FakeTensor brings half of the compiler, and whoever made one has imported it.
+    return type(x) not in (Tensor, torch.nn.Parameter) and any(
+        kind.__name__ == "FakeTensor" for kind in type(x).__mro__
+    )

@@ -9,6 +9,7 @@ from flashlib.backends import choose
 from flashlib.config import FlashAttentionConfig, current_config
 from flashlib.engines import TiledEngine, run_engine
 from flashlib.masks import Mask
+from flashlib.packing import AlignedPack, sequences_of
 from flashlib.partial import merge_sinks
 from flashlib.spec import AttentionSpec
 
@@ -89,11 +90,17 @@ def attention(
         raise TypeError(f"config must be a FlashAttentionConfig; got {type(config).__name__}")
     config = config or current_config()
     chosen = choose(spec, backend, config)
+    sequences = sequences_of(spec.mask) if config.packing == "aligned" and not spec.is_empty else None
     with autocast_off(spec.device):
+        if sequences is not None:
+            pack = AlignedPack.of(q, k, v, spec, sequences)
+            q, k, v, spec = pack.q, pack.k, pack.v, pack.spec
         if spec.is_empty:  # no tile to visit, so no kernel to launch: zeros and -inf
             out, lse = run_engine(TiledEngine(config.tiled), q, k, v, spec)
         else:
             out, lse = chosen.run(q, k, v, spec, config)
+        if sequences is not None:
+            out, lse = pack.gathered(out, lse)
         if sinks is not None and (spec.is_empty or not chosen.has_sinks):
             out, lse = merge_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out

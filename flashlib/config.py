@@ -23,6 +23,7 @@ import dacite
 import yaml
 from torch.utils import checkpoint
 
+from flashlib.packing import PACKINGS
 from flashlib.tiled import Tiling
 
 __all__ = [
@@ -116,12 +117,15 @@ class FlashAttentionConfig:
     Attributes:
         backend: name of a backend, or ``"auto"`` for the first in the order of choice that can run the problem.
         order: backends for ``"auto"`` to try, in this order; empty for :func:`flashlib.backends.order_of_choice`.
+        packing: what is done with packed sequences (:class:`flashlib.masks.Varlen`). ``"dense"``: they are computed where they lie. ``"aligned"``: they are
+            copied apart first, so that what a sequence gives is bitwise the same wherever in a pack it lies (:mod:`flashlib.packing`).
         fa3, fa2, triton, tiled: settings of single backends.
         injection: how memories are injected.
     """
 
     backend: str = "auto"
     order: list[str] = field(default_factory=list)
+    packing: str = "dense"
     fa3: FA3Config = field(default_factory=FA3Config)
     fa2: FA2Config = field(default_factory=FA2Config)
     triton: TritonConfig = field(default_factory=TritonConfig)
@@ -131,6 +135,8 @@ class FlashAttentionConfig:
     def __post_init__(self):
         from flashlib.backends import check_name
 
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing must be one of {', '.join(PACKINGS)}; got {self.packing!r}")
         if self.backend != "auto":
             check_name("backend", self.backend)
         for name in self.order:

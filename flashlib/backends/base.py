@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flashlib.config import FlashAttentionConfig
+from flashlib.packing import sequences_of
 from flashlib.spec import AttentionSpec
 
 __all__ = ["Backend", "BackendUnavailableError"]
@@ -21,6 +22,7 @@ class Backend:
         name: as in ``attention(..., backend=name)``.
         makes_dense_mask: whether a fused kernel is given any other mask than causal as a matrix of Sq x Sk booleans.
         forward_mode: whether tangents go through it (``torch.func.jvp``, ``jacfwd``, ``torch.autograd.forward_ad``).
+        repeats_packs: whether a packed sequence that begins where a tile begins gives the same bits whatever else is in the pack.
         has_sinks: whether it takes sinks itself. Into the results of others they are merged, which takes the LSE.
         repeats_gradients: whether the same call gives the same gradients, bit by bit (for flash_attn: under its own setting).
     """
@@ -30,6 +32,7 @@ class Backend:
     repeats_gradients: bool = True
     forward_mode: bool = True
     has_sinks: bool = False
+    repeats_packs: bool = False
 
     def missing(self) -> str | None:
         """What this machine lacks for any problem at all (a package, a GPU); None if nothing."""
@@ -37,11 +40,13 @@ class Backend:
 
     def why_not(self, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:
         """Why this problem cannot be run here; None if it can."""
-        return self.missing() or self._underivable(spec) or self.unsupported(spec, config)
+        return self.missing() or self._beyond(spec, config) or self.unsupported(spec, config)
 
-    def _underivable(self, spec: AttentionSpec) -> str | None:
+    def _beyond(self, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:
         if spec.has_tangents and not self.forward_mode:
             return "has no forward-mode derivative, and an input carries a tangent"
+        if config.packing == "aligned" and not self.repeats_packs and sequences_of(spec.mask) is not None:
+            return "promises no bits, and packing='aligned' is about bits"
         return None
 
     def unsupported(self, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:

@@ -26,6 +26,7 @@ class TiledBackend(Backend):
     """FlashAttention in plain PyTorch (:mod:`flashlib.tiled`)."""
 
     name = "tiled"
+    repeats_packs = True
 
     def unsupported(self, spec, config):
         return None

@@ -22,6 +22,7 @@ class TritonBackend(Backend):
     """FlashAttention-2's algorithm in Triton, deterministic in both directions."""
 
     name = "triton"
+    repeats_packs = True
     forward_mode = False
 
     def missing(self):

@@ -106,7 +106,14 @@ def merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
 
     Returns:
         out, in its own dtype, and the LSE. Differentiable in all three.
+
+    Raises:
+        ValueError: sinks is not one score for each head.
     """
+    if sinks.shape != lse.shape[1:2]:
+        raise ValueError(
+            f"sinks has shape {tuple(sinks.shape)}; expected {tuple(lse.shape[1:2])}, one score per query head"
+        )
     alone = sinks.to(lse.dtype)[None, :, None].expand_as(lse)
     whole = merge(Partial(out, lse), Partial(torch.zeros_like(out), alone))
     return whole.out.to(out.dtype), whole.lse

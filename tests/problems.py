@@ -105,7 +105,9 @@ def random_rule(rng: random.Random, batch: int, q_len: int, kv_len: int) -> dict
 
 def random_mask(rng: random.Random, batch: int, q_len: int, kv_len: int) -> masks.Mask | None:
     """One mask, or two or three combined; or none."""
-    kinds = rng.choices(("causal", "window", "lengths", "documents", "varlen", "prefix"), k=rng.choice((0, 1, 1, 2, 3)))
+    kinds = rng.choices(
+        ("causal", "window", "lengths", "documents", "varlen", "prefix", "intervals"), k=rng.choice((0, 1, 1, 2, 3))
+    )
     mask = None
     for kind in kinds:
         part = _random_part(kind, rng, batch, q_len, kv_len)
@@ -130,6 +132,9 @@ def _random_part(kind: str, rng: random.Random, batch: int, q_len: int, kv_len: 
         sequences = rng.randrange(5)
         packed = masks.Varlen(_random_ends(rng, sequences, q_len), _random_ends(rng, sequences, kv_len))
         return packed if rng.random() < 0.5 else packed & masks.Window(width(), width(), packed.offset(q_len))
+    if kind == "intervals":
+        kind = rng.choice(("causal", "lengths", "varlen"))
+        return masks.Intervals(_random_part(kind, rng, batch, q_len, kv_len).intervals(batch, q_len, kv_len))
     names = rng.sample(range(20), 5)
     if q_len == kv_len and rng.random() < 0.5:
         return masks.Documents(_random_ids(rng, names, q_len))

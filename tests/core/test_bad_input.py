@@ -12,6 +12,7 @@ import torch
 
 from flashlib import AttentionSpec, FlashAttentionConfig, backends, measure, reference
 from flashlib.config import TritonConfig, use_config
+from flashlib.partial import merge_sinks
 from flashlib.reference import ErrorBudget
 
 TESTS = Path(__file__).parents[1]
@@ -53,6 +54,11 @@ BAD = [
         lambda: reference.assert_gradients_within_budget((Q, Q), Q, Q, Q, Q),
         ValueError,
         "gradients must be (dq, dk, dv)",
+    ),
+    (
+        lambda: merge_sinks(Q, Q[..., 0], torch.zeros(3)),
+        ValueError,
+        "sinks has shape (3,); expected (2,), one score per query head",
     ),
     (lambda: backends.explain(Q), TypeError, "spec must be an AttentionSpec; got Tensor"),
     (lambda: backends.choose(Q), TypeError, "spec must be an AttentionSpec; got Tensor"),
@@ -100,7 +106,7 @@ PUBLIC = (
 NOTHING_TO_GET_WRONG = {
     "Backend", "BackendUnavailableError", "CacheFullError", "Comparison", "ErrorBudget", "Explanation", "FA2Config",
     "FA3Config", "Intersection", "Mask", "MemoryLevel", "Preference", "Record", "RowIntervals", "Tile", "Timing",
-    "Unmasked", "available", "cpu_memory", "current_config", "matmul_flops_per_s",
+    "Unmasked", "available", "check_values", "cpu_memory", "current_config", "matmul_flops_per_s",
     "save_record", "stream_bytes_per_s",
 }  # fmt: skip
 

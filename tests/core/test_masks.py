@@ -182,6 +182,11 @@ BAD = [
     (lambda: Varlen([[0, 2]]), ValueError, "cu_seqlens_q must be 1-dimensional; got shape (1, 2)"),
     (lambda: Varlen([0, 5]).intervals(1, 4, 6), ValueError, "cu_seqlens_q goes up to 5, but there are only 4 tokens"),
     (lambda: Varlen([0, 5]).intervals(1, 6, 4), ValueError, "cu_seqlens_k goes up to 5, but there are only 4 tokens"),
+    (
+        lambda: masks.Intervals(Causal().intervals(1, 4, 6)).intervals(1, 4, 5),
+        ValueError,
+        "the mask was made for 1 sequences of 4 queries and 6 keys; got 1 sequences of 4 queries and 5 keys",
+    ),
     (lambda: Causal() & torch.ones(2, 2), TypeError, "combines with another flashlib mask by &; got Tensor"),
     (
         lambda: Causal().intervals(1, 4, 4).tile_map(0, 4),

@@ -8,7 +8,7 @@ python tests/everyday/packs.py --backend triton --device cuda --packs 200 --long
 from __future__ import annotations
 
 import random
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import typer
@@ -77,7 +77,7 @@ def check_pack(rng: random.Random, backend: str, device: str, longest: int) -> i
 
 def ranges(lengths: list[int]) -> list[slice]:
     ends = [0, *accumulate(lengths)]
-    return [slice(begin, end) for begin, end in zip(ends, ends[1:], strict=False)]
+    return [slice(begin, end) for begin, end in pairwise(ends)]
 
 
 def main(backend: str = "tiled", device: str = "cpu", packs: int = 10, longest: int = 300, seed: int = -1) -> None:

@@ -249,7 +249,12 @@ def _folded_numbers(size: int, batch: int, in_dims: tuple[int | None, ...], numb
 
 
 def refuse_second_derivative(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, whose gradients say in our words that they cannot be differentiated again: for kernels that are not ours."""
+    """The tensors, whose gradients say in our words that they cannot be differentiated again: for kernels that are not ours.
+
+    A compiler says so itself, of all that it compiles.
+    """
+    if torch.compiler.is_compiling():
+        return tensors
     return tuple(_Once.apply(x, name) if x.requires_grad else x for x in tensors)
 
 
@@ -267,10 +272,6 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _OnceGradient.apply(grad, ctx.name), None
-
-    @staticmethod
-    def jvp(ctx, tangent, _):
-        return tangent
 
 
 class _OnceGradient(torch.autograd.Function):

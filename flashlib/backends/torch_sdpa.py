@@ -40,7 +40,7 @@ class _SDPA(Backend):
         if spec.dropout_p:
             return "PyTorch's SDPA drops other pairs than ours"
         if spec.device.type == "meta":
-            return "PyTorch's kernels are asked whether they take a problem, and meta tensors cannot be asked about"
+            return "PyTorch says of tensors with data alone which of its kernels take them; these are on meta"
         return self._kernel_limits(spec)
 
     def _kernel_limits(self, spec: AttentionSpec) -> str | None:

@@ -8,6 +8,7 @@ python tests/everyday/packs.py --backend triton --device cuda --packs 200 --long
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -25,11 +26,30 @@ def packed_mask(lengths_q: list[int], lengths_k: list[int], width: tuple[int | N
     return sequences & masks.Window(*width, sequences.offset(sum(lengths_q), device))
 
 
-def check_pack(rng: random.Random, backend: str, device: str, longest: int) -> int:
+@dataclass(frozen=True)
+class PackSet:
+    """What the kernels of some packs are compiled for."""
+
+    dtype: torch.dtype
+    head_dim: int
+    softcap: float
+    alibi: bool
+
+    @classmethod
+    def draw(cls, seed: int) -> PackSet:
+        rng = random.Random(seed)
+        dtype = rng.choice((torch.float32, torch.float16, torch.bfloat16))
+        return cls(dtype, rng.choice((16, 40, 64, 64, 128, 128)), rng.choice((0.0, 0.0, 5.0)), rng.random() < 0.3)
+
+    def told(self) -> dict[str, str]:
+        return {name: str(value).removeprefix("torch.") for name, value in vars(self).items()}
+
+
+def check_pack(features: PackSet, rng: random.Random, backend: str, device: str, longest: int) -> int:
     """One random pack against its sequences alone, and against the oracle where it is small. Returns how many sequences were compared."""
     generator = torch.Generator(device).manual_seed(rng.getrandbits(48))
-    dtype = rng.choice((torch.float32, torch.float16, torch.bfloat16))
-    (q_heads, kv_heads), head_dim = rng.choice(((2, 2), (4, 2), (3, 1))), rng.choice((16, 40, 64, 128))
+    dtype, head_dim = features.dtype, features.head_dim
+    q_heads, kv_heads = rng.choice(((2, 2), (4, 2), (3, 1)))
     lengths_q = [rng.choice((0, 1, rng.randint(1, longest))) for _ in range(rng.randint(2, 6))]
     lengths_k = [n if rng.random() < 0.6 else rng.randint(0, longest) for n in lengths_q]
     width = rng.choice(
@@ -43,8 +63,8 @@ def check_pack(rng: random.Random, backend: str, device: str, longest: int) -> i
         return (x if rng.random() < 0.5 else x.contiguous()).requires_grad_()
 
     q, (k, v) = tokens(q_heads, sum(lengths_q)), (tokens(kv_heads, sum(lengths_k)) for _ in range(2))
-    options = {"softcap": rng.choice((0.0, 0.0, 5.0))}
-    if rng.random() < 0.3:
+    options = {"softcap": features.softcap}
+    if features.alibi:
         options["alibi_slopes"] = torch.rand(q_heads, generator=generator, device=device)
     grad = torch.randn(q.shape, generator=generator, device=device).to(dtype)
 
@@ -84,7 +104,8 @@ def main(backend: str = "tiled", device: str = "cpu", packs: int = 10, longest: 
     seed = seed if seed >= 0 else random.SystemRandom().getrandbits(32)
     print(f"seed {seed}", flush=True)
     rng = random.Random(seed)
-    compared = sum(check_pack(rng, backend, device, longest) for _ in range(packs))
+    drawn = (PackSet.draw(rng.getrandbits(32)) for _ in range(packs))
+    compared = sum(check_pack(features, rng, backend, device, longest) for features in drawn)
     print(f"{packs} packs, {compared} sequences, {backend} on {device}: the same bits alone and together")
 
 

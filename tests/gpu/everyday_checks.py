@@ -154,7 +154,7 @@ def graphs(out: Path, seed: int, replays: int = 4) -> Record:
     for name, call in packed_calls().items():
         trains = "cache" not in name and "pages" not in name
 
-        def drawn() -> list[Tensor]:
+        def drawn(name=name) -> list[Tensor]:
             tokens = [
                 torch.randn(total, heads, 64, generator=generator, device=DEVICE).to(dtype) for heads in (4, 2, 2)
             ]

@@ -79,7 +79,10 @@ class RowIntervals:
 
     def classify(self, rows: slice, keys: slice) -> Tile:
         """What is left of one tile, over all batch entries together: SKIP or FULL only if it is so in every entry."""
-        seen = self._keys_seen(rows, torch.tensor([keys.start]), torch.tensor([keys.stop]))
+        first, last = torch.tensor([[keys.start], [keys.stop]], device=self.start.device)
+        seen = self._keys_seen(rows, first, last)
+        if not seen.numel():  # no rows, or no batch entries
+            return Tile.SKIP
         return _tile_kind(int(seen.min()), int(seen.max()), keys.stop - keys.start)
 
     def tile_map(self, block_q: int, block_k: int) -> Tensor:
@@ -119,7 +122,6 @@ class RowIntervals:
 
     def _keys_seen(self, rows: slice, first: Tensor, last: Tensor) -> Tensor:
         """How many keys of each range [first, last) each row sees: int64 ``[B or 1, rows, ranges]``."""
-        first, last = first.to(self.start.device), last.to(self.start.device)
         start, stop = self.start[:, rows, None], self.stop[:, rows, None]
         return (torch.minimum(stop, last) - torch.maximum(start, first)).clamp(min=0)
 
@@ -159,7 +161,7 @@ class Mask:
         """
         device = torch.device(device or "cpu")
         start, stop = self.bounds(batch, q_len, kv_len, device)
-        entries = max(start.shape[0], stop.shape[0])
+        (entries,) = torch.broadcast_shapes(start.shape[:1], stop.shape[:1])  # 0 for a mask of no sequences
         start = start.clamp(0, kv_len).expand(entries, q_len)
         stop = stop.clamp(0, kv_len).expand(entries, q_len)
         sees_something = start < stop
@@ -300,7 +302,7 @@ class Documents(Mask):
     def from_lengths(cls, lengths: Sequence[int] | Tensor) -> Documents:
         """Documents of these lengths packed one after another into a single sequence of ``sum(lengths)`` tokens."""
         lengths = _integers("lengths", lengths, ndims=(1,), minimum=0)
-        return cls(torch.arange(len(lengths)).repeat_interleave(lengths.cpu()))
+        return cls(torch.arange(len(lengths), device="cpu").repeat_interleave(lengths.cpu()))
 
     def bounds(self, batch, q_len, kv_len, device):
         k_ids = self.q_ids if self.k_ids is None else self.k_ids
@@ -353,7 +355,7 @@ class Varlen(Mask):
             object.__setattr__(self, "cu_seqlens_k", self.cu_seqlens_q)
         for side in ("q", "k"):
             name = f"cu_seqlens_{side}"
-            object.__setattr__(self, name, torch.as_tensor(getattr(self, name)))
+            object.__setattr__(self, name, _tensor(getattr(self, name)))
             object.__setattr__(self, f"lengths_{side}", _lengths_between(name, getattr(self, name)))
         if len(self.lengths_q) != len(self.lengths_k):
             raise ValueError(
@@ -526,9 +528,14 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
+def _tensor(values: Tensor | Sequence[int]) -> Tensor:
+    """What is no tensor yet becomes one on the CPU, whatever PyTorch's default device."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def _integers(name: str, values: Tensor | Sequence[int], ndims: tuple[int, ...], minimum: int | None = None) -> Tensor:
     """``values`` as an int64 tensor, or an error that says what came."""
-    given = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    given = _tensor(values)
     if given.dtype == torch.uint64:
         raise TypeError(f"{name} must hold integers that fit into int64; got {given.dtype}")
     if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):

@@ -214,9 +214,9 @@ def _reorderings(spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor]]:
     """Orders of the keys and of the channels in which to repeat the naive computation; first the order given."""
     yield torch.arange(spec.kv_len, device=spec.device), torch.arange(spec.head_dim, device=spec.device)
     small = spec.batch * spec.q_heads * spec.q_len * spec.kv_len < LARGE_ENOUGH
-    generator = torch.Generator().manual_seed(0)  # the budget of given inputs is a number, not a draw
+    generator = torch.Generator("cpu").manual_seed(0)  # the budget of given inputs is a number, not a draw
     for _ in range(REORDERINGS if small else 0):
-        orders = (torch.randperm(size, generator=generator) for size in (spec.kv_len, spec.head_dim))
+        orders = (torch.randperm(size, generator=generator, device="cpu") for size in (spec.kv_len, spec.head_dim))
         yield tuple(order.to(spec.device) for order in orders)
 
 

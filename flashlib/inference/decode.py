@@ -31,7 +31,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TILE = 64  # keys; where the tile is not the kernel's own
 SPLIT_COST = 2  # tiles; what a split costs beside the tiles it holds
 MOST_SPLITS = 256  # that are chosen
-MOST_PROGRAMS = 65535  # along the second and third dimension of a CUDA grid
+MOST_PROGRAMS = 65535  # along the second dimension of a CUDA grid
 # keys; so that in a batch of unequal lengths no program is left with a long request when all others are done
 LONGEST_SPLIT = 8192
 LONGEST_SPLIT_OF_SMALL_PAGES = (
@@ -384,11 +384,10 @@ def _run_triton(problem: _Problem) -> tuple[Tensor, Tensor]:
     from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
 
     splits, fewest = _splits(problem)
-    for name, size in (("splits", splits), ("requests", problem.q.shape[0])):
-        if size > MOST_PROGRAMS:
-            raise ValueError(
-                f"a launch takes at most {MOST_PROGRAMS} {name}; got {size} (split_size={problem.split_size})"
-            )
+    if splits > MOST_PROGRAMS:
+        raise ValueError(
+            f"a launch takes at most {MOST_PROGRAMS} splits; got {splits} (split_size={problem.split_size})"
+        )
     split_size = problem.split_size or _blocks(problem.capacity, splits)
     options = DecodeOptions(
         problem.lengths, problem.block_table, problem.left, problem.right, problem.scale, problem.softcap, splits,

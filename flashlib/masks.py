@@ -38,6 +38,11 @@ __all__ = [
     "Window",
 ]
 
+# Tokens. No tensor is that long, so a window that reaches so far has no end: as None. What remains of a band leaves room in the int32
+# in which the kernels add a length, an offset and a width.
+NO_LIMIT = 2**30
+INT64 = torch.iinfo(torch.int64)
+
 
 class Tile(enum.IntEnum):
     """What a mask leaves of a tile of query rows x keys."""
@@ -75,7 +80,10 @@ class RowIntervals:
 
     def classify(self, rows: slice, keys: slice) -> Tile:
         """What is left of one tile, over all batch entries together: SKIP or FULL only if it is so in every entry."""
-        seen = self._keys_seen(rows, torch.tensor([keys.start]), torch.tensor([keys.stop]))
+        first, last = torch.tensor([[keys.start], [keys.stop]], device=self.start.device)
+        seen = self._keys_seen(rows, first, last)
+        if not seen.numel():  # no rows, or no batch entries
+            return Tile.SKIP
         return _tile_kind(int(seen.min()), int(seen.max()), keys.stop - keys.start)
 
     def tile_map(self, block_q: int, block_k: int) -> Tensor:
@@ -115,7 +123,6 @@ class RowIntervals:
 
     def _keys_seen(self, rows: slice, first: Tensor, last: Tensor) -> Tensor:
         """How many keys of each range [first, last) each row sees: int64 ``[B or 1, rows, ranges]``."""
-        first, last = first.to(self.start.device), last.to(self.start.device)
         start, stop = self.start[:, rows, None], self.stop[:, rows, None]
         return (torch.minimum(stop, last) - torch.maximum(start, first)).clamp(min=0)
 
@@ -155,7 +162,7 @@ class Mask:
         """
         device = torch.device(device or "cpu")
         start, stop = self.bounds(batch, q_len, kv_len, device)
-        entries = max(start.shape[0], stop.shape[0])
+        (entries,) = torch.broadcast_shapes(start.shape[:1], stop.shape[:1])  # 0 for a mask of no sequences
         start = start.clamp(0, kv_len).expand(entries, q_len)
         stop = stop.clamp(0, kv_len).expand(entries, q_len)
         sees_something = start < stop
@@ -187,7 +194,8 @@ class Window(Mask):
     """A sliding window: row ``i`` sees keys ``i + offset - left .. i + offset + right``, both ends included.
 
     Args:
-        left, right: how many keys before and after its own position a row sees; None for no limit.
+        left, right: how many keys before and after its own position a row sees; None for no limit. Any number will do, however large
+            (``sys.maxsize``): what lies beyond the first or the last key is not there.
         offset: the key position at which row 0 sits. None aligns bottom-right: ``Sk - Sq``. An int, or an integer tensor
             ``[B]`` (one per sequence) or ``[B, Sq]`` (one per row) for batches whose sequences start at different places.
 
@@ -207,16 +215,18 @@ class Window(Mask):
             object.__setattr__(self, "offset", _integers("offset", self.offset, ndims=(1, 2)))
 
     def bounds(self, batch, q_len, kv_len, device):
-        position = _positions(self.offset, batch, q_len, kv_len, device)
-        start = _row(0, device) if self.left is None else position - self.left
-        stop = _row(kv_len, device) if self.right is None else position + self.right + 1
+        shape = (batch, q_len, kv_len, device)
+        start = _row(0, device) if self.left is None else _keys_from_rows(self.offset, -self.left, *shape)
+        stop = _row(kv_len, device) if self.right is None else _keys_from_rows(self.offset, self.right + 1, *shape)
         return start, stop
 
     def band(self):
-        return (self.left, self.right) if self.offset is None else None
+        if self.offset is not None:
+            return None
+        return tuple(None if width is None or width >= NO_LIMIT else width for width in (self.left, self.right))
 
     def row_offsets(self, batch, q_len, kv_len, device):
-        return None if self.offset is None else _row_offsets(self.offset, batch, q_len, device)
+        return None if self.offset is None else _held_row_offsets(self.offset, batch, q_len, device)
 
 
 class Causal(Window):
@@ -293,7 +303,7 @@ class Documents(Mask):
     def from_lengths(cls, lengths: Sequence[int] | Tensor) -> Documents:
         """Documents of these lengths packed one after another into a single sequence of ``sum(lengths)`` tokens."""
         lengths = _integers("lengths", lengths, ndims=(1,), minimum=0)
-        return cls(torch.arange(len(lengths)).repeat_interleave(lengths.cpu()))
+        return cls(torch.arange(len(lengths), device="cpu").repeat_interleave(lengths.cpu()))
 
     def bounds(self, batch, q_len, kv_len, device):
         k_ids = self.q_ids if self.k_ids is None else self.k_ids
@@ -346,7 +356,7 @@ class Varlen(Mask):
             object.__setattr__(self, "cu_seqlens_k", self.cu_seqlens_q)
         for side in ("q", "k"):
             name = f"cu_seqlens_{side}"
-            object.__setattr__(self, name, torch.as_tensor(getattr(self, name)))
+            object.__setattr__(self, name, _tensor(getattr(self, name)))
             object.__setattr__(self, f"lengths_{side}", _lengths_between(name, getattr(self, name)))
         if len(self.lengths_q) != len(self.lengths_k):
             raise ValueError(
@@ -407,11 +417,11 @@ class Prefix(Mask):
     def bounds(self, batch, q_len, kv_len, device):
         if len(self.lengths) != 1:
             _expect_batch("Prefix", self.lengths, batch)
-        past = _positions(self.offset, batch, q_len, kv_len, device) + 1
+        past = _keys_from_rows(self.offset, 1, batch, q_len, kv_len, device)
         return _row(0, device), torch.maximum(self.lengths.to(device)[:, None], past)
 
     def row_offsets(self, batch, q_len, kv_len, device):
-        return None if self.offset is None else _row_offsets(self.offset, batch, q_len, device)
+        return None if self.offset is None else _held_row_offsets(self.offset, batch, q_len, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -469,16 +479,41 @@ def _row(value: int, device: torch.device) -> Tensor:
     return torch.full((1, 1), value, dtype=torch.int64, device=device)
 
 
-def _positions(offset: int | Tensor | None, batch: int, q_len: int, kv_len: int, device: torch.device) -> Tensor:
-    """The key position at which each row sits: ``[B or 1, Sq]``."""
-    offset = kv_len - q_len if offset is None else offset
-    return torch.arange(q_len, device=device)[None] + _row_offsets(offset, batch, q_len, device)
+def _keys_from_rows(
+    offset: int | Tensor | None, reach: int, batch: int, q_len: int, kv_len: int, device: torch.device
+) -> Tensor:
+    """The key ``reach`` away from the position of each row: int64 ``[B or 1, Sq]``.
 
-
-def _row_offsets(offset: int | Tensor, batch: int, q_len: int, device: torch.device) -> Tensor:
-    """The same, less the row: ``[B or 1, Sq or 1]``."""
+    Exact where it lies between 0 and ``kv_len``, and else on the right side of both: no sum of large numbers wraps around.
+    """
+    rows = torch.arange(q_len, device=device)[None]
+    if offset is None:
+        offset, reach = kv_len - q_len, min(max(reach, -NO_LIMIT), NO_LIMIT)
     if not isinstance(offset, Tensor):
-        return _row(offset, device)
+        return rows + torch.sym_max(torch.sym_min(offset + reach, kv_len), -q_len)
+    return rows + _added(_row_offsets(offset, batch, q_len, device), reach, -q_len, kv_len)
+
+
+def _added(x: Tensor, number: int, least: int, most: int) -> Tensor:
+    """``x + number`` held between two bounds, as exact as if integers had no largest one."""
+    low, high = least - number, most - number  # where x meets the bounds
+    if abs(number) > NO_LIMIT:
+        if low > INT64.max or high < INT64.min:
+            return torch.full_like(x, least if low > INT64.max else most)
+        low, high = max(low, INT64.min), min(high, INT64.max)
+    half = number // 2  # the whole of it may be no int64
+    return x.clamp(low, high) + half + (number - half)
+
+
+def _held_row_offsets(offset: int | Tensor, batch: int, q_len: int, device: torch.device) -> Tensor:
+    """:func:`_row_offsets` within what an int32 holds with a length added. So far from all keys, distances differ as they do further away."""
+    if isinstance(offset, Tensor):
+        return _row_offsets(offset, batch, q_len, device).clamp(-NO_LIMIT, NO_LIMIT)
+    return _row(min(max(offset, -NO_LIMIT), NO_LIMIT), device)
+
+
+def _row_offsets(offset: Tensor, batch: int, q_len: int, device: torch.device) -> Tensor:
+    """The key position at which each row sits, less the row: ``[B or 1, Sq or 1]``."""
     if offset.shape not in ((batch,), (1, q_len), (batch, q_len)):
         raise ValueError(
             f"offset has shape {tuple(offset.shape)}; expected ({batch},) or ({batch}, {q_len}): one per sequence or row"
@@ -496,11 +531,11 @@ def _lengths_between(name: str, cu_seqlens: Tensor) -> Tensor:
     ends = _integers(name, cu_seqlens.cpu(), ndims=(1,))
     if not len(ends) or ends[0] != 0:
         raise ValueError(f"{name} must begin with 0; got {ends.tolist()[:1]}")
-    lengths = ends.diff()
-    if (lengths < 0).any():
-        n = int((lengths < 0).nonzero()[0])
+    falls = ends[1:] < ends[:-1]
+    if falls.any():
+        n = int(falls.nonzero()[0])
         raise ValueError(f"{name} must never fall; got {int(ends[n])} and then {int(ends[n + 1])}, at entry {n + 1}")
-    return lengths
+    return ends.diff()
 
 
 def _count(name: str, value: int, hint: str = "") -> int:
@@ -519,9 +554,16 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
+def _tensor(values: Tensor | Sequence[int]) -> Tensor:
+    """What is no tensor yet becomes one on the CPU, whatever PyTorch's default device."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def _integers(name: str, values: Tensor | Sequence[int], ndims: tuple[int, ...], minimum: int | None = None) -> Tensor:
     """``values`` as an int64 tensor, or an error that says what came."""
-    given = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    given = _tensor(values)
+    if given.dtype == torch.uint64:
+        raise TypeError(f"{name} must hold integers that fit into int64; got {given.dtype}")
     if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
         raise TypeError(f"{name} must hold integers; got {given.dtype}")
     if given.dim() not in ndims:

@@ -235,7 +235,7 @@ def tiled_backward(
             ds = ds * slope
         dv[:, :, keys] += weights.mT @ do_tile
         dk[:, :, keys] += ds.mT @ q_tile
-        dq_grouped[:, :, :, rows] += (ds @ k_tile).unflatten(2, (spec.group_size, -1))
+        dq_grouped[:, :, :, rows] += (ds @ k_tile).unflatten(2, (spec.group_size, rows.stop - rows.start))
     return dq.to(spec.dtype), dk.to(spec.dtype), dv.to(spec.dtype)
 
 
@@ -363,4 +363,4 @@ def _load(x: Tensor, rows: slice, spec: AttentionSpec) -> Tensor:
 
 
 def _store(x: Tensor, rows: slice, tile: Tensor) -> None:
-    x[:, :, :, rows] = tile.unflatten(2, (x.shape[2], -1))
+    x[:, :, :, rows] = tile.unflatten(2, (x.shape[2], rows.stop - rows.start))

@@ -73,9 +73,11 @@ class KernelWatch:
     A load counts the bytes of its lanes that are not masked out, each time it is executed: caches are not modelled. A store
     counts likewise, and an atomic counts as both.
 
-    Two programs race where one loads what the other has stored, or where one stores another value than the one that the
-    other has loaded or stored. A program that has executed an atomic operation may load what others stored: the atomic may
-    have put them in order (it is not checked that it did).
+    Two programs race where one loads or stores at an address at which the other has stored, or stores where the other has loaded.
+    The addresses decide, never the values: two programs that compute the same number may differ in its last bit on another
+    processor, and then it matters who is last. No store is benign because it repeats what is there. A kernel says that two
+    programs may meet by an atomic operation (`tl.atomic_max` of equal values, say). A program that has executed one may also
+    load what others stored: the atomic may have put them in order (it is not checked that it did).
 
     Args:
         **operands: tensors to follow by name; each with memory of its own.
@@ -204,21 +206,20 @@ class _Launch:
         return 1 + x + nx * (y + ny * z)
 
     def load(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
-        for memory, elements, _ in self._touched("load", pointers, mask, itemsize):
+        for memory, elements in self._touched("load", pointers, mask, itemsize):
             writers, readers = memory.writers[elements], memory.readers[elements]
             others = (writers != 0) & (writers != self.program)
             if others.any() and self.after_an_atomic != self.program:
                 self._race(memory, "loads what", int(writers[others][0]), "has stored")
             memory.readers[elements] = np.where((readers == 0) | (readers == self.program), self.program, _SEVERAL)
 
-    def store(self, pointers: np.ndarray, mask: np.ndarray, values: np.ndarray) -> None:
-        bits = np.broadcast_to(values, pointers.shape).view(f"u{values.itemsize}")
-        for memory, elements, lanes in self._touched("store", pointers, mask, values.itemsize):
+    def store(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
+        for memory, elements in self._touched("store", pointers, mask, itemsize):
             for record, done in ((memory.writers, "has stored"), (memory.readers, "has loaded")):
                 before = record[elements]
                 others = (before != 0) & (before != self.program)
-                if others.any() and self._changes(pointers[lanes][others], bits[lanes][others]):
-                    self._race(memory, "stores another value than", int(before[others][0]), done)
+                if others.any():
+                    self._race(memory, "stores where", int(before[others][0]), done)
             memory.writers[elements] = self.program
 
     def atomic(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
@@ -230,8 +231,8 @@ class _Launch:
 
     def _touched(
         self, access: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int
-    ) -> Iterator[tuple[_Memory, np.ndarray, np.ndarray]]:
-        """For each memory: the indices of its elements that are touched, and which lanes touch them. Counts them, too."""
+    ) -> Iterator[tuple[_Memory, np.ndarray]]:
+        """For each memory: the indices of its elements that are touched. Counts them, too."""
         lanes = np.broadcast_to(mask, pointers.shape).astype(bool)
         addresses = pointers[lanes]
         which = np.searchsorted(self.starts, addresses, side="right").astype(np.int64) - 1
@@ -241,20 +242,13 @@ class _Launch:
         if not inside.all():
             self._out_of_bounds(access, addresses, inside, which, itemsize)
         for index in np.unique(which):
-            memory, here = self.memories[index], lanes.copy()
-            here[lanes] = which == index
+            memory, here = self.memories[index], addresses[which == index]
             for watch, owners in zip(_watches, self.owners, strict=True):
                 booked = watch.bytes_read if access == "load" else watch.bytes_written
-                booked[owners[index]] += int(here.sum()) * itemsize
-            yield memory, ((pointers[here] - np.uint64(memory.start)) // np.uint64(memory.itemsize)).astype(int), here
+                booked[owners[index]] += len(here) * itemsize
+            yield memory, ((here - np.uint64(memory.start)) // np.uint64(memory.itemsize)).astype(int)
         for watch in _watches:
             watch.largest_block = max(watch.largest_block, pointers.size)
-
-    def _changes(self, addresses: np.ndarray, bits: np.ndarray) -> bool:
-        from triton._C.libtriton import interpreter
-
-        everywhere = np.ones(addresses.shape, dtype=bool)
-        return bool((interpreter.load(addresses, everywhere, np.zeros_like(bits), bits.dtype) != bits).any())
 
     def _out_of_bounds(
         self, access: str, addresses: np.ndarray, inside: np.ndarray, which: np.ndarray, itemsize: int
@@ -348,7 +342,7 @@ def _install() -> None:
         return _originals["create_masked_load"](pointers, mask, *rest, **options)
 
     def masked_store(pointers, value, mask, *rest, **options):
-        _launch[-1].store(pointers.data, mask.data, value.data)
+        _launch[-1].store(pointers.data, mask.data, _itemsize(pointers))
         return _originals["create_masked_store"](pointers, value, mask, *rest, **options)
 
     def atomic_rmw(operation, pointers, value, mask, *rest, **options):

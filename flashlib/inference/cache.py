@@ -68,7 +68,7 @@ class KVCache:
         self.key_buffer = torch.empty(batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
         self.value_buffer = torch.empty(batch, kv_heads, capacity, v_head_dim, dtype=dtype, device=device)
         # On the CPU whatever the device: a slice needs its length there, and asking a GPU for it would stall the GPU.
-        self._lengths = torch.zeros(batch, dtype=torch.int64)
+        self._lengths = torch.zeros(batch, dtype=torch.int64, device="cpu")
 
     def __repr__(self) -> str:
         batch, kv_heads, capacity, head_dim = self.key_buffer.shape
@@ -125,7 +125,7 @@ class KVCache:
     def next_positions(self, count: int) -> Tensor:
         """The positions that the next ``count`` tokens will have: int64 ``[B, count]``, as ``apply_rotary`` wants them."""
         check_size("count", count, 0)
-        return (self._lengths[:, None] + torch.arange(count)).to(self.device)
+        return (self._lengths[:, None] + torch.arange(count, device="cpu")).to(self.device)
 
     # How it changes
 

@@ -50,7 +50,7 @@ def check_size(name: str, size: int, least: int) -> None:
 def integers(name: str, values: Tensor | Sequence[int], length: int | None = None) -> Tensor:
     """``values`` as int64 ``[B]`` on the CPU."""
     try:
-        values = torch.as_tensor(values).cpu()
+        values = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be integers, one per request; got {type(values).__name__}") from error
     if values.numel() and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
@@ -63,7 +63,7 @@ def integers(name: str, values: Tensor | Sequence[int], length: int | None = Non
 def checked_counts(counts: Tensor | Sequence[int] | None, batch: int, most: int, limit: str) -> Tensor:
     """How many tokens are new in each request: int64 ``[B]``."""
     if counts is None:
-        return torch.full((batch,), most, dtype=torch.int64)
+        return torch.full((batch,), most, dtype=torch.int64, device="cpu")
     counts = integers("counts", counts, batch)
     if (counts < 0).any() or (counts > most).any():
         raise ValueError(f"counts must lie between 0 and {limit} = {most}; got {counts.tolist()}")

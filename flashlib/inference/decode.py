@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flashlib.backends import BackendUnavailableError
 from flashlib.config import current_config
-from flashlib.masks import Window
+from flashlib.masks import NO_LIMIT, Window
 from flashlib.partial import Partial, fold
 from flashlib.reference import naive_attention
 
@@ -31,7 +31,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TILE = 64  # keys; where the tile is not the kernel's own
 SPLIT_COST = 2  # tiles; what a split costs beside the tiles it holds
 MOST_SPLITS = 256  # that are chosen
-MOST_PROGRAMS = 65535  # along the second and third dimension of a CUDA grid
+MOST_PROGRAMS = 65535  # along the second dimension of a CUDA grid
 # keys; so that in a batch of unequal lengths no program is left with a long request when all others are done
 LONGEST_SPLIT = 8192
 LONGEST_SPLIT_OF_SMALL_PAGES = (
@@ -71,7 +71,7 @@ def decode_attention(
             Entries for keys that no row sees are not read.
         causal: row i sees keys ``j <= i + length - Sq``: the last token sits at the last key.
         window: ``(left, right)`` as :class:`flashlib.masks.Window`: row i sees keys ``i + length - Sq - left`` to ``i + length - Sq +
-            right``; None on a side for no limit.
+            right``; None, or any number beyond the lengths, on a side for no limit.
         scale: positive factor on the scores; ``1 / sqrt(D)`` by default.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
         num_splits: how many splits share the keys of each request; 0 to have :func:`choose_num_splits` decide.
@@ -296,6 +296,7 @@ class _Problem:
             _check_count("split_size", split_size, 1)
             if num_splits:
                 raise ValueError(f"give num_splits or split_size, not both; got {num_splits} and {split_size}")
+            split_size = min(split_size, NO_LIMIT)
         problem = cls(q, k, v, lengths, block_table, left, right, scale, softcap, num_splits, split_size)
         problem._check_lengths()
         return problem
@@ -383,11 +384,10 @@ def _run_triton(problem: _Problem) -> tuple[Tensor, Tensor]:
     from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
 
     splits, fewest = _splits(problem)
-    for name, size in (("splits", splits), ("requests", problem.q.shape[0])):
-        if size > MOST_PROGRAMS:
-            raise ValueError(
-                f"a launch takes at most {MOST_PROGRAMS} {name}; got {size} (split_size={problem.split_size})"
-            )
+    if splits > MOST_PROGRAMS:
+        raise ValueError(
+            f"a launch takes at most {MOST_PROGRAMS} splits; got {splits} (split_size={problem.split_size})"
+        )
     split_size = problem.split_size or _blocks(problem.capacity, splits)
     options = DecodeOptions(
         problem.lengths, problem.block_table, problem.left, problem.right, problem.scale, problem.softcap, splits,
@@ -527,7 +527,7 @@ def _check_window(window: tuple[int | None, int | None] | None) -> tuple[int | N
     for side, width in zip(("left", "right"), window, strict=True):
         if width is not None:
             _check_count(f"window's {side}", width, 0)
-    return tuple(window)
+    return Window(*window).band()  # a width beyond all lengths is no limit
 
 
 def _check_count(name: str, value: int, least: int) -> None:

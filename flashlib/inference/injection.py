@@ -134,7 +134,9 @@ class InjectionStatistics:
         return float(self._share)
 
     def record(self, keys: int, share: Tensor | float) -> None:
-        """Count one call. ``share``: its mean part of the output that came from the memory."""
+        """Count one call. ``share``: its mean part of the output that came from the memory, or that of each of its rows."""
+        if isinstance(share, Tensor):
+            share = share.detach().mean() if share.numel() else 0.0
         self.calls += 1
         self.keys += (keys - self.keys) / self.calls
         self._share = self._share + (share - self._share) / self.calls
@@ -291,7 +293,7 @@ class KVInjector:
         memory, keys = self._attend(local, q, k, v, chunks, options["scale"], options["softcap"])
         combine = _blend if self.config.mode == "blend" else _gate
         out, share = combine(local, memory, alpha)
-        statistics.record(keys, share.detach().mean())
+        statistics.record(keys, share)
         return out.to(q.dtype)
 
     def _attend(self, local: Partial, q, k, v, chunks: Iterable[Memory], scale, softcap) -> tuple[Partial, int]:
@@ -364,12 +366,13 @@ def _gate(local: Partial, memory: Partial, alpha: Alpha) -> tuple[Tensor, Tensor
     nothing = memory.lse == float("-inf")
     odds = (memory.lse - local.lse).masked_fill(nothing, float("-inf"))  # log of w / (1 - w)
     if isinstance(alpha, Tensor):
-        # Learned gates often begin at 0, and may step below it. The logarithm has no gradient there;
-        # the share has.
+        # Learned gates often begin at 0, and may step below it. The logarithm has no gradient there; the share has, but for a row
+        # that sees nothing else: the memory is all of it at any alpha above 0, which changes nothing there.
         shut = alpha <= 0
         share = torch.sigmoid(odds + alpha.masked_fill(shut, 1.0).log())
-        ratio = alpha.masked_fill(~shut, 0.0) * odds.clamp(max=_LARGEST_ODDS).exp()
-        share = torch.where(shut, ratio / (1 + ratio), share)
+        growth = odds.masked_fill(odds == float("inf"), float("-inf")).clamp(max=_LARGEST_ODDS).exp()
+        ratio = alpha.masked_fill(~shut, 0.0) * growth
+        share = torch.where(shut, ratio / (1 - ratio), share)  # below 0 the mirror image of above, without a pole
     else:
         share = torch.sigmoid(odds + math.log(alpha))
     return torch.lerp(local.out, memory.out, share[..., None]), share

@@ -152,7 +152,9 @@ class PagedKVCache:
 
     def lengths(self, requests: Sequence[int]) -> Tensor:
         """How many tokens each request holds: int32 ``[n]``, on the cache's device. ``cache_seqlens`` in flash_attn."""
-        return self._on_device(torch.tensor([held.length for held in self._all_known(requests)], dtype=torch.int32))
+        return self._on_device(
+            torch.tensor([held.length for held in self._all_known(requests)], dtype=torch.int32, device="cpu")
+        )
 
     def block_table(self, requests: Sequence[int]) -> Tensor:
         """The pages of each request, in the order of its tokens: int32 ``[n, most pages]``, on the cache's device.
@@ -163,13 +165,13 @@ class PagedKVCache:
         pages = [held.pages for held in self._all_known(requests)]
         width = max(map(len, pages), default=0)
         rows = [held + [NO_PAGE] * (width - len(held)) for held in pages]
-        return self._on_device(torch.tensor(rows, dtype=torch.int32).view(len(pages), width))
+        return self._on_device(torch.tensor(rows, dtype=torch.int32, device="cpu").view(len(pages), width))
 
     def next_positions(self, requests: Sequence[int], count: int) -> Tensor:
         """The positions that the next ``count`` tokens will have: int64 ``[n, count]``, as ``apply_rotary`` wants them."""
         check_size("count", count, 0)
-        lengths = torch.tensor([held.length for held in self._all_known(requests)], dtype=torch.int64)
-        return self._on_device(lengths[:, None] + torch.arange(count))
+        lengths = torch.tensor([held.length for held in self._all_known(requests)], dtype=torch.int64, device="cpu")
+        return self._on_device(lengths[:, None] + torch.arange(count, device="cpu"))
 
     def gather(self, request: int) -> tuple[Tensor, Tensor]:
         """The keys ``[1, Hkv, length, D]`` and values ``[1, Hkv, length, Dv]`` of one request, copied out of their pages.
@@ -177,7 +179,7 @@ class PagedKVCache:
         For code that knows no pages. It costs what paging is there to save; :func:`decode_attention` reads pages as they lie.
         """
         held = self._known(request)
-        pages = self._on_device(torch.tensor(held.pages, dtype=torch.int64))
+        pages = self._on_device(torch.tensor(held.pages, dtype=torch.int64, device="cpu"))
         keys, values = (memory[pages].transpose(0, 1).flatten(1, 2) for memory in (self.key_pages, self.value_pages))
         return keys[None, :, : held.length], values[None, :, : held.length]
 
@@ -219,7 +221,7 @@ class PagedKVCache:
         new = checked_counts(counts, len(held), k.shape[2], "S")
         if rotary is not None:
             k = apply_rotary(k, self.next_positions(requests, k.shape[2]), rotary, interleaved=interleaved)
-        starts = torch.tensor([request.length for request in held], dtype=torch.int64)
+        starts = torch.tensor([request.length for request in held], dtype=torch.int64, device="cpu")
         self._reserve(held, new.tolist())
         self._write(held, k, v, starts, new)
 
@@ -257,14 +259,14 @@ class PagedKVCache:
 
     def _write(self, held: list[_Request], k: Tensor, v: Tensor, starts: Tensor, new: Tensor) -> None:
         """Token t of row i goes to position ``starts[i] + t``: one indexed write, whatever the number of requests."""
-        row = torch.arange(len(held)).repeat_interleave(new)
-        token = torch.arange(len(row)) - (new.cumsum(0) - new)[row]
+        row = torch.arange(len(held), device="cpu").repeat_interleave(new)
+        token = torch.arange(len(row), device="cpu") - (new.cumsum(0) - new)[row]
         position = starts[row] + token
         first_page = starts // self.page_size  # the pages before it are not written to, and there may be very many
         pages = [request.pages[first:] for request, first in zip(held, first_page.tolist(), strict=True)]
-        listed = torch.tensor([len(of_row) for of_row in pages], dtype=torch.int64)
+        listed = torch.tensor([len(of_row) for of_row in pages], dtype=torch.int64, device="cpu")
         begins = listed.cumsum(0) - listed
-        page = torch.tensor(list(chain(*pages)), dtype=torch.int64)
+        page = torch.tensor(list(chain(*pages)), dtype=torch.int64, device="cpu")
         page = page[(begins - first_page)[row] + position // self.page_size]
         row, token, page, slot = self._on_device(torch.stack([row, token, page, position % self.page_size]))
         self.key_pages[page, :, slot] = k[row, :, token]

@@ -120,7 +120,7 @@ class SharedPrefix:
         if self.members is not None:
             return _splits(self._unpack(rows, q), self.k.shape[1])
         of_a_head = rows.lse.shape[2]
-        return PackedSplits(*_flat(rows), request=of_a_head // q.shape[0], head=of_a_head)
+        return PackedSplits(*_flat(rows), request=of_a_head // max(q.shape[0], 1), head=of_a_head)
 
     def _most_requests(self, q: Tensor) -> int:
         """n, of the prefix that has most of them."""
@@ -131,7 +131,7 @@ class SharedPrefix:
 
         copies: of the rows of a lone prefix, ``[copies, Hkv, n * G * Sq, D]``; -1 for none.
         """
-        grouped = q.unflatten(1, (self.k.shape[1], -1))  # [B, Hkv, G, Sq, D]
+        grouped = q.unflatten(1, (self.k.shape[1], q.shape[1] // self.k.shape[1]))  # [B, Hkv, G, Sq, D]
         by_prefix = grouped[None] if self.members is None else grouped[self._request_at]  # [P, n, Hkv, G, Sq, D]
         return by_prefix.transpose(1, 2).expand(copies, *[-1] * 5).flatten(2, 4)
 
@@ -283,8 +283,8 @@ def _lengths_on(device: torch.device, lengths: Tensor | Sequence[int] | None) ->
     """int64 lengths where they are needed. Their values are looked at where that makes no GPU wait."""
     if lengths is None:
         return None
-    lengths = torch.as_tensor(lengths)
-    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+    lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+    if lengths.numel() and (lengths.is_floating_point() or lengths.dtype == torch.bool):
         raise TypeError(f"lengths must hold integers; got {lengths.dtype}")
     if lengths.dim() != 1:
         raise ValueError(f"lengths must be one-dimensional; got {list(lengths.shape)}")
@@ -319,8 +319,10 @@ def _places(members: list[int], prefixes: int) -> tuple[Tensor, Tensor]:
     """
     by_prefix = [[b for b, own in enumerate(members) if own == prefix] for prefix in range(prefixes)]
     most = max(map(len, by_prefix))
-    request_at = torch.tensor([group + [0] * (most - len(group)) for group in by_prefix], dtype=torch.int64)
-    slot_of = torch.empty(len(members), dtype=torch.int64)
+    request_at = torch.tensor(
+        [group + [0] * (most - len(group)) for group in by_prefix], dtype=torch.int64, device="cpu"
+    )
+    slot_of = torch.empty(len(members), dtype=torch.int64, device="cpu")
     for prefix, group in enumerate(by_prefix):
         for slot, request in enumerate(group):
             slot_of[request] = prefix * most + slot

@@ -70,7 +70,8 @@ def backward_row_ranges(
     Rows outside [first, last) see none of its keys; rows in [full_first, full_last) see all of them. The latter is one run
     of rows. If there are more runs, as arbitrary intervals may have, those behind the first are treated as partial.
     """
-    i_n, i_b = tl.program_id(0), tl.program_id(1)
+    key_blocks = tl.cdiv(kv_len, BLOCK_N)
+    i_n, i_b = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
     p_start += i_b.to(tl.int64) * stride_interval
     p_stop += i_b.to(tl.int64) * stride_interval
     n, end = i_n * BLOCK_N, tl.minimum((i_n + 1) * BLOCK_N, kv_len)
@@ -92,7 +93,7 @@ def backward_row_ranges(
         stop = tl.load(p_stop + o_m, mask=o_m < q_len, other=0)
         ends = (o_m > full_first) & ((start > n) | (stop < end))
         full_last = tl.minimum(full_last, tl.min(tl.where(ends, o_m, q_len)))
-    p_range = p_ranges + (i_b * tl.num_programs(0) + i_n) * 4
+    p_range = p_ranges + tl.program_id(0) * 4
     tl.store(p_range, first)
     tl.store(p_range + 1, full_first)
     tl.store(p_range + 2, full_last)

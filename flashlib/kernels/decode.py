@@ -49,7 +49,7 @@ def decode_split(
     b_q = tl.trans(load_tile(p_q + i_b.to(tl.int64) * stride_qb, o_q, o_d, 1, m_rows, head_dim, True, CHECK_D))
     length = capacity
     if p_lengths is not None:
-        length = tl.minimum(tl.load(p_lengths + i_b).to(tl.int32), capacity)
+        length = tl.minimum(tl.load(p_lengths + i_b).to(tl.int64), capacity).to(tl.int32)
     start, stop = visible_keys(o_token, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
     stop = tl.where(m_rows, stop, 0)
     # The rows see a growing range of keys: together, from the first token's first key to the last token's last.

@@ -31,6 +31,8 @@ PACKED_AT_ONCE = (
 MERGED_AT_ONCE = 8192  # numbers of the partial outputs that one program holds while it merges
 
 DEEPER_FROM = 4096  # keys of a split
+# Requests of one launch: the third dimension of its grid, which takes 65,535. A multiple of 16 keeps what the next one reads aligned.
+MOST_REQUESTS = 1 << 15
 
 # By compute capability (major) and padded head_dim, 16-bit inputs: the most rows of a tile, its keys, warps, stages. By what fits: no
 # value is spilled, and where head_dim allows two programs share a multiprocessor. benchmarks/tune_decode.py times others.
@@ -90,9 +92,27 @@ def decode_launches(
     Args:
         tiles: tile sizes; None for the table's.
     """
+    q, k, v = (readable(x) for x in (q, k, v))
+    batch, q_heads, q_len, _ = q.shape
+    out = q.new_empty(batch, q_heads, q_len, v.shape[3])
+    lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
+    if batch <= MOST_REQUESTS:
+        return _decode_launches(q, k, v, out, lse, options, tiles), out, lse
+    launches = []
+    for first in range(0, batch, MOST_REQUESTS):
+        some = slice(first, first + MOST_REQUESTS)
+        own = {name: x[some] for name in ("lengths", "block_table") if (x := getattr(options, name)) is not None}
+        keys, values = (k[some], v[some]) if options.block_table is None else (k, v)
+        launches += _decode_launches(q[some], keys, values, out[some], lse[some], replace(options, **own), tiles)
+    return launches, out, lse
+
+
+def _decode_launches(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: DecodeOptions, tiles: TileConfig | None
+) -> list[Launch]:
+    """Those of at most :data:`MOST_REQUESTS` requests."""
     from flashlib.kernels.decode import decode_split
 
-    q, k, v = (readable(x) for x in (q, k, v))
     batch, q_heads, q_len, head_dim = q.shape
     _, kv_heads, page_size, v_head_dim = v.shape
     rows = q_heads // kv_heads * q_len
@@ -100,8 +120,6 @@ def decode_launches(
     row_blocks = blocks(rows, chosen.block_m)
     table = options.block_table
     capacity = page_size if table is None else table.shape[1] * page_size
-    out = q.new_empty(batch, q_heads, q_len, v_head_dim)
-    lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
     split_size = options.split_size or max(blocks(most_keys(q_len, capacity, options.left), options.num_splits), 1)
     programs = batch * kv_heads * row_blocks * options.num_splits
     tiles = tiles or (deeper(chosen, programs, split_size, q.device) if max(head_dim, v_head_dim) <= 128 else chosen)
@@ -132,7 +150,7 @@ def decode_launches(
     launches = [Launch(decode_split, grid, arguments, tiles)]
     if not options.merge_in_kernel:
         launches.append(combine_launch(partial_out, partial_lse, out, lse))
-    return launches, out, lse
+    return launches
 
 
 def deeper(tiles: TileConfig, programs: int, split_size: int, device: torch.device) -> TileConfig:

@@ -189,7 +189,7 @@ def prepare_launch(
         },
         **{"CHECK_DV": checked_channels(v), "BLOCK_DV": padded(v_head_dim), "CHUNK": PREPARE_CHUNK},
     }
-    return Launch(hopper_prepare, (row_blocks + key_tiles, entries), arguments), prepared
+    return Launch(hopper_prepare, ((row_blocks + key_tiles) * entries,), arguments), prepared
 
 
 def hopper_backward_runs(tensors: BackwardTensors, options: KernelOptions) -> bool:
@@ -310,7 +310,7 @@ def blank_rows_launch(
         **{"v_head_dim": v_head_dim, "BLOCK_M": block_m, "CHECK_D": head_dim != padded(head_dim)},
         **{"CHECK_DV": v_head_dim != padded(v_head_dim), "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(v_head_dim)},
     }
-    return Launch(hopper_blank_rows, (tiles, entries), arguments), blank
+    return Launch(hopper_blank_rows, (tiles * entries,), arguments), blank
 
 
 def tile_descriptor(x: Tensor, rows: int, channels: int) -> Any:

@@ -33,11 +33,12 @@ def hopper_prepare(
     each ``GROUP`` of its rows alone. And int32 ``[B or 1, key tiles]``: 1 if the copy must be used.
     """
     row_blocks = tl.cdiv(q_len, BLOCK_M)
-    i_e = tl.program_id(1)
+    programs = row_blocks + tl.cdiv(kv_len, BLOCK_N)
+    i_e, i_block = tl.program_id(0) // programs, tl.program_id(0) % programs
     p_start += i_e.to(tl.int64) * stride_interval
     p_stop += i_e.to(tl.int64) * stride_interval
-    if tl.program_id(0) < row_blocks:
-        i_m = tl.program_id(0)
+    if i_block < row_blocks:
+        i_m = i_block
         rank = rank_of(p_start, p_stop, i_m, row_blocks, q_len, BLOCK_M, CHUNK)
         p_tiles += (i_e * stride_tiles + rank) * (5 + 4 * (BLOCK_M // GROUP))
         tl.store(p_tiles, i_m)
@@ -50,7 +51,7 @@ def hopper_prepare(
             m_group = m_rows & ((o_m - i_m * BLOCK_M) // GROUP == group)
             count_tiles(p_tiles + 5 + group * 4, start, stop, m_group, first, last, kv_len, BLOCK_N)
     else:
-        i_n = tl.program_id(0) - row_blocks
+        i_n = i_block - row_blocks
         unseen = unseen_keys(p_start, p_stop, i_n * BLOCK_N, q_len, kv_len, BLOCK_N, CHUNK)
         flag = tl.max(unseen.to(tl.int32))
         tl.store(p_flags + i_e * stride_flags + i_n, flag)
@@ -81,7 +82,7 @@ def hopper_blank_rows(
     dK and dV multiply whole tiles of Q and dO by weights, and a weight of 0 does not hide a NaN. Writes int32 ``[B or 1, row tiles]``: 1
     if the copies must be used.
     """
-    i_m, i_e = tl.program_id(0), tl.program_id(1)
+    i_e, i_m = tl.program_id(0) // tl.cdiv(q_len, BLOCK_M), tl.program_id(0) % tl.cdiv(q_len, BLOCK_M)
     p_start += i_e.to(tl.int64) * stride_interval
     p_stop += i_e.to(tl.int64) * stride_interval
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)

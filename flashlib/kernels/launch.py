@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,8 @@ UNMASKED, BAND, INTERVALS = 0, 1, 2  # as in flashlib.kernels.common
 BY_HEAD, BY_ROW = 1, 2  # the same
 ROW_PADDING = 128  # a multiple of every kernel's tile of rows
 RANGES_CHUNK = 1024  # rows that backward_row_ranges looks at together
+# While a kernel runs in the interpreter, the functions of triton.language are others, for all threads: one kernel at a time.
+INTERPRETER = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class Launch:
     def start(self) -> None:
         """Start the kernel on the device that its tensors lie on. Triton by itself takes the current one, which may be another."""
         if 0 not in self.grid:
-            with torch.cuda.device_of(self.tensor):
+            with torch.cuda.device_of(self.tensor), INTERPRETER if interpreting() else nullcontext():
                 self.kernel[self.grid](**self.arguments, **self.compile_options)
 
 
@@ -276,7 +280,7 @@ def row_ranges_launch(tensors: BackwardTensors, options: KernelOptions, block_n:
     ranges = torch.empty(entries, key_blocks, 4, dtype=torch.int32, device=tensors.q.device)
     arguments = {name: shared[name] for name in ("p_start", "p_stop", "stride_interval", "q_len", "kv_len")}
     arguments |= {"p_ranges": ranges, "BLOCK_N": block_n, "CHUNK": RANGES_CHUNK}
-    return Launch(backward_row_ranges, (key_blocks, entries), arguments), ranges
+    return Launch(backward_row_ranges, (key_blocks * entries,), arguments), ranges
 
 
 def dkdv_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig | None = None) -> list[Launch]:

@@ -117,7 +117,7 @@ class Case:
         rule: Mask = Causal() if self.causal else Unmasked()
         if self.sequences is None:
             return rule
-        ends = torch.tensor([0, *itertools.accumulate(self.sequences)])
+        ends = torch.tensor([0, *itertools.accumulate(self.sequences)], device="cpu")
         return Varlen(ends, ends) & rule if self.causal else Varlen(ends, ends)
 
     @property

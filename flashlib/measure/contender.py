@@ -89,7 +89,7 @@ class Witness:
         self.entry, self.kv_head = rng.randrange(batch), rng.randrange(case.kv_heads)
         self.heads = slice(self.kv_head * group, (self.kv_head + 1) * group)
         drawn = rng.sample(range(tokens), min(tokens, ROWS_CHECKED))
-        self.rows = torch.tensor(sorted({0, tokens - 1, *drawn}))
+        self.rows = torch.tensor(sorted({0, tokens - 1, *drawn}), device="cpu")
         self.mask = SampledRows(case.mask_rule(), self.rows, tokens)
         self.case = case
 

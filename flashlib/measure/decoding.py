@@ -189,8 +189,8 @@ class Decode(Peer):
     def _table(self, case: DecodeCase) -> Tensor:
         """int32 ``[B, pages of the longest]``: pages in random order, the same in every set of inputs."""
         per_request = -(-case.shapes[1][2] // self.page_size)
-        generator = torch.Generator().manual_seed(per_request)
-        pages = torch.randperm(case.batch * per_request, generator=generator, dtype=torch.int32)
+        generator = torch.Generator("cpu").manual_seed(per_request)
+        pages = torch.randperm(case.batch * per_request, generator=generator, dtype=torch.int32, device="cpu")
         return pages.view(case.batch, per_request)
 
     def prepare(self, case, q, k, v):

@@ -153,8 +153,8 @@ def _block_mask(case: Case, q: Tensor, k: Tensor):
 
         return create_block_mask(filled, B=q.shape[0], H=None, Q_LEN=q.shape[2], KV_LEN=k.shape[2], device=q.device)
     window = case.length if case.window is None else case.window
-    lengths = torch.tensor(case.sequences or (case.length,))
-    document = torch.arange(len(lengths)).repeat_interleave(lengths).to(q.device)
+    lengths = torch.tensor(case.sequences or (case.length,), device="cpu")
+    document = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths).to(q.device)
 
     def causal(b, h, row, key):
         return row >= key

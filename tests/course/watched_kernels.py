@@ -38,6 +38,11 @@ def write(p_out, p_values, place):
 
 
 @triton.jit
+def write_by_atomics(p_out, p_values, place):
+    tl.atomic_max(p_out + place, tl.load(p_values + tl.program_id(0)))
+
+
+@triton.jit
 def read_then_write(p_x, n):
     """Each program moves its neighbor's element to its own place."""
     i = tl.program_id(0)
@@ -104,8 +109,14 @@ def races_are_found_whatever_the_result(rng: random.Random) -> None:
     n = rng.randint(3, 20)
     values = torch.arange(float(n))
     met = fault(write, (n,), torch.zeros(3), values, 1)
-    assert type(met) is Race and "program (1, 0, 0) stores another value than program (0, 0, 0) has stored" in str(met)
-    assert fault(write, (n,), torch.zeros(3), torch.full((n,), 7.0), 1) is None  # all store the same
+    assert type(met) is Race and "program (1, 0, 0) stores where program (0, 0, 0) has stored" in str(met)
+    same = fault(write, (n,), torch.full((3,), 7.0), torch.full((n,), 7.0), 1)  # all store the same, and it was there before
+    assert type(same) is Race and "stores where program (0, 0, 0) has stored" in str(same)
+    kept = fault(read_then_write, (n,), torch.full((n,), 7.0), n)  # all store what the others have loaded
+    assert type(kept) is Race and "has loaded, in p_x" in str(kept)
+    largest = torch.zeros(3)
+    assert fault(write_by_atomics, (n,), largest, torch.full((n,), 7.0), 1) is None  # it says that they meet
+    assert largest.tolist() == [0.0, 7.0, 0.0]
     moved = fault(read_then_write, (n,), values.clone(), n)
     assert type(moved) is Race and "has loaded, in p_x" in str(moved)
     assert fault(copy, (n,), values, values, 0, n, 0, BLOCK=1) is None  # in place, each its own
@@ -122,9 +133,9 @@ def programs_are_told_apart_in_three_dimensions() -> None:
         copy_grid[(2, 3, 4)](x, out, BLOCK=8)
     assert watch.programs == 24 and torch.equal(x, out)
     met = fault(write, (1, 2, 2), torch.zeros(1), torch.randn(1), 0)
-    assert met is None
-    overlapping = fault(copy, (2, 1, 3), x, out, 0, 8, 0, BLOCK=8)
-    assert overlapping is None  # the same values in the same places
+    assert type(met) is Race and "program (0, 0, 1) stores where program (0, 0, 0) has stored" in str(met)
+    overlapping = fault(copy, (2, 1, 3), x, out, 0, 16, 0, BLOCK=8)
+    assert type(overlapping) is Race and "program (0, 0, 1) stores where program (0, 0, 0) has stored" in str(overlapping)
 
 
 def nothing_is_left_behind() -> None:

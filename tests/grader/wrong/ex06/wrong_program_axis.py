@@ -1,4 +1,4 @@
-# diagnosis: one-row-only
+# diagnosis: race
 import torch
 import triton
 import triton.language as tl

@@ -97,7 +97,7 @@ class AttentionSpec:
         batch, q_heads, q_len, head_dim = q.shape
         _, kv_heads, kv_len, _ = k.shape
         _check_shapes(q, k, v)
-        dropout_p = _check_dropout(dropout_p, dropout_seed)
+        dropout_p = _check_dropout(dropout_p, dropout_seed, q.device)
         if dropout_p and dropout_seed is None:
             dropout_seed = draw_seed(q.device)
         if not isinstance(causal, bool):
@@ -295,13 +295,15 @@ def _check_sinks(sinks: Tensor | None, q_heads: int, device: torch.device) -> Te
     return sinks
 
 
-def _check_dropout(dropout_p: float, seed: Tensor | None) -> float:
+def _check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -> float:
     dropout_p = _finite("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1; got {dropout_p}")
     if seed is not None and not (isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.shape == (1,)):
         came = f"{seed.dtype} {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
         raise TypeError(f"dropout_seed must be an int64 torch.Tensor of shape (1,) or None; got {came}")
+    if seed is not None and seed.device != device:
+        raise TypeError(f"dropout_seed is on {seed.device} but q is on {device}; all must be on one device")
     return dropout_p
 
 

@@ -40,8 +40,6 @@ class TritonBackend(Backend):
             return "takes fp16, bf16 and fp32; got torch.float64"
         if max(spec.head_dim, spec.v_head_dim) > 256:
             return f"takes a head_dim of at most 256; got {spec.head_dim} and {spec.v_head_dim}"
-        if spec.dropout_p:
-            return "has no dropout"
         return None
 
     def run(self, q, k, v, spec, config):

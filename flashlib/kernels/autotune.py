@@ -99,7 +99,7 @@ class Problem:
     @classmethod
     def of(cls, kernel: str, q: torch.Tensor, arguments: dict) -> Problem:
         """From the arguments that all attention kernels share (:meth:`flashlib.kernels.launch.KernelOptions.arguments`)."""
-        switches = ("HAS_LEFT", "HAS_RIGHT", "SOFTCAP")
+        switches = ("HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "DROPOUT")
         features = [
             f"MASK={arguments['MASK']}",
             f"ALIBI={arguments['ALIBI']}",

@@ -25,6 +25,7 @@ from flashlib.kernels.common import (
     alibi_rows,
     alibi_slope,
     cap,
+    kept_pairs,
     key_ranges,
     load_tile,
     place,
@@ -103,16 +104,18 @@ def backward_row_ranges(
 @triton.jit(
     do_not_specialize=[
         "stride_interval", "stride_slope", "stride_offset", "stride_range", "kv_heads", "q_len", "kv_len", "offset", "left", "right",
+        "drop_below",
     ]
 )  # fmt: skip
 def backward_dkdv(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_start, p_stop, p_ranges, p_slopes, p_offsets,
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_start, p_stop, p_ranges, p_slopes, p_offsets, p_seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_row, stride_interval, stride_slope, stride_offset, stride_range, kv_heads, group_size, q_len, kv_len, offset, left, right,
-    scale, softcap, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    scale, softcap, drop_below, keep_factor, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys: every row of every query head of the group passes by, in a fixed order."""
     key_blocks = tl.cdiv(kv_len, BLOCK_N)
@@ -139,25 +142,30 @@ def backward_dkdv(
     )
     for g in range(group_size):
         i_h = i_kv * group_size + g
-        row = (i_b * kv_heads * group_size + i_h).to(tl.int64) * stride_row
+        i_q_head = i_b * kv_heads * group_size + i_h
+        row = i_q_head.to(tl.int64) * stride_row
         p_qh = p_q + i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
         p_doh = p_do + i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
         slope = alibi_slope(p_slopes, i_b * stride_slope + i_h, unit, ALIBI)
         slopes_at = i_b.to(tl.int64) * stride_slope + i_h.to(tl.int64) * q_len
         b_dk, b_dv = gather_rows(
             b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, p_slopes, p_offsets, slopes_at,
-            stride_qs, stride_gs, o_n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope,
-            head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI, PRECISION,
+            stride_qs, stride_gs, n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope,
+            p_seed, drop_below, keep_factor, i_q_head, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            MASK, HAS_LEFT, HAS_RIGHT, False, SOFTCAP, ALIBI, DROPOUT, PRECISION,
         )  # fmt: skip
         b_dk, b_dv = gather_rows(
             b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lse + row, p_delta + row, p_start, p_stop, p_slopes, p_offsets, slopes_at,
-            stride_qs, stride_gs, o_n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope,
-            head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI, PRECISION,
+            stride_qs, stride_gs, n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope,
+            p_seed, drop_below, keep_factor, i_q_head, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            MASK, HAS_LEFT, HAS_RIGHT, True, SOFTCAP, ALIBI, DROPOUT, PRECISION,
         )  # fmt: skip
 
     p_dk += i_b.to(tl.int64) * stride_dkb + i_kv.to(tl.int64) * stride_dkh
     p_dv += i_b.to(tl.int64) * stride_dvb + i_kv.to(tl.int64) * stride_dvh
     store_tile(p_dk, b_dk * scale, o_n, o_d, stride_dks, kv_len, head_dim, CHECK_D)
+    if DROPOUT:
+        b_dv = b_dv * keep_factor
     store_tile(p_dv, b_dv, o_n, o_dv, stride_dvs, kv_len, v_head_dim, CHECK_DV)
 
 
@@ -201,16 +209,16 @@ def row_ranges(
 @triton.jit
 def gather_rows(
     b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_start, p_stop, p_slopes, p_offsets, slopes_at, stride_qs, stride_gs,
-    o_n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope, head_dim, v_head_dim,
-    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    n, first, full_first, full_last, last, q_len, kv_len, offset, left, right, scale, softcap, slope, p_seed, drop_below, keep_factor,
+    i_head, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the partial tiles of rows (MASKED), or the full ones, of one head give to dK and dV of these keys.
 
     Score tiles are transposed: keys first.
     """
-    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    o_n, o_d, o_dv = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     unit = score_unit(scale, softcap, SOFTCAP) * LOG2_E
     from_row, to_row = visits(first, full_first, full_last, last, MASKED)
     # What is computed ahead of a loop occupies registers throughout it, and there are none to spare.
@@ -234,9 +242,15 @@ def gather_rows(
             b_p = tl.where(m_pairs, tl.exp2(b_s * unit - b_lse[None, :]), 0.0)
         else:
             b_p = tl.exp2(b_s * unit - b_lse[None, :])
-        b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
+        if DROPOUT:
+            m_kept = tl.trans(kept_pairs(p_seed, drop_below, i_head, o_m, n, BLOCK_N))
+            b_dv = add_product(b_dv, tl.where(m_kept, b_p, 0.0).to(b_do.dtype), b_do, PRECISION)
+        else:
+            b_dv = add_product(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
         b_slope = softcap_slope(b_p, b_t, SOFTCAP)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        if DROPOUT:
+            b_dp = tl.where(m_kept, b_dp * keep_factor, 0.0)
         b_delta = tl.load(p_delta + o_m)
         b_ds = b_slope * (b_dp - b_delta[None, :])
         if MASKED:
@@ -246,16 +260,19 @@ def gather_rows(
 
 
 @triton.jit(
-    do_not_specialize=["stride_interval", "stride_slope", "stride_offset", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right"]
+    do_not_specialize=[
+        "stride_interval", "stride_slope", "stride_offset", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right",
+        "drop_below",
+    ]
 )  # fmt: skip
 def backward_dq(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_start, p_stop, p_slopes, p_offsets,
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_start, p_stop, p_slopes, p_offsets, p_seed,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_row, stride_interval, stride_slope,
-    stride_offset, q_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
+    stride_offset, q_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap, drop_below, keep_factor,
     head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of rows: the keys pass by as in the forward."""
     row_blocks = tl.cdiv(q_len, BLOCK_M)
@@ -289,13 +306,13 @@ def backward_dq(
     slope, offset = alibi_rows(slope, offset, p_slopes, p_offsets, slopes_at, o_m[:, None], q_len, unit, ALIBI)
     b_dq = gather_keys(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
-        seen_first, seen_last, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,
-        BLOCK_N, MASK, False, SOFTCAP, ALIBI, PRECISION,
+        seen_first, seen_last, offset, scale, softcap, slope, p_seed, drop_below, keep_factor, i_head, head_dim, v_head_dim, CHECK_D,
+        CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, False, SOFTCAP, ALIBI, DROPOUT, PRECISION,
     )  # fmt: skip
     b_dq = gather_keys(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
-        seen_first, seen_last, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV,
-        BLOCK_N, MASK, True, SOFTCAP, ALIBI, PRECISION,
+        seen_first, seen_last, offset, scale, softcap, slope, p_seed, drop_below, keep_factor, i_head, head_dim, v_head_dim, CHECK_D,
+        CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, True, SOFTCAP, ALIBI, DROPOUT, PRECISION,
     )  # fmt: skip
     p_dq += i_b.to(tl.int64) * stride_dqb + i_h.to(tl.int64) * stride_dqh
     store_tile(p_dq, b_dq * scale, o_m, o_d, stride_dqs, q_len, head_dim, CHECK_D)
@@ -304,9 +321,10 @@ def backward_dq(
 @triton.jit
 def gather_keys(
     b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, first, full_first, full_last, last,
-    seen_first, seen_last, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    seen_first, seen_last, offset, scale, softcap, slope, p_seed, drop_below, keep_factor, i_head, head_dim, v_head_dim,
+    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the partial tiles of keys (MASKED), or the full ones, give to dQ of these rows."""
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -326,6 +344,8 @@ def gather_keys(
             b_p = tl.where(m_pairs, b_p, 0.0)
         b_slope = softcap_slope(b_p, b_t, SOFTCAP)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        if DROPOUT:
+            b_dp = tl.where(kept_pairs(p_seed, drop_below, i_head, o_m, n, BLOCK_N), b_dp * keep_factor, 0.0)
         b_ds = b_slope * (b_dp - b_delta[:, None])
         if MASKED:
             b_ds = tl.where(b_slope > 0.0, b_ds, 0.0)

@@ -202,6 +202,23 @@ def add_alibi(b_s, slope, o_rows, o_keys, offset, ALIBI: tl.constexpr):
 
 
 @triton.jit
+def kept_pairs(p_seed, threshold, i_head, o_rows, first_key, BLOCK_N: tl.constexpr):
+    """Which pairs of a tile dropout keeps, bool ``[rows, BLOCK_N]``: the numbers of :mod:`flashlib.dropout`.
+
+    One Philox call gives four numbers, for four neighbouring keys; so ``first_key`` must be a multiple of 4.
+    ``threshold`` is that of :func:`flashlib.dropout.threshold`, its 32 bits read as a signed integer.
+    """
+    o_quads = first_key // 4 + tl.arange(0, BLOCK_N // 4)
+    c0 = o_quads[None, :] + tl.zeros_like(o_rows)[:, None]
+    c1, c2 = o_rows[:, None] + tl.zeros_like(c0), i_head + tl.zeros_like(c0)
+    r0, r1, r2, r3 = tl.philox(tl.load(p_seed), c0, c1, c2, tl.zeros_like(c0))
+    least = threshold.to(tl.uint32, bitcast=True)
+    # Each join adds a dimension behind all others, of 2; the last dimension runs fastest: 0 1 2 3.
+    even, odd = tl.join(r0 >= least, r2 >= least), tl.join(r1 >= least, r3 >= least)
+    return tl.reshape(tl.join(even, odd), (o_rows.shape[0], BLOCK_N))
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent to fp32 precision: Lambert's continued fraction, cut after seven terms, near 0, and exp2 beyond.
 

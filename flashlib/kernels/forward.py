@@ -18,6 +18,7 @@ from flashlib.kernels.common import (
     alibi_rows,
     alibi_slope,
     cap,
+    kept_pairs,
     key_ranges,
     load_tile,
     place,
@@ -32,7 +33,10 @@ from flashlib.kernels.common import (
 # A kernel is compiled anew for each type of argument, and Triton also tells integers apart by being 1 or a multiple of 16. For
 # strides that pays, since it decides how wide a load may be. For the rest it would only compile the same code again.
 @triton.jit(
-    do_not_specialize=["stride_interval", "stride_slope", "stride_offset", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right"]
+    do_not_specialize=[
+        "stride_interval", "stride_slope", "stride_offset", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right",
+        "drop_below",
+    ]
 )  # fmt: skip
 def attention_forward(
     p_q,
@@ -44,6 +48,7 @@ def attention_forward(
     p_stop,
     p_slopes,
     p_offsets,
+    p_seed,
     p_counts,
     stride_qb,
     stride_qh,
@@ -69,6 +74,8 @@ def attention_forward(
     right,
     scale,
     softcap,
+    drop_below,  # pairs whose number is below it, as kept_pairs reads it
+    keep_factor,  # what the others are multiplied by
     head_dim,
     v_head_dim,
     CHECK_D: tl.constexpr,
@@ -82,6 +89,7 @@ def attention_forward(
     HAS_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
     COUNT_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -118,17 +126,19 @@ def attention_forward(
     n_full, n_partial = 0, 0
     b_m, b_l, b_acc, n_full, n_partial = attend(
         b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,
-        full_last, last, seen_first, seen_last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV,
-        BLOCK_D, BLOCK_DV, BLOCK_N, MASK, False, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
+        full_last, last, seen_first, seen_last, kv_len, offset, scale, softcap, slope, p_seed, drop_below, i_head, head_dim, v_head_dim,
+        CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, False, SOFTCAP, ALIBI, DROPOUT, COUNT_TILES, PRECISION,
     )  # fmt: skip
     b_m, b_l, b_acc, n_full, n_partial = attend(
         b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,
-        full_last, last, seen_first, seen_last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D, CHECK_DV,
-        BLOCK_D, BLOCK_DV, BLOCK_N, MASK, True, SOFTCAP, ALIBI, COUNT_TILES, PRECISION,
+        full_last, last, seen_first, seen_last, kv_len, offset, scale, softcap, slope, p_seed, drop_below, i_head, head_dim, v_head_dim,
+        CHECK_D, CHECK_DV, BLOCK_D, BLOCK_DV, BLOCK_N, MASK, True, SOFTCAP, ALIBI, DROPOUT, COUNT_TILES, PRECISION,
     )  # fmt: skip
 
     # A row that saw nothing has l = 0: it gives 0, and an LSE of -inf.
     b_out = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+    if DROPOUT:
+        b_out = b_out * keep_factor
     store_tile(p_out, b_out, o_m, tl.arange(0, BLOCK_DV), stride_os, q_len, v_head_dim, CHECK_DV)
     tl.store(p_lse + o_m, b_m * unit + tl.log2(b_l) * LN_2, mask=o_m < q_len)
     if COUNT_TILES:
@@ -141,9 +151,10 @@ def attention_forward(
 @triton.jit
 def attend(
     b_m, b_l, b_acc, n_full, n_partial, b_q, p_k, p_v, stride_ks, stride_vs, start, stop, o_m, q_len, first, full_first,
-    full_last, last, seen_first, seen_last, kv_len, offset, scale, softcap, slope, head_dim, v_head_dim, CHECK_D: tl.constexpr,
-    CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, COUNT_TILES: tl.constexpr, PRECISION: tl.constexpr,
+    full_last, last, seen_first, seen_last, kv_len, offset, scale, softcap, slope, p_seed, drop_below, i_head, head_dim, v_head_dim,
+    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    COUNT_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Let the partial tiles of keys (MASKED), or the full ones, pass by these rows."""
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -173,6 +184,9 @@ def attend(
             # A weight of 0 does not hide a NaN: keys in the gaps, which none of these rows see, are blanked.
             m_seen = tl.max(b_p, 0) > 0.0
             b_v = tl.where(m_seen[:, None], b_v, 0.0)
+        if DROPOUT:
+            # After the row sums, which are those of the softmax: dropout takes weights away and leaves the others as they are.
+            b_p = tl.where(kept_pairs(p_seed, drop_below, i_head, o_m, n, BLOCK_N), b_p, 0.0)
         b_acc = add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
         b_m = m_new
         if COUNT_TILES:

@@ -17,6 +17,7 @@ from flashlib.kernels.launch import (
     begins_at_16_bytes,
     blocks,
     checked_channels,
+    dropout_arguments,
     empty_results,
     padded,
     row_ranges_launch,
@@ -62,6 +63,7 @@ def takes(options: KernelOptions, *tensors: Tensor) -> bool:
         and first.dtype in (torch.float16, torch.bfloat16)
         and all(x.shape[3] <= 128 and copy_engine_reads(x) for x in tensors)
         and options.row_offsets is None
+        and not options.dropout_p
     )
 
 
@@ -103,7 +105,7 @@ def hopper_launches(
     k, v = (x[:, :, seen.start : seen.stop] for x in (k, v))
     out, lse = empty_results(q, v)
     arguments = options.arguments(q, k, v)
-    for name in ("head_dim", "CHECK_D", "PRECISION", "p_offsets", "stride_offset"):
+    for name in ("head_dim", "CHECK_D", "PRECISION", "p_offsets", "stride_offset", *dropout_arguments(0.0, None)):
         del arguments[name]
     block_d, block_dv = (max(64, arguments[name]) for name in ("BLOCK_D", "BLOCK_DV"))
     row_blocks, heads = blocks(q_len, tiles.block_m), batch * q_heads

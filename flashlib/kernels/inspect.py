@@ -127,6 +127,7 @@ def inspect(
     softcap: float = 0.0,
     alibi: bool = False,
     alibi_by_row: bool = False,
+    dropout: bool = False,
     tiles: TileConfig | HopperTiles | dict[str, TileConfig] | None = None,
     only: str | None = None,
 ) -> list[KernelReport]:
@@ -139,18 +140,21 @@ def inspect(
         dtype: fp16, bf16 or fp32. head_dim, v_head_dim: at most 256.
         causal, window, softcap, alibi: features, as in :func:`flashlib.attention`.
         alibi_by_row: compile for ALiBi whose slope and offset are each row's own, as in packed sequences of unequal lengths.
+        dropout: compile with dropout, which "hopper" and "hopper-backward" do not have.
         intervals: compile for a mask given as row intervals, as all but causal masks and windows are.
         tiles: tile sizes instead of the table's: one for "forward" or "hopper", or by kernel, "forward", "dkdv" and "dq".
         only: the name of the one kernel to compile, such as "backward_dq"; None for all of the pass.
 
     Raises:
-        ValueError: no such kernel or architecture.
+        ValueError: no such kernel or architecture, or one without dropout where there is some.
         RuntimeError: Triton's interpreter is on, so nothing would be compiled.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
+    if dropout and kernel.startswith("hopper"):
+        raise ValueError(f"kernel {kernel!r} has no dropout: a Hopper GPU runs 'forward' and 'backward' then")
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted in this process, not compiled; unset it")
     q = torch.empty(2, 4, 1024, head_dim, dtype=dtype, device="meta")
@@ -162,7 +166,8 @@ def inspect(
     slopes, offsets = (torch.empty(1, 4, device="meta") if alibi else None), None
     if alibi_by_row:
         slopes, offsets = torch.empty(2, 4, 1024, device="meta"), torch.empty(2, 1024, dtype=torch.int32, device="meta")
-    options = KernelOptions(rows, rows, options.left, options.right, slopes, offsets, options.scale, softcap)
+    dropped = (0.1, torch.empty(1, dtype=torch.int64, device="meta")) if dropout else ()
+    options = KernelOptions(rows, rows, options.left, options.right, slopes, offsets, options.scale, softcap, *dropped)
     widest, capability = max(head_dim, v.shape[3]), int(arch.removeprefix("sm_")) // 10
     table = {
         name: tile_config(name, dtype, widest, capability, demands=options.demands(q, k, v))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashlib.dropout import threshold
 from flashlib.kernels.autotune import Device, Problem, search, searches, time_launches
 from flashlib.kernels.tiles import HopperTiles, TileConfig, capability_of, tile_config
 from flashlib.spec import AttentionSpec
@@ -96,6 +97,7 @@ class KernelOptions:
             "edges": checked_channels(q, k) > 0 or checked_channels(v) > 0,
             "crowded": self.mask_kind == INTERVALS or self.softcap > 0 or self.alibi_slopes is not None,
             "alibi_by_row": self.alibi_kind == BY_ROW,
+            "dropout": self.dropout_p > 0,
         }
         return {name for name, holds in found.items() if holds}
 
@@ -118,6 +120,7 @@ class KernelOptions:
             "right": self.right or 0,
             "scale": self.scale,
             "softcap": self.softcap,
+            **dropout_arguments(self.dropout_p, self.dropout_seed),
             "head_dim": head_dim,
             "v_head_dim": v_head_dim,
             "CHECK_D": checked_channels(q, k),
@@ -360,6 +363,18 @@ def strides(**tensors: Tensor) -> dict[str, int]:
         f"stride_{name}{axis}": 0 if x.shape[dim] == 1 else x.stride(dim)
         for name, x in tensors.items()
         for dim, axis in enumerate("bhs")
+    }
+
+
+def dropout_arguments(dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
+    """What the kernels must know of dropout, by name; without it None for all, so that they are compiled as if there were none."""
+    if not dropout_p:
+        return {"p_seed": None, "drop_below": None, "keep_factor": None, "DROPOUT": False}
+    below = threshold(dropout_p)
+    # Its 32 bits as a signed integer: an argument of more than 31 bits would be 64 bits wide, and the kernel compiled again.
+    return {
+        **{"p_seed": seed, "drop_below": below - (below >> 31 << 32), "keep_factor": 1.0 / (1.0 - dropout_p)},
+        "DROPOUT": True,
     }
 
 

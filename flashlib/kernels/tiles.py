@@ -117,6 +117,19 @@ EXCEPTIONS = {
     },
     # A slope and an offset of ALiBi for each row.
     "alibi_by_row": {9: {"forward": {64: TileConfig(128, 64, 8, 3)}}},
+    # Random numbers for a tile of pairs, four of which take the registers of a Philox call.
+    "dropout": {
+        9: {
+            "forward": {64: TileConfig(128, 64, 8, 3), 128: TileConfig(128, 64, 8, 3), 256: TileConfig(64, 32, 8, 2)},
+            "dkdv": {64: TileConfig(32, 64, 4, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(16, 64, 8, 2)},
+            "dq": {256: TileConfig(64, 32, 8, 2)},
+        },
+        8: {
+            "forward": {64: TileConfig(64, 32, 4, 2), 128: TileConfig(64, 32, 4, 2), 256: TileConfig(32, 32, 4, 1)},
+            "dkdv": {64: TileConfig(32, 32, 4, 2), 128: TileConfig(32, 64, 8, 2), 256: TileConfig(16, 32, 8, 1)},
+            "dq": {64: TileConfig(64, 32, 4, 2), 128: TileConfig(32, 32, 4, 1)},
+        },
+    },
 }
 # fp32 products are done without tensor cores (IEEE), from operands in registers: the wider the head, the smaller the tile.
 FP32 = {

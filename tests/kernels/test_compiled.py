@@ -52,6 +52,17 @@ def exceptional(demand: str, major: int, kernel: str, head_dim: int) -> bool:
     return head_dim in EXCEPTIONS[demand].get(major, {}).get(kernel, {})
 
 
+def dropout_cases() -> list[tuple[str, dict]]:
+    """With dropout: up to head_dim 128 under what asks most of a kernel, and at 256 under a causal mask."""
+    launches = {"forward": ("forward", {})} | {x: ("backward", {"only": f"backward_{x}"}) for x in ("dkdv", "dq")}
+    return [
+        (kernel, {"arch": arch, "head_dim": d, "dropout": True, **only, **(CAUSAL if d == 256 else MOST)})
+        for arch in ("sm_80", "sm_90")
+        for d in (64, 128, 256)
+        for kernel, only in launches.values()
+    ]
+
+
 def portable_cases() -> list[tuple[str, dict]]:
     """Every tile of the tables."""
     cases = []
@@ -73,6 +84,7 @@ def portable_cases() -> list[tuple[str, dict]]:
 
 PORTABLE_CASES = [
     *portable_cases(),
+    *dropout_cases(),
     ("backward", {"head_dim": 128, "dtype": torch.float16, **CAUSAL}),
     ("forward", {"arch": "sm_80", "head_dim": 128, "dtype": torch.float16, **CAUSAL}),
     ("forward", {"head_dim": 72, **WINDOW}),

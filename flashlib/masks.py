@@ -543,7 +543,7 @@ def _positive(name: str, value: int) -> int:
 def _integers(name: str, values: Tensor | Sequence[int], ndims: tuple[int, ...], minimum: int | None = None) -> Tensor:
     """``values`` as an int64 tensor, or an error that says what came."""
     given = values if isinstance(values, Tensor) else torch.as_tensor(values)
-    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+    if (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool) and given.numel():
         raise TypeError(f"{name} must hold integers; got {given.dtype}")
     if given.dim() not in ndims:
         expected = " or ".join(f"{n}-dimensional" for n in ndims)

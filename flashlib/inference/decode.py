@@ -21,7 +21,7 @@ from torch import Tensor
 from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import BackendUnavailableError
 from flashlib.config import current_config
-from flashlib.masks import Window
+from flashlib.masks import KeyLengths, Window
 from flashlib.partial import Partial, fold
 from flashlib.reference import naive_attention
 from flashlib.values import has_values, may_read
@@ -322,6 +322,15 @@ class Problem:
         """The first key that any row sees, of a request of this length."""
         return 0 if self.left is None else max(length - self.q.shape[2] - self.left, 0)
 
+    def intervals(self) -> tuple[Tensor, Tensor]:
+        """The first key that each row sees and the one behind the last, int64 ``[B, Sq]``, without asking the host."""
+        batch, _, q_len, _ = self.q.shape
+        full = torch.full((batch,), self.capacity, dtype=torch.int64, device=self.q.device)
+        lengths = full if self.lengths is None else self.lengths.to(torch.int64).clamp(0, self.capacity)
+        mask = KeyLengths(lengths) & Window(self.left, self.right, offset=lengths - q_len)
+        intervals = mask.intervals(batch, q_len, self.capacity, self.q.device)
+        return intervals.start, intervals.stop
+
     def triton_why_not(self) -> str | None:
         if self.q.dtype == torch.float64:
             return "takes fp16, bf16 and fp32; got torch.float64"
@@ -561,6 +570,6 @@ def _check_count(name: str, value: int, least: int) -> None:
 def _number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace for a dynamic float
         raise ValueError(f"{name} must be finite; got {value}")
     return float(value)

@@ -286,8 +286,8 @@ def _longest(name: str, max_seqlen: int, ends: Tensor) -> int:
         max_seqlen = whole(max_seqlen)
     except TypeError:
         raise TypeError(f"{name} must be an int; got {max_seqlen!r}") from None
-    longest = int(ends.diff().max()) if may_read(ends) and len(ends) > 1 else 0
-    if max_seqlen < longest:
+    if may_read(ends) and len(ends) > 1 and max_seqlen < int(ends.diff().max()):
+        longest = int(ends.diff().max())
         raise ValueError(f"{name} must be at least the length of the longest sequence, {longest}; got {max_seqlen}")
     return max_seqlen
 

@@ -182,7 +182,8 @@ def _lengths_before(cache_seqlens: int | Tensor | None, cache: Pages, new: Tenso
             raise TypeError(f"cache_seqlens must be an int or a torch.Tensor [batch]; got {cache_seqlens!r}") from None
         lengths = torch.full((batch,), known, dtype=torch.int64, device=cache.table.device)
     count = 0 if new is None else new.shape[1]
-    check_range("cache_seqlens", known, 0, capacity - count, f", where each request has room for {capacity} tokens")
+    why = ", where each request has room for {capacity} tokens"
+    check_range("cache_seqlens", known, 0, capacity - count, why, capacity=capacity)
     return lengths
 
 

@@ -6,6 +6,7 @@ Token t of request b lies in page ``table[b, t // page_size]``, at slot ``t % pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -127,13 +128,17 @@ def check_indices(name: str, indices: Tensor, batch: int, device: torch.device, 
         raise TypeError(f"{name} has device {indices.device}, but q has {device}; all must have one")
 
 
-def check_range(name: str, values: Tensor | int, low: int, high: int, why: str = "") -> None:
-    """Numbers of the host always; a tensor where looking waits for nobody (:mod:`flashlib.values`)."""
+def check_range(name: str, values: Tensor | int, low: int, high: int, why: str = "", **sizes: int) -> None:
+    """Numbers of the host always; a tensor where looking waits for nobody (:mod:`flashlib.values`).
+
+    ``why`` names sizes in braces: text made of a size before it is needed would have torch.compile compile for that size alone.
+    """
+    why = partial(why.format, **sizes)
     if not isinstance(values, Tensor):
         if not low <= values <= high:
-            raise ValueError(f"{name} must lie between {low} and {high}{why}; got {values}")
+            raise ValueError(f"{name} must lie between {low} and {high}{why()}; got {values}")
         return
     if not may_read(values) or not ((values < low) | (values > high)).any():
         return
     wrong = int(values[(values < low) | (values > high)][0])
-    raise ValueError(f"{name} must lie between {low} and {high}{why}; got {wrong}")
+    raise ValueError(f"{name} must lie between {low} and {high}{why()}; got {wrong}")

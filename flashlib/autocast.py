@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_inputs", "autocast_off"]
+__all__ = ["autocast_active", "autocast_inputs", "autocast_off"]
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -22,14 +22,15 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _cast(x: Tensor) -> Tensor:
-    eligible = x.is_floating_point() and x.dtype != torch.float64 and _active(x.device.type)
+    eligible = x.is_floating_point() and x.dtype != torch.float64 and autocast_active(x.device.type)
     return x.to(torch.get_autocast_dtype(x.device.type)) if eligible else x
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager:
     """A block in which autocast does nothing on this device. Costs nothing where it is off already."""
-    return torch.autocast(device.type, enabled=False) if _active(device.type) else contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_active(device.type) else contextlib.nullcontext()
 
 
-def _active(device_type: str) -> bool:
+def autocast_active(device_type: str) -> bool:
+    """Whether autocast is on for tensors on such devices."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -251,7 +251,7 @@ def _folded_numbers(size: int, batch: int, in_dims: tuple[int | None, ...], numb
 def refuse_second_derivative(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, whose gradients say in our words that they cannot be differentiated again: for kernels that are not ours.
 
-    A compiler says so itself, of all that it compiles.
+    What torch.compile has compiled cannot be differentiated twice whatever it is, and says so itself.
     """
     if torch.compiler.is_compiling():
         return tensors

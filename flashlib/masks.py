@@ -23,6 +23,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from flashlib.values import may_read
+
 __all__ = [
     "Causal",
     "Documents",
@@ -249,22 +251,21 @@ class KeyLengths(Mask):
     """A padded batch: sequence ``b`` has ``lengths[b]`` real keys, and what lies behind them is never read.
 
     Args:
-        lengths: integers ``[B]``, ``0 <= lengths <= Sk``.
-
-    Making a mask reads the lengths, which waits for the GPU if they are there. Using it does not.
+        lengths: integers ``[B]``, ``0 <= lengths <= Sk``. Where nobody looks at them (:mod:`flashlib.values`), a length below counts as 0 and one
+            above as Sk.
     """
 
     lengths: Tensor | Sequence[int]
 
     def __post_init__(self):
-        lengths = _integers("lengths", self.lengths, ndims=(1,), minimum=0)
-        object.__setattr__(self, "lengths", lengths)
-        object.__setattr__(self, "longest", int(lengths.max()) if lengths.numel() else 0)
+        object.__setattr__(self, "lengths", _integers("lengths", self.lengths, ndims=(1,), minimum=0))
 
     def bounds(self, batch, q_len, kv_len, device):
         _expect_batch("KeyLengths", self.lengths, batch)
-        if self.longest > kv_len:
-            raise ValueError(f"KeyLengths: lengths go up to {self.longest}, but there are only {kv_len} keys")
+        if may_read(self.lengths) and batch and int(self.lengths.max()) > kv_len:
+            raise ValueError(
+                f"KeyLengths: lengths go up to {int(self.lengths.max())}, but there are only {kv_len} keys"
+            )
         return _row(0, device), self.lengths.to(device)[:, None]
 
 
@@ -278,7 +279,8 @@ class Documents(Mask):
         k_ids: the same for keys, ``[Sk]`` or ``[B, Sk]``. None if keys and queries are the same tokens.
 
     Raises:
-        ValueError: the keys of one document are not next to each other (each document must be one run).
+        ValueError: the keys of one document are not next to each other (each document must be one run). Where nobody looks at the ids
+            (:mod:`flashlib.values`), a document counts as one run of its size that begins with its first key.
     """
 
     q_ids: Tensor | Sequence[int]
@@ -290,7 +292,10 @@ class Documents(Mask):
             if ids is not None:
                 ids = _integers(name, ids, ndims=(1, 2))
                 object.__setattr__(self, name, ids[None] if ids.dim() == 1 else ids)
-        ids, order = (self.q_ids if self.k_ids is None else self.k_ids).sort(dim=1, stable=True)
+        k_ids = self.q_ids if self.k_ids is None else self.k_ids
+        if not may_read(k_ids):
+            return
+        ids, order = k_ids.sort(dim=1, stable=True)
         same_document = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
         broken = same_document & (order[:, 1:] != order[:, :-1] + 1)
         if broken.any():
@@ -338,12 +343,11 @@ class Varlen(Mask):
         cu_seqlens_k: the same for keys; None if keys and queries are the same tokens.
 
     Attributes:
-        lengths_q, lengths_k: how many queries and keys each sequence has, int64 ``[N]``, on the CPU.
-
-    Making a mask reads the cumulative lengths, which waits for the GPU if they are there. Using it does not.
+        lengths_q, lengths_k: how many queries and keys each sequence has, int64 ``[N]``, on the CPU: asking for them waits for the GPU.
 
     Raises:
-        ValueError: cumulative lengths do not begin with 0, or fall, or are not equally many for queries and keys.
+        ValueError: cumulative lengths are not equally many for queries and keys; or they do not begin with 0, or fall, or go beyond the tokens
+            there are. Where nobody looks at them (:mod:`flashlib.values`), the rows of such sequences see some of the keys there are.
 
     Source: ``cu_seqlens_q`` and ``cu_seqlens_k`` in flash_attn.
     """
@@ -356,12 +360,23 @@ class Varlen(Mask):
             object.__setattr__(self, "cu_seqlens_k", self.cu_seqlens_q)
         for side in ("q", "k"):
             name = f"cu_seqlens_{side}"
-            object.__setattr__(self, name, _tensor(getattr(self, name)))
-            object.__setattr__(self, f"lengths_{side}", _lengths_between(name, getattr(self, name)))
-        if len(self.lengths_q) != len(self.lengths_k):
+            object.__setattr__(self, name, _cumulative(name, getattr(self, name)))
+        if len(self.cu_seqlens_q) != len(self.cu_seqlens_k):
             raise ValueError(
-                f"Varlen: cu_seqlens_q has {len(self.lengths_q)} sequences, but cu_seqlens_k has {len(self.lengths_k)}"
+                f"Varlen: cu_seqlens_q has {len(self.cu_seqlens_q) - 1} sequences, but cu_seqlens_k has {len(self.cu_seqlens_k) - 1}"
             )
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def lengths_q(self) -> Tensor:
+        return self.cu_seqlens_q.cpu().diff()
+
+    @property
+    def lengths_k(self) -> Tensor:
+        return self.cu_seqlens_k.cpu().diff()
 
     def offset(self, q_len: int, device: torch.device | str | None = None) -> Tensor:
         """The key at which each row sits, less the row: int64 ``[1, q_len]``. In each sequence, the last row sits at the last key."""
@@ -377,19 +392,21 @@ class Varlen(Mask):
         return self._sequences(q_len, device)[2]
 
     def bounds(self, batch, q_len, kv_len, device):
-        for side, length in (("q", q_len), ("k", kv_len)):
-            total = int(getattr(self, f"lengths_{side}").sum())
-            if total > length:
-                raise ValueError(f"Varlen: cu_seqlens_{side} goes up to {total}, but there are only {length} tokens")
+        for side, length, ends in (("q", q_len, self.cu_seqlens_q), ("k", kv_len, self.cu_seqlens_k)):
+            if may_read(ends) and int(ends[-1]) > length:
+                raise ValueError(
+                    f"Varlen: cu_seqlens_{side} goes up to {int(ends[-1])}, but there are only {length} tokens"
+                )
         _, ends_k, sequence = self._sequences(q_len, device)
         # Rows behind the last sequence come out as sequence N, which begins and ends where the last one ends.
         return ends_k[sequence], ends_k[(sequence + 1).clamp(max=len(ends_k) - 1)]
 
     def _sequences(self, q_len: int, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
         """Both cumulative lengths on ``device``, and the number of the sequence to which each row belongs: ``[1, q_len]``."""
-        ends_q, ends_k = (x.to(device or x.device, torch.int64) for x in (self.cu_seqlens_q, self.cu_seqlens_k))
+        ends_q, ends_k = (x.to(device or x.device) for x in (self.cu_seqlens_q, self.cu_seqlens_k))
         rows = torch.arange(q_len, device=ends_q.device)[None]
-        return ends_q, ends_k, torch.searchsorted(ends_q, rows, right=True) - 1
+        sequence = torch.searchsorted(ends_q, rows, right=True) - 1
+        return ends_q, ends_k, sequence.clamp(min=0)  # below 0 only where cumulative lengths do not begin with 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -526,16 +543,20 @@ def _expect_batch(mask: str, lengths: Tensor, batch: int) -> None:
         raise ValueError(f"{mask}: {len(lengths)} lengths for a batch of {batch}; expected one length per sequence")
 
 
-def _lengths_between(name: str, cu_seqlens: Tensor) -> Tensor:
-    """The lengths of which ``cu_seqlens`` is the running sum, on the CPU."""
-    ends = _integers(name, cu_seqlens.cpu(), ndims=(1,))
-    if not len(ends) or ends[0] != 0:
+def _cumulative(name: str, cu_seqlens: Tensor | Sequence[int]) -> Tensor:
+    """Cumulative lengths as int64, looked at where that waits for nobody."""
+    ends = _integers(name, cu_seqlens, ndims=(1,))
+    if not len(ends):
+        raise ValueError(f"{name} must begin with 0; got []")
+    if not may_read(ends):
+        return ends
+    if ends[0] != 0:
         raise ValueError(f"{name} must begin with 0; got {ends.tolist()[:1]}")
     falls = ends[1:] < ends[:-1]
     if falls.any():
         n = int(falls.nonzero()[0])
         raise ValueError(f"{name} must never fall; got {int(ends[n])} and then {int(ends[n + 1])}, at entry {n + 1}")
-    return ends.diff()
+    return ends
 
 
 def _count(name: str, value: int, hint: str = "") -> int:
@@ -569,6 +590,6 @@ def _integers(name: str, values: Tensor | Sequence[int], ndims: tuple[int, ...],
     if given.dim() not in ndims:
         expected = " or ".join(f"{n}-dimensional" for n in ndims)
         raise ValueError(f"{name} must be {expected}; got shape {tuple(given.shape)}")
-    if minimum is not None and given.numel() and int(given.min()) < minimum:
+    if minimum is not None and may_read(given) and given.numel() and int(given.min()) < minimum:
         raise ValueError(f"{name} must be at least {minimum}; got {int(given.min())}")
     return given.to(torch.int64)

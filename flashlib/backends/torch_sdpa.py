@@ -50,13 +50,16 @@ class _SDPA(Backend):
         q, k, v = (x if _is_readable(x) else _readable_copy(x) for x in hide_unseen(q, k, v, spec))
         if spec.needs_grad and not self.forward_mode:
             q, k, v = refuse_second_derivative(self.name, q, k, v)
-        shared = spec.group_size > 1 and self.shares_kv_heads
-        if spec.group_size > 1 and not shared:
+        shared = spec.q_heads != spec.kv_heads and self.shares_kv_heads
+        if spec.q_heads != spec.kv_heads and not shared:
             k, v = (x.repeat_interleave(spec.group_size, dim=1) for x in (k, v))
         attn_mask, is_causal, empty_rows = _sdpa_mask(spec)
+        options = (
+            {"enable_gqa": True} if shared else {}
+        )  # plain, where torch.compile has symbols for the numbers of heads
         with sdpa_kernel(self.kernel):
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=spec.scale, enable_gqa=shared
+                q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=spec.scale, **options
             )
         return (out if empty_rows is None else out.masked_fill(empty_rows, 0.0)), None
 

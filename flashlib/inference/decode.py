@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from numbers import Real
 
 import torch
 from torch import Tensor
 
+from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import BackendUnavailableError
 from flashlib.config import current_config
-from flashlib.masks import NO_LIMIT, Window
+from flashlib.masks import NO_LIMIT, KeyLengths, Window
 from flashlib.partial import Partial, fold
 from flashlib.reference import naive_attention
+from flashlib.values import has_values, may_read
 
 __all__ = ["choose_num_splits", "combine_splits", "decode_attention", "split_partials", "split_ranges"]
 
@@ -78,20 +80,24 @@ def decode_attention(
         split_size: cut at multiples of this many keys instead. What a request gives is then bitwise the same whatever batch it is in,
             and however much room its cache has. Multiples of 128 leave no tile of keys cut.
         return_lse: also return the log-sum-exp of each row's scores.
-        backend: "triton"; "torch", the same algorithm in plain PyTorch, for reading and for CPUs (it reads lengths and block_table on the
-            host, and can be differentiated); "auto" takes triton where it runs.
+        backend: "triton"; "torch", the same algorithm in plain PyTorch, for reading and for CPUs (the host reads lengths, once a call, and it
+            can be differentiated); "auto" takes triton where it runs.
 
     Returns:
         out ``[B, Hq, Sq, Dv]``, dtype of q. With ``return_lse``, ``(out, lse)``: lse ``[B, Hq, Sq]``, natural logarithm, fp32 (fp64 for
         fp64 inputs).
+
+        Under ``torch.autocast`` q, k and v are cast to its dtype first, as :func:`flashlib.attention` does: a cache of another dtype is copied.
 
     Raises:
         TypeError, ValueError: bad arguments; the message names the argument, what came and what was expected. On a GPU the values of
             ``lengths`` and ``block_table`` are not looked at: a length beyond the capacity counts as the capacity.
         flashlib.BackendUnavailableError: the named backend cannot run this problem; the message says why.
     """
-    problem = _Problem.checked(q, k, v, lengths, block_table, causal, window, scale, softcap, num_splits, split_size)
-    out, lse = _RUN[_pick(backend, problem.triton_why_not())](problem)
+    q, k, v = autocast_inputs(q, k, v)
+    problem = Problem.checked(q, k, v, lengths, block_table, causal, window, scale, softcap, num_splits, split_size)
+    with autocast_off(q.device):
+        out, lse = _RUN[_pick(backend, problem.triton_why_not())](problem)
     return (out, lse) if return_lse else out
 
 
@@ -202,7 +208,7 @@ def split_partials(
     Raises:
         TypeError, ValueError: as :func:`decode_attention`, or a range does not lie within the keys.
     """
-    problem = _Problem.checked(q, k, v, None, None, causal, window, scale, softcap, 1, None)
+    problem = Problem.checked(q, k, v, None, None, causal, window, scale, softcap, 1, None)
     for keys in ranges:
         if not isinstance(keys, range) or keys.step != 1 or not 0 <= keys.start <= keys.stop <= problem.capacity:
             raise ValueError(f"ranges must be ranges of keys between 0 and {problem.capacity}; got {keys!r}")
@@ -262,7 +268,7 @@ def no_combine_kernel(out: Tensor, lse: Tensor) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """One call of :func:`decode_attention`, checked."""
 
     q: Tensor
@@ -278,7 +284,7 @@ class _Problem:
     split_size: int | None
 
     @classmethod
-    def checked(cls, q, k, v, lengths, block_table, causal, window, scale, softcap, num_splits, split_size) -> _Problem:
+    def checked(cls, q, k, v, lengths, block_table, causal, window, scale, softcap, num_splits, split_size) -> Problem:
         _check_tensors(q, k, v, block_table)
         if not isinstance(causal, bool):
             raise TypeError(f"causal must be True or False; got {causal!r}")
@@ -306,9 +312,25 @@ class _Problem:
         """How many keys a request may have."""
         return self.k.shape[2] if self.block_table is None else self.k.shape[2] * self.block_table.shape[1]
 
+    def values(self) -> tuple:
+        """All attributes in order, as the operator of :mod:`flashlib.inference.decode_operator` takes them."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in self.values() if isinstance(x, Tensor)]
+
     def first_key(self, length: int) -> int:
         """The first key that any row sees, of a request of this length."""
         return 0 if self.left is None else max(length - self.q.shape[2] - self.left, 0)
+
+    def intervals(self) -> tuple[Tensor, Tensor]:
+        """The first key that each row sees and the one behind the last, int64 ``[B, Sq]``, without asking the host."""
+        batch, _, q_len, _ = self.q.shape
+        full = torch.full((batch,), self.capacity, dtype=torch.int64, device=self.q.device)
+        lengths = full if self.lengths is None else self.lengths.to(torch.int64).clamp(0, self.capacity)
+        mask = KeyLengths(lengths) & Window(self.left, self.right, offset=lengths - q_len)
+        intervals = mask.intervals(batch, q_len, self.capacity, self.q.device)
+        return intervals.start, intervals.stop
 
     def triton_why_not(self) -> str | None:
         if self.q.dtype == torch.float64:
@@ -328,8 +350,8 @@ class _Problem:
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({batch},), one per request")
         if lengths.device != self.q.device:
             raise TypeError(f"lengths is on {lengths.device} but q is on {self.q.device}; all must be on one device")
-        if lengths.device.type != "cpu" or batch == 0 or torch.compiler.is_compiling():
-            return  # nobody waits for the device to look at them
+        if batch == 0 or not may_read(lengths):
+            return
         if not 0 <= int(lengths.min()) <= int(lengths.max()) <= self.capacity:
             raise ValueError(f"lengths must lie between 0 and the capacity, {self.capacity}; got {lengths.tolist()}")
 
@@ -337,16 +359,24 @@ class _Problem:
 # The two ways to run
 
 
-def _run_torch(problem: _Problem) -> tuple[Tensor, Tensor]:
+def _torch(problem: Problem) -> tuple[Tensor, Tensor]:
+    if not has_values(*problem.tensors()):
+        from flashlib.inference.decode_operator import decode_torch  # registering operators imports PyTorch's compiler
+
+        return decode_torch(*problem.values())
+    return run_torch(problem)
+
+
+def run_torch(problem: Problem) -> tuple[Tensor, Tensor]:
     """Request by request, so that nothing in a request's result can depend on its neighbours."""
-    q, batch = problem.q, problem.q.shape[0]
-    lengths = [problem.capacity] * batch if problem.lengths is None else problem.lengths.tolist()
+    q, batch, capacity = problem.q, problem.q.shape[0], problem.capacity
+    lengths = [capacity] * batch if problem.lengths is None else problem.lengths.clamp(0, capacity).tolist()
     nothing = Partial.identity(0, *q.shape[1:3], problem.v.shape[3], dtype=_accumulate(q.dtype), device=q.device)
     results = [nothing, *(_decode_request(problem, request, length) for request, length in enumerate(lengths))]
     return torch.cat([result.out for result in results]).to(q.dtype), torch.cat([result.lse for result in results])
 
 
-def _decode_request(problem: _Problem, request: int, length: int) -> Partial:
+def _decode_request(problem: Problem, request: int, length: int) -> Partial:
     splits = {"split_size": problem.split_size} if problem.split_size else {"num_splits": problem.num_splits or 1}
     q = problem.q[request : request + 1]
     pieces = [Partial.identity(*q.shape[:3], problem.v.shape[3], dtype=_accumulate(q.dtype), device=q.device)]
@@ -369,7 +399,7 @@ def _gather(x: Tensor, request: int, keys: range, block_table: Tensor | None) ->
     return x[pages, :, key % x.shape[2]].transpose(0, 1)[None]
 
 
-def _partial(q: Tensor, k: Tensor, v: Tensor, keys_from_here: int, problem: _Problem) -> Partial:
+def _partial(q: Tensor, k: Tensor, v: Tensor, keys_from_here: int, problem: Problem) -> Partial:
     """Attention over one piece of the keys, of which the last query's is number ``keys_from_here - 1``."""
     mask = Window(problem.left, problem.right, offset=keys_from_here - q.shape[2])
     q, k, v = (x.to(_accumulate(x.dtype)) for x in (q, k, v))
@@ -380,7 +410,7 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _run_triton(problem: _Problem) -> tuple[Tensor, Tensor]:
+def _run_triton(problem: Problem) -> tuple[Tensor, Tensor]:
     from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
 
     splits, fewest = _splits(problem)
@@ -402,7 +432,7 @@ def _run_triton(problem: _Problem) -> tuple[Tensor, Tensor]:
     return launch_decode(problem.q, problem.k, problem.v, options)
 
 
-def _splits(problem: _Problem) -> tuple[int, int]:
+def _splits(problem: Problem) -> tuple[int, int]:
     """How many splits to launch for each request and KV head, and into how many a short request is cut at least.
 
     From host-side numbers only, since lengths are on the device.
@@ -430,7 +460,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-_RUN = {"torch": _run_torch, "triton": _run_triton}
+_RUN = {"torch": _torch, "triton": _run_triton}
 
 
 def _pick(backend: str, triton_why_not: str | None) -> str:
@@ -540,6 +570,6 @@ def _check_count(name: str, value: int, least: int) -> None:
 def _number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace for a dynamic float
         raise ValueError(f"{name} must be finite; got {value}")
     return float(value)

@@ -121,7 +121,7 @@ BAD = [
     (lambda: pad_input(X[0], PLACES[:2], 2, 3), ValueError, "indices must be one for each token; got 2 for 3 tokens"),
     (lambda: pad_input(X[0], PLACES, 1, 3), ValueError, "indices must be at least 0 and below 3; got 0 to 3"),
     (lambda: pad_input(X[0], [0, 1, 3], 2, 3), TypeError, "indices must be a torch.Tensor; got list"),
-    (lambda: index_put_first_axis(X[0], PLACES.float(), 6), TypeError, "indices must be int32 or int64; got torch.float32"),
+    (lambda: index_put_first_axis(X[0], PLACES.float(), 6), TypeError, "indices must hold integers; got torch.float32"),
     (lambda: index_first_axis(X[0], PLACES - 1), ValueError, "indices must be at least 0 and below 3; got -1 to 2"),
     (lambda: index_first_axis_residual(X[0], PLACES[None]), ValueError, "indices must be 1-dimensional; got shape (1, 3)"),
 ]  # fmt: skip

@@ -254,8 +254,8 @@ BAD_CALLS = [
     ({"k": NEW, "v": NEW, "cache_seqlens": 0, "softcap": float("inf")}, ValueError, "softcap must be finite; got inf"),
     ({"k": NEW, "v": NEW, "cache_seqlens": 0, "alibi_slopes": torch.rand(3)}, ValueError, "alibi_slopes has shape (3,)"),
     ({"k": NEW, "v": NEW, "cache_seqlens": 0, "num_splits": -1}, ValueError, "num_splits must be an int of at least 0; got -1"),
-    ({"return_softmax_lse": 1}, TypeError, "return_softmax_lse must be True or False; got 1"),
-    ({"causal": None}, TypeError, "causal must be True or False; got None"),
+    ({"return_softmax_lse": "yes"}, TypeError, "return_softmax_lse must be True or False; got 'yes'"),
+    ({"causal": "no"}, TypeError, "causal must be True or False; got 'no'"),
 ]  # fmt: skip
 
 

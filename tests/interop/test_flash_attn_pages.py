@@ -24,20 +24,30 @@ def test_as_many_queries_of_each_sequence(round, rng):
 
 
 def test_a_decoding_step_copies_no_keys(rng, monkeypatch):
-    """Equally many queries of each sequence, and few."""
+    """Few queries of each sequence, of some more than of others; with a left window, one of each."""
 
     def copied(*_):
         raise AssertionError("keys and values are copied")
 
     monkeypatch.setattr(Pages, "packed", copied)
-    problem = Packed.draw(rng, alibi=False, alike=True)
-    expect(problem, problem.compare(*problem.run(in_pages=True)))
+    for _ in range(30):
+        problem = Packed.draw(rng, alibi=False, lengths_q=(0, 1, 2, 7))
+        if sum(problem.lengths_q) and problem.options["window_size"][0] < 0:
+            expect(problem, problem.compare(*problem.run(in_pages=True)))
     q = torch.randn(3, 2, 8)
     k, table = torch.randn(4, 16, 2, 8), torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
-    ends_k = torch.tensor([0, 20, 50], dtype=torch.int32)
-    for ends_q, options in (([0, 1, 3], {}), ([0, 1, 2], {"alibi_slopes": torch.rand(2)})):
+    ends_q, ends_k = torch.tensor([0, 1, 2]), torch.tensor([0, 20, 50], dtype=torch.int32)
+    flash_attn_varlen_func(q, k, k, ends_q, ends_k, 1, 30, window_size=(3, 0), block_table=table)
+    copying = (
+        {"alibi_slopes": torch.rand(2)},
+        {"dropout_p": 0.5},
+        {"window_size": (3, 0), "max_seqlen_q": 2},
+        {"max_seqlen_q": 17},
+    )
+    for options in copying:
+        sizes = {"max_seqlen_q": 1, "max_seqlen_k": 30} | options
         with pytest.raises(AssertionError, match="are copied"):
-            flash_attn_varlen_func(q, k, k, torch.tensor(ends_q), ends_k, 2, 30, **options, block_table=table)
+            flash_attn_varlen_func(q, k, k, ends_q, ends_k, **sizes, block_table=table)
 
 
 def test_only_out_unless_more_is_asked_for(rng):
@@ -71,14 +81,13 @@ BAD = [
     ({"block_table": TABLE.float()}, TypeError, "block_table must be int32 or int64; got torch.float32"),
     ({"block_table": TABLE.to("meta")}, TypeError, "block_table has device meta, but q has cpu"),
     ({"block_table": TABLE[:, :1]}, ValueError, "block_table has 1 pages of 16 tokens for each sequence, but cu_seqlens_k has a sequence of 30"),
-    ({"block_table": TABLE + 2}, ValueError, "block_table must lie between 0 and 4 where there are tokens; got 5"),
+    ({"block_table": TABLE + 2, "max_seqlen_q": 17}, ValueError, "block_table must lie between 0 and 4 where there are tokens; got 5"),
     ({"block_table": TABLE + 2, "cu_seqlens_q": torch.tensor([0, 1, 2])}, ValueError, "block_table names a page outside of 0 to 4"),
     ({"k": torch.zeros(50, 2, 8)}, ValueError, "k must be [num_blocks, page_block_size, nheads_k, headdim]; got shape (50, 2, 8)"),
     ({"v": PAGES[:, :8]}, ValueError, "page_block_size is 16 in k"),
     ({"cu_seqlens_q": torch.tensor([0, 2, 4])}, ValueError, "cu_seqlens_q goes up to 4, but there are only 3 tokens"),
     ({"cu_seqlens_q": torch.tensor([0, 1, 4]), "max_seqlen_q": 3}, ValueError, "cu_seqlens_q goes up to 4, but there are only 3 tokens"),
     ({"max_seqlen_k": 29}, ValueError, "max_seqlen_k must be at least the length of the longest sequence, 30; got 29"),
-    ({"dropout_p": 0.1}, NotImplementedError, "dropout_p > 0 is not supported"),
     ({"alibi_slopes": torch.zeros(3, 4)}, ValueError, "alibi_slopes has shape (3, 4); expected (4,) or (2, 4)"),
 ]  # fmt: skip
 

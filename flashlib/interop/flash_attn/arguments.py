@@ -7,18 +7,18 @@ import operator
 from dataclasses import dataclass
 from numbers import Real
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from flashlib.spec import DTYPES
 
-__all__ = ["Options", "check_alike", "check_tensors", "number"]
+__all__ = ["Options", "check_alike", "check_tensors", "flag", "number", "whole"]
 
 
 @dataclass(frozen=True, eq=False)
 class Options:
     """The arguments that the functions share, in flash_attn's order: checked, and said as flashlib says them.
 
-    ``window_size`` becomes ``(left, right)`` with None for no limit, and says ``causal`` too.
+    ``window_size`` becomes ``(left, right)`` with None for no limit, and says ``causal`` too. Flags are whatever has a truth value, as there.
     """
 
     dropout_p: float
@@ -33,13 +33,10 @@ class Options:
     def __post_init__(self):
         if not 0 <= number("dropout_p", self.dropout_p) < 1:
             raise ValueError(f"dropout_p must be at least 0 and below 1; got {self.dropout_p}")
-        if self.dropout_p > 0:
-            raise NotImplementedError(f"dropout_p > 0 is not supported: flashlib has no dropout; got {self.dropout_p}")
         for name in ("causal", "deterministic", "return_attn_probs"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
         try:
-            left, right = (operator.index(width) for width in self.window_size)
+            left, right = (whole(width) for width in self.window_size)
         except (TypeError, ValueError):
             raise TypeError(f"window_size must be two ints (left, right); got {self.window_size!r}") from None
         if self.causal:
@@ -49,6 +46,20 @@ class Options:
         object.__setattr__(self, "softcap", 0.0 if number("softcap", self.softcap) < 0 else self.softcap)
         if self.softmax_scale is not None and not 0 < number("softmax_scale", self.softmax_scale) < math.inf:
             raise ValueError(f"softmax_scale must be above 0 and finite, or None; got {self.softmax_scale}")
+
+
+def flag(name: str, value: object) -> bool:
+    """``value`` as flash_attn's own binding reads it: None, a number, a NumPy bool, a tensor of one element; no text and no list."""
+    if isinstance(value, bool):
+        return value
+    if value is not None and not hasattr(type(value), "__bool__"):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+    return bool(value)
+
+
+def whole(value: object) -> int:
+    """``value`` as an int; TypeError if it is none. A symbolic size stays one."""
+    return value if isinstance(value, int | SymInt) else operator.index(value)
 
 
 def number(name: str, value: float) -> float:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashlib.values import may_read
+
 __all__ = [
     "index_first_axis",
     "index_first_axis_residual",
@@ -43,7 +45,7 @@ def unpad_input(
     real = kept = _marked("attention_mask", attention_mask, hidden_states)
     if unused_mask is not None:
         unused = _marked("unused_mask", unused_mask, hidden_states)
-        if (real & unused).any():
+        if may_read(real, unused) and (real & unused).any():
             raise ValueError(
                 "unused_mask marks tokens that attention_mask marks too; expected each token in one of them"
             )
@@ -73,7 +75,7 @@ def unpad_input_for_concatenated_sequences(
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise TypeError(f"attention_mask_in_length must hold integers; got {lengths.dtype}")
     filled, seqlen = lengths.sum(1), hidden_states.shape[1]
-    if (lengths < 0).any() or (filled > seqlen).any():
+    if may_read(lengths) and ((lengths < 0).any() or (filled > seqlen).any()):
         raise ValueError(
             f"attention_mask_in_length must hold lengths of at least 0 that fill at most {seqlen} tokens of each row; got "
             f"rows from {lengths.min().item()} up, the fullest of {filled.max().item()} tokens"
@@ -87,7 +89,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Args:
         hidden_states: ``[total, ...]``.
-        indices: ``[total]``, from :func:`unpad_input`.
+        indices: integers ``[total]``, from :func:`unpad_input`.
         batch, seqlen: of the padded batch.
 
     Returns:
@@ -101,7 +103,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     """``input[indices]`` for ``[N, ...]`` and ``[total]``. An entry taken twice gets both gradients."""
-    return input.index_select(0, _check_indices(indices, input.shape[0]))
+    return input.index_select(0, _as_indices(indices, input.shape[0]))
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
@@ -110,7 +112,7 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     Raises:
         TypeError, ValueError: ``indices`` are not one integer for each value, or lie outside of ``[0, first_axis_dim)``.
     """
-    _check_indices(indices, first_axis_dim)
+    indices = _as_indices(indices, first_axis_dim)
     if len(indices) != values.shape[0]:
         raise ValueError(f"indices must be one for each token; got {len(indices)} for {values.shape[0]} tokens")
     return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy(0, indices, values)
@@ -124,7 +126,9 @@ def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, T
 def _packed(hidden_states: Tensor, kept: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     indices = kept.flatten().nonzero().flatten()
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = int(lengths.max()) if len(lengths) else 0
+    longest = (
+        F.pad(lengths, (0, 1)).max().item()
+    )  # how many tokens are kept, the host must know in any case, to make room
     return hidden_states.flatten(0, 1).index_select(0, indices), indices, cu_seqlens, longest
 
 
@@ -149,19 +153,21 @@ def _marked(name: str, mask: Tensor, hidden_states: Tensor) -> Tensor:
     """``mask`` as bool. A mask of 0 and -inf, as others add to the scores, would mean the opposite, and is refused."""
     _check_mask(name, mask, hidden_states)
     strange = (mask != 0) & (mask != 1)
-    if strange.any():
+    if may_read(mask) and strange.any():
         raise ValueError(f"{name} must hold 1 for a token and 0 for none; got {mask[strange][0].item()} too")
     return mask.bool()
 
 
-def _check_indices(indices: Tensor, count: int) -> Tensor:
+def _as_indices(indices: Tensor, count: int) -> Tensor:
+    """Any integers as int64: not all of PyTorch's indexing takes others, and uint8 some of it takes for a mask."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"indices must be a torch.Tensor; got {type(indices).__name__}")
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"indices must be int32 or int64; got {indices.dtype}")
+    if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
+        raise TypeError(f"indices must hold integers; got {indices.dtype}")
     if indices.dim() != 1:
         raise ValueError(f"indices must be 1-dimensional; got shape {tuple(indices.shape)}")
-    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+    indices = indices.to(torch.int64)
+    if may_read(indices) and len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < count:
         raise ValueError(
             f"indices must be at least 0 and below {count}; got {int(indices.min())} to {int(indices.max())}"
         )

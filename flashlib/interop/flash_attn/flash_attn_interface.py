@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import operator
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flashlib.attention import attention
+from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import BACKENDS, BackendUnavailableError, order_of_choice
-from flashlib.config import FA2Config, FA3Config, FlashAttentionConfig, current_config
-from flashlib.interop.flash_attn.arguments import Options, check_tensors
+from flashlib.config import FlashAttentionConfig, current_config
+from flashlib.dropout import draw_seed
+from flashlib.interop.flash_attn.arguments import Options, check_tensors, whole
 from flashlib.interop.flash_attn.kv_cache import flash_attn_combine, flash_attn_with_kvcache
 from flashlib.interop.flash_attn.pages import Pages, check_indices, decode, forward_only
 from flashlib.masks import Mask, Varlen, Window
+from flashlib.reference import naive_attention
+from flashlib.spec import AttentionSpec
+from flashlib.values import may_read
 
 __all__ = [
     "flash_attn_combine",
@@ -52,7 +56,7 @@ def flash_attn_func(
         q: ``[batch, seqlen_q, nheads, headdim]``.
         k: ``[batch, seqlen_k, nheads_k, headdim]``; nheads is a multiple of nheads_k (GQA, MQA).
         v: ``[batch, seqlen_k, nheads_k, headdim_v]``.
-        dropout_p: must be 0.
+        dropout_p: as in :func:`flashlib.attention`; the seed is drawn from the device's default generator.
         softmax_scale: positive factor on the scores; None for ``1 / sqrt(headdim)``.
         causal: row i sees keys ``j <= i + seqlen_k - seqlen_q``.
         window_size: ``(left, right)``: row i sees keys ``i + seqlen_k - seqlen_q - left`` to ``i + seqlen_k - seqlen_q + right``,
@@ -60,20 +64,22 @@ def flash_attn_func(
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 or less for none.
         alibi_slopes: fp32 ``[nheads]`` or ``[batch, nheads]``: ``slope * |i + seqlen_k - seqlen_q - j|`` is taken from the score.
         deterministic: only use backends whose gradients are the same bits every time.
-        return_attn_probs: also return the LSE, and an empty tensor in the place of the probabilities, which exist nowhere.
+        return_attn_probs: also return the LSE, and S_dmask.
 
     Returns:
         out ``[batch, seqlen_q, nheads, headdim_v]``, contiguous. With ``return_attn_probs``, ``(out, softmax_lse, S_dmask)``:
-        softmax_lse fp32 (fp64 for fp64 inputs) ``[batch, nheads, seqlen_q]``, natural logarithm; S_dmask ``[0]``.
+        softmax_lse fp32 (fp64 for fp64 inputs) ``[batch, nheads, seqlen_q]``, natural logarithm. S_dmask ``[0]``, or with dropout
+        ``[batch, nheads, seqlen_q, seqlen_k]``, of the LSE's dtype: the softmax, before any of it is dropped, with a minus where it is. It is a
+        dense matrix and takes its time: for tests, as there.
 
     Raises:
         TypeError, ValueError: bad arguments; the message names the argument, what came and what was expected.
-        NotImplementedError: flash_attn can do this and flashlib cannot; the message names the argument.
         flashlib.BackendUnavailableError: as :func:`flashlib.attention`.
     """
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
+    q, k, v = autocast_inputs(q, k, v)
     check_tensors(
         q=(q, "batch seqlen_q nheads headdim"),
         k=(k, "batch seqlen_k nheads_k headdim"),
@@ -100,6 +106,7 @@ def flash_attn_qkvpacked_func(
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
+    (qkv,) = autocast_inputs(qkv)
     check_tensors(qkv=(qkv, "batch seqlen 3 nheads headdim"))
     return _padded(*qkv.unbind(2), options)
 
@@ -123,6 +130,7 @@ def flash_attn_kvpacked_func(
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
+    q, kv = autocast_inputs(q, kv)
     check_tensors(q=(q, "batch seqlen_q nheads headdim"), kv=(kv, "batch seqlen_k 2 nheads_k headdim"))
     return _padded(q, *kv.unbind(2), options)
 
@@ -153,7 +161,8 @@ def flash_attn_varlen_func(
         cu_seqlens_q: int32 or int64 ``[batch + 1]``: sequence n has the queries ``cu_seqlens_q[n]`` up to ``cu_seqlens_q[n + 1]``.
             Queries behind the last sequence give 0 and LSE -inf.
         cu_seqlens_k: the same for keys; those behind the last sequence are not read.
-        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
+        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence. No length is read on the host, but to check it
+            (:mod:`flashlib.values`): sizes come from these two, so that a call may be captured into a CUDA graph and lengths may change.
         alibi_slopes: fp32 ``[nheads]`` or ``[batch, nheads]``.
         block_table: int32 or int64 ``[batch, max_num_blocks_per_seq]``: keys and values lie in pages, of any size; k is then
             ``[num_blocks, page_block_size, nheads_k, headdim]``, v the same with headdim_v, and token t of sequence n is slot
@@ -162,21 +171,23 @@ def flash_attn_varlen_func(
 
     The other arguments and the errors are those of :func:`flash_attn_func`; alignment is inside each sequence.
 
-    With a block_table, a decoding step, a few queries of each sequence and of all equally many, reads the pages where they lie. With
-    more queries, or of some sequences more than of others, or with alibi_slopes, the sequences' keys and values are copied first.
+    With a block_table, a call with max_seqlen_q of at most 16 reads the pages where they lie. With more queries; or with a left window and
+    more than one; or with alibi_slopes or dropout: keys and values are copied first, of at most max_seqlen_k tokens for each sequence.
 
     Returns:
         out ``[total_q, nheads, headdim_v]``, contiguous. With ``return_attn_probs``, ``(out, softmax_lse, S_dmask)``:
-        softmax_lse ``[nheads, total_q]``; S_dmask ``[0]``.
+        softmax_lse ``[nheads, total_q]``; S_dmask ``[0]``, or with dropout ``[batch, nheads, max_seqlen_q, max_seqlen_k]``, with zeros behind
+        the end of a sequence.
     """
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
+    q, k, v = autocast_inputs(q, k, v)
     tokens = "total_k" if block_table is None else "num_blocks page_block_size"
     check_tensors(
         q=(q, "total_q nheads headdim"), k=(k, f"{tokens} nheads_k headdim"), v=(v, f"{tokens} nheads_k headdim_v")
     )
-    sequences = _sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    sequences = _Sequences.checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if block_table is None:
         return _packed(q, k, v, sequences, options)
     return _paged(q, Pages(k, v, block_table), sequences, options)
@@ -202,8 +213,9 @@ def flash_attn_varlen_qkvpacked_func(
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
+    (qkv,) = autocast_inputs(qkv)
     check_tensors(qkv=(qkv, "total 3 nheads headdim"))
-    return _packed(*qkv.unbind(1), _sequences(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), options)
+    return _packed(*qkv.unbind(1), _Sequences.checked(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), options)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -229,50 +241,93 @@ def flash_attn_varlen_kvpacked_func(
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
+    q, kv = autocast_inputs(q, kv)
     check_tensors(q=(q, "total_q nheads headdim"), kv=(kv, "total_k 2 nheads_k headdim"))
-    return _packed(q, *kv.unbind(1), _sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), options)
+    sequences = _Sequences.checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _packed(q, *kv.unbind(1), sequences, options)
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Result:
     """Attention for ``[batch, seqlen, nheads, headdim]``."""
     config = _config(options, (q, k, v), packed=False)
-    out, lse = _attend(q, k, v, Window(*options.window_size), options.alibi_slopes, options, config)
-    return (out, lse, out.new_empty(0)) if options.return_attn_probs else out
+    return _attend(q, k, v, Window(*options.window_size), options.alibi_slopes, options, config)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, sequences: Varlen, options: Options) -> Result:
+@dataclass(frozen=True, eq=False)
+class _Sequences:
+    """Where packed sequences begin and end, and how long they are at most, which the host knows."""
+
+    mask: Varlen
+    longest_q: int
+    longest_k: int
+
+    @classmethod
+    def checked(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> _Sequences:
+        for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if not isinstance(cu_seqlens, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor [batch + 1]; got {type(cu_seqlens).__name__}")
+        mask = Varlen(cu_seqlens_q, cu_seqlens_k)
+        longest_q = _longest("max_seqlen_q", max_seqlen_q, mask.cu_seqlens_q)
+        longest_k = _longest("max_seqlen_k", max_seqlen_k, mask.cu_seqlens_k)
+        return cls(mask, longest_q, longest_k)
+
+    def __len__(self) -> int:
+        return self.mask.num_sequences
+
+    def ends(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Both cumulative lengths, int64 ``[N + 1]``."""
+        return self.mask.cu_seqlens_q.to(device), self.mask.cu_seqlens_k.to(device)
+
+
+def _longest(name: str, max_seqlen: int, ends: Tensor) -> int:
+    if isinstance(max_seqlen, Tensor) and not may_read(max_seqlen):
+        raise TypeError(f"{name} must be an int; got a tensor on {max_seqlen.device}, where it cannot be read")
+    try:
+        max_seqlen = whole(max_seqlen)
+    except TypeError:
+        raise TypeError(f"{name} must be an int; got {max_seqlen!r}") from None
+    if may_read(ends) and len(ends) > 1 and max_seqlen < int(ends.diff().max()):
+        longest = int(ends.diff().max())
+        raise ValueError(f"{name} must be at least the length of the longest sequence, {longest}; got {max_seqlen}")
+    return max_seqlen
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences, options: Options) -> Result:
     """Attention for ``[total, nheads, headdim]``: one problem of batch 1, whose mask keeps the sequences apart."""
     config = _config(options, (q, k, v), packed=True)
     mask, slopes = _packed_mask(sequences, q, options), _packed_slopes(options.alibi_slopes, sequences, q)
-    out, lse = _attend(q[None], k[None], v[None], mask, slopes, options, config)
-    return (out[0], lse[0], out.new_empty(0)) if options.return_attn_probs else out[0]
+    result = _attend(q[None], k[None], v[None], mask, slopes, options, config)
+    if not options.return_attn_probs:
+        return result[0]
+    out, lse, probabilities = result
+    return out[0], lse[0], _by_sequence(probabilities, sequences) if options.dropout_p else probabilities
 
 
-def _packed_mask(sequences: Varlen, q: Tensor, options: Options) -> Mask:
+def _packed_mask(sequences: _Sequences, q: Tensor, options: Options) -> Mask:
     if options.window_size == (None, None):
-        return sequences
-    return sequences & Window(*options.window_size, sequences.offset(len(q)))
+        return sequences.mask
+    return sequences.mask & Window(*options.window_size, sequences.mask.offset(len(q)))
 
 
-def _packed_slopes(slopes: Tensor | None, sequences: Varlen, q: Tensor) -> Tensor | None:
+def _packed_slopes(slopes: Tensor | None, sequences: _Sequences, q: Tensor) -> Tensor | None:
     """``[batch, nheads]`` as :func:`flashlib.attention` takes them: ``[1, nheads, total_q]``. All others as they are: it checks them."""
     if not isinstance(slopes, Tensor) or slopes.dim() < 2:
         return slopes
-    count, nheads = len(sequences.lengths_q), q.shape[1]
+    count, nheads = len(sequences), q.shape[1]
     if slopes.shape != (count, nheads):
         raise ValueError(
             f"alibi_slopes has shape {tuple(slopes.shape)}; expected ({nheads},) or ({count}, {nheads}): one per query head, or "
             "one per sequence and query head"
         )
     behind = F.pad(slopes, (0, 0, 0, 1))  # rows behind the last sequence see nothing, and any slope will do
-    return behind[sequences.sequence_of_rows(len(q), slopes.device)].mT
+    return behind[sequences.mask.sequence_of_rows(len(q), slopes.device)].mT
 
 
-def _paged(q: Tensor, pages: Pages, sequences: Varlen, options: Options) -> Result:
+def _paged(q: Tensor, pages: Pages, sequences: _Sequences, options: Options) -> Result:
     """:func:`_packed` for keys and values that lie in pages."""
     _check_pages(pages, sequences, q)
     with torch.no_grad():
-        if _is_decoding_step(pages, sequences, options):
+        if _reads_pages_in_place(q, pages, sequences, options):
             results = _decode(q, pages, sequences, options)
         else:
             result = _packed(q, *_seen_tokens(q, pages, sequences, options), sequences, options)
@@ -282,61 +337,110 @@ def _paged(q: Tensor, pages: Pages, sequences: Varlen, options: Options) -> Resu
     return results if options.return_attn_probs else results[0]
 
 
-def _seen_tokens(q: Tensor, pages: Pages, sequences: Varlen, options: Options) -> tuple[Tensor, Tensor]:
+def _seen_tokens(q: Tensor, pages: Pages, sequences: _Sequences, options: Options) -> tuple[Tensor, Tensor]:
     """Keys and values packed; those that no query sees hold anything, since their pages need not be there."""
-    total = int(sequences.lengths_k.sum())
+    ends = sequences.mask.cu_seqlens_k
+    total = int(ends[-1]) if may_read(ends) else len(sequences) * min(sequences.longest_k, pages.capacity)
     intervals = _packed_mask(sequences, q, options).intervals(1, len(q), total, q.device)
-    return pages.packed(sequences.cu_seqlens_k, intervals.seen_keys()[0])
+    return pages.packed(ends, intervals.seen_keys()[0])
 
 
-def _is_decoding_step(pages: Pages, sequences: Varlen, options: Options) -> bool:
-    """Whether all sequences have equally many queries, and few, and nobody says which backend is to run."""
-    config, queries = current_config(), sequences.lengths_q
-    few = len(queries) > 0 and 0 < int(queries.max()) == int(queries.min()) <= MOST_DECODED
+def _reads_pages_in_place(q: Tensor, pages: Pages, sequences: _Sequences, options: Options) -> bool:
+    """Whether each sequence has few queries, the decoding kernel can do what is asked, and nobody says which backend is to run."""
+    config, left = current_config(), options.window_size[0]
+    few = len(sequences) > 0 and len(q) > 0 and 0 < sequences.longest_q <= MOST_DECODED
+    # Padding in front of a sequence's queries would look at keys in front of all their windows, which may hold anything.
+    few = few and (left is None or sequences.longest_q == 1)
     readable = all(x.stride(3) == 1 for x in (pages.keys, pages.values))
-    return few and readable and options.alibi_slopes is None and config.backend == "auto" and not config.order
+    plain = options.alibi_slopes is None and not options.dropout_p
+    return few and readable and plain and config.backend == "auto" and not config.order
 
 
-def _decode(q: Tensor, pages: Pages, sequences: Varlen, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Every sequence is a request, and its queries are its newest tokens."""
-    count, total = len(sequences.lengths_q), int(sequences.lengths_q.sum())
-    lengths = sequences.cu_seqlens_k.to(q.device).diff()
-    out, lse = decode(q[:total].unflatten(0, (count, -1)), pages, lengths, options)
-    behind = len(q) - total  # queries behind the last sequence
-    out = F.pad(out.flatten(0, 1), (0, 0, 0, 0, 0, behind))
-    return out, F.pad(lse.transpose(0, 1).flatten(1), (0, behind), value=float("-inf")), out.new_empty(0)
+def _decode(q: Tensor, pages: Pages, sequences: _Sequences, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Every sequence is a request, and its queries are its newest tokens, with padding in front where it has fewer than others."""
+    total, count, width, device = len(q), len(sequences), sequences.longest_q, q.device
+    ends_q, ends_k = sequences.ends(device)
+    row = ends_q[1:, None] - width + torch.arange(width, device=device)
+    is_padding = row < ends_q[:-1, None]
+    newest = q[row.clamp(0, total - 1)].masked_fill(is_padding[..., None, None], 0.0)
+    lengths = ends_k.diff().clamp(min=0).masked_fill(ends_q.diff() == 0, 0)
+    out, lse = decode(newest, pages, lengths, options)
+    sequence = sequences.mask.sequence_of_rows(total, device)[0]
+    behind, sequence = sequence >= count, sequence.clamp(max=count - 1)
+    slot = torch.arange(total, device=device) - ends_q[sequence + 1] + width
+    place = sequence * width + slot.clamp(0, width - 1)
+    out = out.flatten(0, 1)[place].masked_fill(behind[:, None, None], 0.0)
+    lse = lse.transpose(0, 1).flatten(1)[:, place].masked_fill(behind, float("-inf"))
+    return out, lse, out.new_empty(0)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, slopes: Tensor | None, options: Options, config: FlashAttentionConfig
-) -> tuple[Tensor, Tensor | None]:
-    """``(out [B, S, H, Dv], lse [B, H, S])`` for ``[B, S, H, D]``; lse is None if nobody asked for it."""
+) -> Result:
+    """``out [B, S, H, Dv]`` for ``[B, S, H, D]``; with ``return_attn_probs`` also ``lse [B, H, S]`` and S_dmask."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = {"mask": mask, "scale": options.softmax_scale, "softcap": options.softcap, "alibi_slopes": slopes}
+    seed = draw_seed(q.device) if options.dropout_p else None
     result = attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        mask=mask,
-        scale=options.softmax_scale,
-        softcap=options.softcap,
-        alibi_slopes=slopes,
+        q,
+        k,
+        v,
+        **scores,
+        dropout_p=options.dropout_p,
+        dropout_seed=seed,
         return_lse=options.return_attn_probs,
         config=config,
     )
-    out, lse = result if options.return_attn_probs else (result, None)
-    return out.transpose(1, 2).contiguous(), lse
+    if not options.return_attn_probs:
+        return result.transpose(1, 2).contiguous()
+    out, lse = result
+    probabilities = out.new_empty(0) if seed is None else _signed_softmax(q, k, scores, options.dropout_p, seed)
+    return out.transpose(1, 2).contiguous(), lse, probabilities
+
+
+@torch.no_grad()
+def _signed_softmax(q: Tensor, k: Tensor, scores: dict, dropout_p: float, seed: Tensor) -> Tensor:
+    """``[B, Hq, Sq, Sk]``: the softmax, with a minus where dropout takes it away."""
+    with autocast_off(q.device):
+        spec = AttentionSpec.from_tensors(q, k, k, dropout_p=dropout_p, dropout_seed=seed)
+        q, k = (x.to(spec.accumulate_dtype) for x in (q, k))
+        each_key_itself = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+        softmax = naive_attention(q, k, each_key_itself, **scores)
+        keep = spec.keep_factors(slice(0, spec.q_len), slice(0, spec.kv_len))
+        return torch.where(keep > 0, softmax, -softmax)
+
+
+def _by_sequence(probabilities: Tensor, sequences: _Sequences) -> Tensor:
+    """``[batch, nheads, max_seqlen_q, max_seqlen_k]`` of those of the whole pack, ``[1, nheads, total_q, total_k]``."""
+    ends = sequences.ends(probabilities.device)
+    at, inside = [], []
+    for side, longest, total in zip(
+        ends, (sequences.longest_q, sequences.longest_k), probabilities.shape[2:], strict=True
+    ):
+        token = side[:-1, None] + torch.arange(longest, device=side.device)
+        inside.append(token < side[1:, None])
+        at.append(token.clamp(max=max(total - 1, 0)))
+    blocks = probabilities[0][:, at[0][:, :, None], at[1][:, None, :]].transpose(0, 1)
+    return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], blocks, 0.0)
 
 
 def _config(options: Options, tensors: tuple[Tensor, ...], *, packed: bool) -> FlashAttentionConfig:
     """The configuration in force, less the backends that would make a total_q x total_k matrix or unrepeatable gradients."""
-    config = current_config()
     repeatable = options.deterministic and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return _config_for(tensors[0].device.type, packed, repeatable)
+
+
+def _config_for(device: str, packed: bool, repeatable: bool) -> FlashAttentionConfig:
+    config = current_config()
     if repeatable:
-        fa2, fa3 = (_changed(settings, deterministic=True) for settings in (config.fa2, config.fa3))
-        config = _changed(config, fa2=fa2, fa3=fa3)
+        fa2, fa3 = (replace(settings, deterministic=True) for settings in (config.fa2, config.fa3))
+        config = replace(config, fa2=fa2, fa3=fa3)
         if config.backend != "auto" and not BACKENDS[config.backend].repeats_gradients:
             raise BackendUnavailableError(
                 f"deterministic=True: the gradients of {config.backend!r} may differ from run to run"
             )
     if config.backend == "auto" and (packed or repeatable):
-        order = order_of_choice(config, tensors[0].device)
+        order = order_of_choice(config, torch.device(device))
         unfit = [
             name
             for name in order
@@ -347,56 +451,25 @@ def _config(options: Options, tensors: tuple[Tensor, ...], *, packed: bool) -> F
             raise BackendUnavailableError(
                 f"none of {', '.join(order)} runs packed sequences, or gives deterministic gradients"
             )
-        config = _changed(config, order=allowed)
+        config = replace(config, order=allowed)
     return config
 
 
-def _changed(settings: FlashAttentionConfig | FA2Config | FA3Config, **changes):
-    """``dataclasses.replace``, which torch.compile cannot trace on a configuration (PyTorch 2.13 fails inside)."""
-    return type(settings)(**(vars(settings) | changes))
+# Run by the compiler's tracer instead of being traced, as current_config is: it makes no tensors.
+_config_for._dynamo_marked_constant = True
 
 
-def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> Varlen:
-    """The boundaries of packed sequences as a mask."""
-    given = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    for name, cu_seqlens in given.items():
-        if not isinstance(cu_seqlens, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor [batch + 1]; got {type(cu_seqlens).__name__}")
-    if any(cu_seqlens.is_inference() for cu_seqlens in given.values()):
-        sequences = Varlen(cu_seqlens_q, cu_seqlens_k)  # such tensors do not say when they are written to
-    else:
-        sequences = _known_sequences(cu_seqlens_q, cu_seqlens_k, cu_seqlens_q._version, cu_seqlens_k._version)
-    _check_longest("max_seqlen_q", max_seqlen_q, sequences.lengths_q)
-    _check_longest("max_seqlen_k", max_seqlen_k, sequences.lengths_k)
-    return sequences
-
-
-# All layers of a model are given the same cu_seqlens. Checking them waits for the GPU, so it is done once, not once per layer;
-# the version counts the writes to a tensor.
-@lru_cache(maxsize=8)
-def _known_sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *versions: int) -> Varlen:
-    return Varlen(cu_seqlens_q, cu_seqlens_k)
-
-
-def _check_longest(name: str, max_seqlen: int, lengths: Tensor) -> None:
-    try:
-        max_seqlen = operator.index(max_seqlen)
-    except TypeError:
-        raise TypeError(f"{name} must be an int; got {max_seqlen!r}") from None
-    longest = int(lengths.max()) if len(lengths) else 0
-    if max_seqlen < longest:
-        raise ValueError(f"{name} must be at least the length of the longest sequence, {longest}; got {max_seqlen}")
-
-
-def _check_pages(pages: Pages, sequences: Varlen, q: Tensor) -> None:
+def _check_pages(pages: Pages, sequences: _Sequences, q: Tensor) -> None:
     """Whether the table has a row for each sequence, of as many pages as its keys take, and the queries are there."""
-    count, total = len(sequences.lengths_k), int(sequences.lengths_q.sum())
-    check_indices("block_table", pages.table, count, q.device, "[batch, max_num_blocks_per_seq]", ndim=2)
-    longest = int(sequences.lengths_k.max()) if count else 0
+    check_indices("block_table", pages.table, len(sequences), q.device, "[batch, max_num_blocks_per_seq]", ndim=2)
+    ends_q, ends_k = sequences.mask.cu_seqlens_q, sequences.mask.cu_seqlens_k
+    if not may_read(ends_q, ends_k):
+        return
+    longest = int(ends_k.diff().max()) if len(sequences) else 0
     if longest > pages.capacity:
         raise ValueError(
             f"block_table has {pages.table.shape[1]} pages of {pages.keys.shape[1]} tokens for each sequence, but cu_seqlens_k has a "
             f"sequence of {longest}"
         )
-    if total > len(q):
-        raise ValueError(f"cu_seqlens_q goes up to {total}, but there are only {len(q)} tokens")
+    if int(ends_q[-1]) > len(q):
+        raise ValueError(f"cu_seqlens_q goes up to {int(ends_q[-1])}, but there are only {len(q)} tokens")

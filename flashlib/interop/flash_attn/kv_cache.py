@@ -6,14 +6,14 @@ Every cache is seen as :class:`Pages` here: a contiguous one has one page for ea
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flashlib.attention import attention
-from flashlib.interop.flash_attn.arguments import Options, check_alike, check_tensors
+from flashlib.autocast import autocast_active
+from flashlib.interop.flash_attn.arguments import Options, check_alike, check_tensors, flag, whole
 from flashlib.interop.flash_attn.pages import Pages, check_indices, check_range, decode, forward_only
 from flashlib.masks import Mask, Window
 from flashlib.rotary import turn_pairs
@@ -83,7 +83,9 @@ def flash_attn_with_kvcache(
         flashlib.BackendUnavailableError: as :func:`flashlib.attention`.
     """
     options = Options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False, False)
-    _check_flags(rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse)
+    rotary_interleaved = flag("rotary_interleaved", rotary_interleaved)
+    return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
+    q, k, v = _as_the_cache(k_cache, q, k, v)
     _check_layouts(q, k_cache, v_cache, k, v, paged=block_table is not None)
     _check_options(q, k_cache, v_cache, options, num_splits)
     inputs = (q, k_cache, v_cache, *(() if k is None else (k, v)))
@@ -175,14 +177,13 @@ def _lengths_before(cache_seqlens: int | Tensor | None, cache: Pages, new: Tenso
         known = lengths = cache_seqlens.to(torch.int64)
     else:
         try:
-            known = torch.tensor(
-                [operator.index(cache_seqlens)]
-            )  # on the CPU, whatever the device: there it can be checked
+            known = whole(cache_seqlens)
         except TypeError:
             raise TypeError(f"cache_seqlens must be an int or a torch.Tensor [batch]; got {cache_seqlens!r}") from None
-        lengths = torch.full((batch,), int(known), dtype=torch.int64, device=cache.table.device)
+        lengths = torch.full((batch,), known, dtype=torch.int64, device=cache.table.device)
     count = 0 if new is None else new.shape[1]
-    check_range("cache_seqlens", known, 0, capacity - count, f", where each request has room for {capacity} tokens")
+    why = ", where each request has room for {capacity} tokens"
+    check_range("cache_seqlens", known, 0, capacity - count, why, capacity=capacity)
     return lengths
 
 
@@ -233,10 +234,11 @@ class _KeysFrom(Mask):
         return self.start.to(device), torch.full_like(self.start, kv_len, device=device)
 
 
-def _check_flags(**flags: bool) -> None:
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False; got {flag!r}")
+def _as_the_cache(k_cache: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under ``torch.autocast`` what is new comes in the dtype of the cache, in which it is kept. Attention casts both."""
+    if not isinstance(k_cache, Tensor) or not autocast_active(k_cache.device.type):
+        return tensors
+    return tuple(x.to(k_cache.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors)
 
 
 def _check_layouts(

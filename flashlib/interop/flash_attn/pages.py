@@ -6,11 +6,13 @@ Token t of request b lies in page ``table[b, t // page_size]``, at slot ``t % pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flashlib.interop.flash_attn.arguments import Options
+from flashlib.values import may_read
 
 __all__ = ["Pages", "check_indices", "check_range", "decode", "forward_only"]
 
@@ -63,8 +65,8 @@ class Pages:
         """
         page_size, ends = self.keys.shape[1], cu_seqlens.to(seen.device, torch.int64)
         token = torch.arange(len(seen), device=seen.device)
-        request = torch.searchsorted(ends, token, right=True) - 1
-        position = token - ends[request]
+        request = (torch.searchsorted(ends, token, right=True) - 1).clamp(0, len(self.table) - 1)
+        position = (token - ends[request]).clamp(0, self.capacity - 1)  # of tokens that are there, as it is
         page = torch.where(seen, self.table[request, position // page_size].to(torch.int64), 0)
         check_range("block_table", page, 0, len(self.keys) - 1, " where there are tokens")
         return self.keys[page, position % page_size], self.values[page, position % page_size]
@@ -126,9 +128,17 @@ def check_indices(name: str, indices: Tensor, batch: int, device: torch.device, 
         raise TypeError(f"{name} has device {indices.device}, but q has {device}; all must have one")
 
 
-def check_range(name: str, values: Tensor, low: int, high: int, why: str = "") -> None:
-    """On a GPU this is left to the device: to ask here would wait for it."""
-    if values.is_cuda or not ((values < low) | (values > high)).any():
+def check_range(name: str, values: Tensor | int, low: int, high: int, why: str = "", **sizes: int) -> None:
+    """Numbers of the host always; a tensor where looking waits for nobody (:mod:`flashlib.values`).
+
+    ``why`` names sizes in braces: text made of a size before it is needed would have torch.compile compile for that size alone.
+    """
+    why = partial(why.format, **sizes)
+    if not isinstance(values, Tensor):
+        if not low <= values <= high:
+            raise ValueError(f"{name} must lie between {low} and {high}{why()}; got {values}")
+        return
+    if not may_read(values) or not ((values < low) | (values > high)).any():
         return
     wrong = int(values[(values < low) | (values > high)][0])
-    raise ValueError(f"{name} must lie between {low} and {high}{why}; got {wrong}")
+    raise ValueError(f"{name} must lie between {low} and {high}{why()}; got {wrong}")

@@ -4,9 +4,9 @@ import contextlib
 
 import pytest
 import torch
+from everyday.small_models import DECODERS, VOCABULARY, decoder, exactly, sharp_decoder, tokens
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
-from everyday.small_models import DECODERS, VOCABULARY, decoder, tokens
 from flashlib.backends import BACKENDS as BACKENDS_BY_NAME
 from flashlib.config import FlashAttentionConfig, use_config
 from flashlib.interop.transformers import FlashlibCache, set_attention
@@ -77,7 +77,7 @@ class OneBatch(torch.utils.data.Dataset):
 CHECKPOINTS = {"kept": None, "reentrant": {"use_reentrant": True}, "without reentrant": {"use_reentrant": False}}
 
 
-@pytest.mark.parametrize("backend, checkpoints", zip(BACKENDS, CHECKPOINTS, strict=True))
+@pytest.mark.parametrize("backend, checkpoints", list(zip(BACKENDS, CHECKPOINTS, strict=True)))
 def test_by_trainer_in_bf16(backend, checkpoints, rng, tmp_path):
     model = decoder("llama")
     set_attention(model, backend)
@@ -125,7 +125,7 @@ def test_checkpoints_run_again_as_they_ran(checkpoints, configured, rng, monkeyp
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits_are_as_near_to_the_exact_ones_as_those_of_eager(name, dtype, rng):
     """At most twice as far, plus one rounding of the result."""
-    model, ids = decoder(name).eval().requires_grad_(False), tokens(3, 14)
+    model, ids = sharp_decoder(name), tokens(3, 14)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -133,30 +133,28 @@ def test_logits_are_as_near_to_the_exact_ones_as_those_of_eager(name, dtype, rng
     if dtype != "autocast":
         model.to(dtype)
 
-    def logits(implementation, run):
-        run.set_attn_implementation(implementation) if implementation == "eager" else set_attention(run, implementation)
+    def logits(run):
         with autocast() if dtype == "autocast" and run is model else contextlib.nullcontext():
             return run(**inputs).logits[mask.bool()].double()
 
-    exact_model = decoder(name).eval().requires_grad_(False)
-    exact_model.load_state_dict(model.state_dict())
-    exact = logits("eager", exact_model.double())
-    eager = (logits("eager", model) - exact).abs().max()
+    exact = logits(exactly(model))
+    model.set_attn_implementation("eager")
+    eager = (logits(model) - exact).abs().max()
     for backend in BACKENDS:
-        error = (logits(backend, model) - exact).abs().max()
-        assert error <= 2 * eager + one_rounding(exact, computed), backend
+        set_attention(model, backend)
+        assert (logits(model) - exact).abs().max() <= 2 * eager + one_rounding(exact, computed), backend
 
 
-def test_sinks_get_the_gradient_that_eager_gives_them(rng):
+def test_sinks_get_their_gradient(rng):
     model, ids, gradients = decoder("gpt_oss").double(), tokens(2, 12), {}
-    for backend in ("eager", *BACKENDS):
-        model.set_attn_implementation("eager") if backend == "eager" else set_attention(model, backend)
+    for backend in ("exact", *BACKENDS):
+        model.set_attn_implementation("exact") if backend == "exact" else set_attention(model, backend)
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         gradients[backend] = torch.stack([layer.self_attn.sinks.grad for layer in model.model.layers])
-    assert gradients["eager"].abs().min() > 0
+    assert gradients["exact"].abs().min() > 0
     for backend in BACKENDS:
-        assert torch.allclose(gradients[backend], gradients["eager"], rtol=1e-6, atol=1e-12), backend
+        assert torch.allclose(gradients[backend], gradients["exact"], rtol=1e-9, atol=1e-15), backend
 
 
 # Dropout of attention weights
@@ -205,6 +203,7 @@ def test_checkpoints_drop_the_same_again(rng):
 
 # Functions of your own
 
+
 def plain(q, k, v, *, mask, scale, softcap):
     return naive_attention(q, k, v, mask=mask, scale=scale, softcap=softcap)
 
@@ -232,7 +231,10 @@ def test_a_function_that_takes_neither_says_so_where_the_model_asks(rng):
     ids = tokens(1, 5)
     forgetting = decoder("llama", attention_dropout=0.1)
     set_attention(forgetting, plain)
-    with pytest.raises(ValueError, match=r"asks for dropout of attention weights, but plain takes no argument dropout_p; got dropout = 0.1"):
+    with pytest.raises(
+        ValueError,
+        match=r"asks for dropout of attention weights, but plain takes no argument dropout_p; got dropout = 0.1",
+    ):
         forgetting(input_ids=ids)
     forgetting.eval()(input_ids=ids)
     sinking = decoder("gpt_oss")
@@ -248,6 +250,7 @@ def test_a_function_under_autocast_gets_one_dtype(rng):
 
 
 # Caches
+
 
 def test_our_cache_under_autocast_holds_its_dtype(rng):
     model, ids = decoder("llama").eval(), tokens(2, 9)
@@ -269,5 +272,5 @@ def test_a_memory_under_autocast(rng):
         with with_memory(model, memory):
             remembered = model(input_ids=question).logits
         whole = model(input_ids=torch.cat([text, question], dim=1)).logits[:, 7:]
-    assert all(layer.keys.dtype == torch.bfloat16 for layer in memory.layers)
+    assert all(layer.k.dtype == torch.bfloat16 for layer in memory.layers)
     assert (remembered - whole).abs().max() <= 32 * one_rounding(whole, torch.bfloat16)

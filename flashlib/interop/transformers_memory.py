@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from flashlib.inference.injection import Alpha, KVInjector, Memory, alphas_by_layer
-from flashlib.interop.transformers import FlashlibCache, attention_forward, make_mask
+from flashlib.interop.transformers import FlashlibCache, attention_forward, make_mask_tensor
 
 try:
     from transformers import AttentionInterface, PreTrainedModel
@@ -158,11 +158,13 @@ def _attend(module, query, key, value, attention_mask, *, sliding_window=None, *
         raise ValueError(
             f"layer {module.layer_idx} has a sliding window of {sliding_window} tokens, in which a memory has no place"
         )
-    return attention_forward(module, query, key, value, attention_mask, compute=_INJECTIONS[module], **options)
+    return attention_forward(
+        module, query, key, value, attention_mask, compute=_INJECTIONS[module], takes=(), **options
+    )
 
 
 AttentionInterface.register(_NAME, _attend)
-AttentionMaskInterface.register(_NAME, make_mask)
+AttentionMaskInterface.register(_NAME, make_mask_tensor)
 
 
 def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:

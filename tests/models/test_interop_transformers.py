@@ -14,8 +14,6 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -417,21 +415,8 @@ def test_names():
             register("auto", name=name)
 
 
-def test_dropout_in_training_is_refused(generator):
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, **GQA, attention_dropout=0.1)).train()
-    set_attention(model, "auto")
-    with pytest.raises(ValueError, match=r"dropout must be 0: flashlib.attention has none; got 0.1"):
-        model(input_ids=tokens(generator))
-    model.eval()(input_ids=tokens(generator))
-
-
 def test_models_that_need_more_than_attention_are_refused(generator):
     ids = tokens(generator)
-    sinks = GptOssForCausalLM(
-        GptOssConfig(**SIZES, **GQA, num_local_experts=2, num_experts_per_tok=1, sliding_window=4)
-    )
-    with pytest.raises(ValueError, match=r"s_aux \(attention sinks\) is not supported"):
-        run(sinks, "tiled", {"input_ids": ids})
     biased = T5EncoderModel(
         T5Config(vocab_size=VOCABULARY, d_model=48, d_kv=8, num_layers=1, num_heads=6, d_ff=64)
     ).eval()
@@ -442,11 +427,11 @@ def test_models_that_need_more_than_attention_are_refused(generator):
         set_attention(own_code)
 
 
-@pytest.mark.parametrize("argument", ["s_aux", "position_bias", "head_mask", "cache"])
+@pytest.mark.parametrize("argument", ["position_bias", "head_mask", "cache", "block_table", "output_attentions"])
 def test_what_would_change_the_result_is_refused_by_name(argument):
     q = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match=f"{argument} .* is not supported by flashlib.attention"):
-        attention_forward(torch.nn.Module(), q, q, q, None, **{argument: q})
+        attention_forward(torch.nn.Module(), q, q, q, None, **{argument: [q]})
 
 
 def test_a_window_without_a_mask_is_refused():

@@ -21,6 +21,7 @@ from torch import Tensor
 from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import BackendUnavailableError
 from flashlib.config import current_config
+from flashlib.inference.checks import no_such_page
 from flashlib.masks import NO_LIMIT, KeyLengths, Window
 from flashlib.partial import Partial, fold
 from flashlib.reference import naive_attention
@@ -91,7 +92,9 @@ def decode_attention(
 
     Raises:
         TypeError, ValueError: bad arguments; the message names the argument, what came and what was expected. On a GPU the values of
-            ``lengths`` and ``block_table`` are not looked at: a length beyond the capacity counts as the capacity.
+            ``lengths`` and ``block_table`` are looked at only under :func:`flashlib.check_values`. Otherwise a request whose length is
+            below 0 or beyond the capacity gives NaN, out and LSE, and so does a row that sees a page that is not there. Nothing
+            outside of the cache is read.
         flashlib.BackendUnavailableError: the named backend cannot run this problem; the message says why.
     """
     q, k, v = autocast_inputs(q, k, v)
@@ -350,10 +353,23 @@ class Problem:
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected ({batch},), one per request")
         if lengths.device != self.q.device:
             raise TypeError(f"lengths is on {lengths.device} but q is on {self.q.device}; all must be on one device")
-        if batch == 0 or not may_read(lengths):
-            return
-        if not 0 <= int(lengths.min()) <= int(lengths.max()) <= self.capacity:
+
+    def check_values(self) -> None:
+        """Read lengths and page numbers, and refuse those that cannot be. On a GPU this waits for it."""
+        batch, q_len = self.q.shape[0], self.q.shape[2]
+        full = torch.full((batch,), self.capacity, device="cpu")
+        lengths = full if self.lengths is None else self.lengths.cpu().long()
+        if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= self.capacity:
             raise ValueError(f"lengths must lie between 0 and the capacity, {self.capacity}; got {lengths.tolist()}")
+        if self.block_table is None or q_len == 0:
+            return
+        num_pages, _, page_size, _ = self.k.shape
+        table, begin = self.block_table.cpu(), torch.arange(self.block_table.shape[1], device="cpu") * page_size
+        first = 0 if self.left is None else (lengths - q_len - self.left)[:, None]
+        wrong = (begin < lengths[:, None]) & (begin + page_size > first) & ((table < 0) | (table >= num_pages))
+        if wrong.any():
+            request, entry = wrong.nonzero()[0].tolist()
+            raise no_such_page(request, entry, int(table[request, entry]), num_pages)
 
 
 # The two ways to run
@@ -369,8 +385,9 @@ def _torch(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def run_torch(problem: Problem) -> tuple[Tensor, Tensor]:
     """Request by request, so that nothing in a request's result can depend on its neighbours."""
-    q, batch, capacity = problem.q, problem.q.shape[0], problem.capacity
-    lengths = [capacity] * batch if problem.lengths is None else problem.lengths.clamp(0, capacity).tolist()
+    problem.check_values()  # the host reads them here in any case, and an index of PyTorch's may lie nowhere
+    q, batch = problem.q, problem.q.shape[0]
+    lengths = [problem.capacity] * batch if problem.lengths is None else problem.lengths.tolist()
     nothing = Partial.identity(0, *q.shape[1:3], problem.v.shape[3], dtype=_accumulate(q.dtype), device=q.device)
     results = [nothing, *(_decode_request(problem, request, length) for request, length in enumerate(lengths))]
     return torch.cat([result.out for result in results]).to(q.dtype), torch.cat([result.lse for result in results])
@@ -392,10 +409,6 @@ def _gather(x: Tensor, request: int, keys: range, block_table: Tensor | None) ->
         return x[request : request + 1, :, keys.start : keys.stop]
     key = torch.arange(keys.start, keys.stop, device=x.device)
     pages = block_table[request, key // x.shape[2]].long()
-    if x.device.type == "cpu" and len(keys) and not 0 <= int(pages.min()) <= int(pages.max()) < x.shape[0]:
-        raise ValueError(
-            f"block_table names a page outside of 0 to {x.shape[0] - 1} for request {request}: {sorted(set(pages.tolist()))}"
-        )
     return x[pages, :, key % x.shape[2]].transpose(0, 1)[None]
 
 
@@ -413,6 +426,8 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
 def _run_triton(problem: Problem) -> tuple[Tensor, Tensor]:
     from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
 
+    if may_read(*(x for x in (problem.q, problem.lengths, problem.block_table) if x is not None)):
+        problem.check_values()
     splits, fewest = _splits(problem)
     if splits > MOST_PROGRAMS:
         raise ValueError(

@@ -343,9 +343,11 @@ def gather_keys(
             m_pairs = (o_n[None, :] >= start[:, None]) & (o_n[None, :] < stop[:, None])
             b_p = tl.where(m_pairs, b_p, 0.0)
         b_slope = softcap_slope(b_p, b_t, SOFTCAP)
+        if DROPOUT:
+            m_kept = kept_pairs(p_seed, drop_below, i_head, o_m, n, BLOCK_N)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         if DROPOUT:
-            b_dp = tl.where(kept_pairs(p_seed, drop_below, i_head, o_m, n, BLOCK_N), b_dp * keep_factor, 0.0)
+            b_dp = tl.where(m_kept, b_dp * keep_factor, 0.0)
         b_ds = b_slope * (b_dp - b_delta[:, None])
         if MASKED:
             b_ds = tl.where(b_slope > 0.0, b_ds, 0.0)

@@ -23,11 +23,12 @@ ACROSS_PAGES = tl.constexpr(2)  # it may begin and end anywhere in a page
 @triton.jit(
     do_not_specialize=[
         "q_heads", "q_len", "n_rows", "capacity", "fewest_splits", "split_size", "left", "right", "stride_table",
+        "n_pages",
     ]
 )  # fmt: skip
 def decode_split(
     p_q, p_k, p_v, p_out, p_lse, p_partial_out, p_partial_lse, p_arrivals, p_lengths, p_table,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_table,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_table, n_pages,
     q_heads, q_len, row_blocks, n_rows, capacity, fewest_splits, split_size, left, right, scale, softcap, head_dim, v_head_dim,
     CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr,
@@ -35,6 +36,9 @@ def decode_split(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one request and KV head, for ``BLOCK_M`` of the query rows that see them.
+
+    A length that is none, below 0 or beyond the capacity, gives NaN, and so do rows that see a page that is none, not one of ``n_pages``.
+    For neither is anything read.
 
     PAGE_SIZE is 0 for a contiguous cache. TILE says how tiles of keys lie in pages: IN_A_PAGE, OF_PAGES or ACROSS_PAGES. With MERGE the
     last program to finish merges the splits; without it they are left for :func:`flashlib.kernels.combine.combine`.
@@ -47,9 +51,12 @@ def decode_split(
     # q [BLOCK_D, BLOCK_M]. Asked for first, so that it is on its way while the length is.
     o_q = o_head.to(tl.int64) * stride_qh + o_token.to(tl.int64) * stride_qs
     b_q = tl.trans(load_tile(p_q + i_b.to(tl.int64) * stride_qb, o_q, o_d, 1, m_rows, head_dim, True, CHECK_D))
+    b_l = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # summed over the keys once, at the end
     length = capacity
     if p_lengths is not None:
-        length = tl.minimum(tl.load(p_lengths + i_b).to(tl.int64), capacity).to(tl.int32)
+        given = tl.load(p_lengths + i_b)
+        length = tl.where((given >= 0) & (given <= capacity), given, 0).to(tl.int32)
+        b_l += tl.where(length == given, 0.0, float("nan"))
     start, stop = visible_keys(o_token, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
     stop = tl.where(m_rows, stop, 0)
     # The rows see a growing range of keys: together, from the first token's first key to the last token's last.
@@ -70,16 +77,21 @@ def decode_split(
         p_table += i_b.to(tl.int64) * stride_table
     page = pages_of(p_table, i_b, begin, first, end, PAGE_SIZE, TILE, BLOCK_N)
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    b_l = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # summed over the keys once, at the end
     b_acc = tl.zeros([BLOCK_DV, BLOCK_M], tl.float32)
     unit = score_unit(scale, softcap, SOFTCAP)
     for n in tl.range(begin, end, BLOCK_N):
         o_keys = n + o_n
         # Keys that none of these rows see are not read: they count as 0.
         m_keys = (o_keys >= first) & (o_keys < end)
+        if PAGE_SIZE > 0:
+            m_pages = (page >= 0) & (page < n_pages)
+            m_keys = m_keys & m_pages
         # k [BLOCK_N, BLOCK_D], s [BLOCK_N, BLOCK_M]
         b_k = load_keys(p_k, page, n, o_d, stride_kb, stride_ks, m_keys, head_dim, PAGE_SIZE, TILE, BLOCK_N, CHECK_D)
         b_s = cap(tl.dot(b_k, b_q, input_precision=PRECISION), scale, softcap, SOFTCAP)
+        if PAGE_SIZE > 0:
+            no_score = tl.where(m_pages, 0.0, float("nan"))
+            b_s += no_score if TILE == IN_A_PAGE else no_score[:, None]
         m_pairs = (o_keys[:, None] >= start[None, :]) & (o_keys[:, None] < tl.minimum(stop, end)[None, :])
         b_s = tl.where(m_pairs, b_s, float("-inf"))
         m_new = tl.maximum(b_m, tl.max(b_s, 0))

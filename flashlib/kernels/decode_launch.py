@@ -132,6 +132,7 @@ def _decode_launches(
         "p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_partial_out": partial_out, "p_partial_lse": partial_lse,
         "p_arrivals": arrivals(batch * kv_heads * row_blocks, q.device) if options.merge_in_kernel else None,
         "p_lengths": options.lengths, "p_table": table, "stride_table": 0 if table is None else table.stride(0),
+        "n_pages": None if table is None else len(k),
         **strides(q=q, k=k, v=v),
         "q_heads": q_heads, "q_len": q_len, "row_blocks": row_blocks, "n_rows": batch * q_heads * q_len, "capacity": capacity,
         "fewest_splits": options.fewest_splits or options.num_splits,

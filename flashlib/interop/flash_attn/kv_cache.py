@@ -18,6 +18,7 @@ from flashlib.interop.flash_attn.pages import Pages, check_indices, check_range,
 from flashlib.masks import Mask, Window
 from flashlib.rotary import turn_pairs
 from flashlib.spec import AttentionSpec
+from flashlib.values import may_read
 
 __all__ = ["flash_attn_combine", "flash_attn_with_kvcache"]
 
@@ -53,8 +54,9 @@ def flash_attn_with_kvcache(
         k_cache: ``[batch_cache, seqlen_cache, nheads_k, headdim]``, or with block_table ``[num_blocks, page_block_size, nheads_k,
             headdim]``, of any page size.
         v_cache: the same, with headdim_v.
-        k: ``[batch, seqlen_new, nheads_k, headdim]``: written to the cache behind cache_seqlens. There must be room: on a CPU an
-            error says so before anything is written; on a GPU, where asking would wait for it, the write fails on the device.
+        k: ``[batch, seqlen_new, nheads_k, headdim]``: written to the cache behind cache_seqlens. There must be room: on a CPU, and
+            on a GPU under :func:`flashlib.check_values`, an error says so before anything is written. Without it, where asking would wait for the
+            GPU, a request without room for all its new tokens is left as it was, and its out and LSE are NaN.
         v: ``[batch, seqlen_new, nheads_k, headdim_v]``; with k or not at all.
         rotary_cos, rotary_sin: ``[seqlen_ro, rotary_dim / 2]``, at least as many rows as a request has room for tokens: k is turned
             by the rows cache_seqlens, cache_seqlens + 1, ..., and so is q with causal or a window; without them all of q is
@@ -64,6 +66,8 @@ def flash_attn_with_kvcache(
         cache_batch_idx: int32 or int64 ``[batch]``: which row of the cache each request has; None for 0, 1, 2, ... If a row comes
             twice and there is k, either may be the one that is written.
         cache_leftpad: int32 or int64 ``[batch]``: how many slots at the beginning of each request hold nothing. None for 0.
+            On a GPU, where cache_seqlens, cache_batch_idx, cache_leftpad and block_table are not looked at, a request for which one of
+            them cannot be gives NaN; nothing outside of the cache is read or written.
         block_table: int32 or int64 ``[batch, max_num_blocks_per_seq]``: the pages of each request; not with cache_batch_idx.
         softmax_scale, causal, window_size, softcap, alibi_slopes: as in :func:`flash_attn_func`.
         rotary_interleaved: channels 0 and 1 make a pair, 2 and 3, ...; if False 0 and rotary_dim / 2, ...
@@ -101,8 +105,8 @@ def flash_attn_with_kvcache(
             q = _turned(q, *tables, before[:, None] + advance * torch.arange(q.shape[1], device=q.device), **turn)
         lengths = before
         if k is not None:
-            cache.write(k, v, before)
-            lengths = before + k.shape[1]
+            # -1 is no length: what a request gives to whose cache nothing was written must not pass for a result.
+            lengths = torch.where(cache.write(k, v, before), before + k.shape[1], -1)
         if alibi_slopes is None and leftpad is None:
             out, lse = decode(q, cache, lengths, options, num_splits=num_splits)
         else:
@@ -182,6 +186,8 @@ def _lengths_before(cache_seqlens: int | Tensor | None, cache: Pages, new: Tenso
             raise TypeError(f"cache_seqlens must be an int or a torch.Tensor [batch]; got {cache_seqlens!r}") from None
         lengths = torch.full((batch,), known, dtype=torch.int64, device=cache.table.device)
     count = 0 if new is None else new.shape[1]
+    if batch and count > capacity:
+        raise ValueError(f"k has {count} new tokens for each request, but there is room for {capacity}")
     why = ", where each request has room for {capacity} tokens"
     check_range("cache_seqlens", known, 0, capacity - count, why, capacity=capacity)
     return lengths
@@ -197,7 +203,7 @@ def _leftpad(cache_leftpad: Tensor | None, cache: Pages, lengths: Tensor) -> Ten
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool) -> Tensor:
     """x ``[batch, seqlen, heads, headdim]``, each token turned by its row of the tables."""
-    positions = positions.clamp(max=len(cos) - 1)  # of rows of q that stand behind the end, whose output has no meaning
+    positions = positions.clamp(0, len(cos) - 1)  # of rows of q that stand behind the end, whose output has no meaning
     return turn_pairs(x.transpose(1, 2), cos[positions], sin[positions], interleaved=interleaved).transpose(1, 2)
 
 
@@ -206,22 +212,30 @@ def _attend_to_copies(
 ) -> tuple[Tensor, Tensor]:
     """Every request's tokens copied so that the last one is the last key: then one bottom-right mask, and one ALiBi, fits all."""
     capacity, device = cache.capacity, q.device
-    shift = capacity - lengths[:, None]
-    positions = (torch.arange(capacity, device=device) - shift).clamp(min=0)
-    page, slot = cache.places(positions)
-    page = page.clamp(
-        0, len(cache.keys) - 1
-    )  # before the first token the table may hold anything; no row sees what is read
+    leftpad = torch.zeros_like(lengths) if leftpad is None else leftpad
+    sound = (lengths >= 0) & (lengths <= capacity) & (leftpad >= 0) & (leftpad <= capacity)
+    shift = capacity - lengths.where(sound, 0)[:, None]
+    start = (shift + leftpad.where(sound, 0)[:, None]).clamp(max=capacity)
+    slots, request = torch.arange(capacity, device=device), torch.arange(len(lengths), device=device)[:, None]
+    # Before the first token the table may hold anything: no row sees what is read there.
+    positions = (slots - shift).clamp(min=0)
+    page, slot, there = cache.places(request, positions)
+    if may_read(there):
+        left = options.window_size[0]
+        first_seen = start if left is None else start.clamp(min=capacity - q.shape[1] - left)
+        cache.check(request, positions, (slots >= first_seen) & ~there)
     out, lse = attention(
         q.transpose(1, 2),
-        *(memory[page, slot].transpose(1, 2) for memory in (cache.keys, cache.values)),
-        mask=_KeysFrom(shift if leftpad is None else shift + leftpad[:, None]) & Window(*options.window_size),
+        *(x.transpose(1, 2) for x in cache.read(page, slot, there)),
+        mask=_KeysFrom(start) & Window(*options.window_size),
         scale=options.softmax_scale,
         softcap=options.softcap,
         alibi_slopes=options.alibi_slopes,
         return_lse=True,
     )
-    return out.transpose(1, 2).contiguous(), lse
+    unsound = ~sound[:, None, None]
+    out = out.transpose(1, 2).masked_fill(unsound[..., None], float("nan"))
+    return out.contiguous(), lse.masked_fill(unsound, float("nan"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,17 +11,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flashlib.inference.checks import no_such_page
 from flashlib.interop.flash_attn.arguments import Options
 from flashlib.values import may_read
 
 __all__ = ["Pages", "check_indices", "check_range", "decode", "forward_only"]
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
+_INT32 = torch.iinfo(torch.int32)
 
 
 @dataclass(frozen=True, eq=False)
 class Pages:
     """Pages, and which of them each request has.
+
+    On a GPU nobody looks whether the table names pages that are there, unless :func:`flashlib.check_values` asks for it. What has no place in
+    them is neither written nor read: its keys are NaN.
 
     Attributes:
         keys: ``[pages, page_size, nheads_k, headdim]``. values: ``[pages, page_size, nheads_k, headdim_v]``.
@@ -39,22 +44,45 @@ class Pages:
         """How many tokens a request has room for."""
         return self.table.shape[1] * self.keys.shape[1]
 
-    def write(self, k: Tensor, v: Tensor, before: Tensor) -> None:
-        """Put k and v ``[batch, seqlen_new, nheads_k, headdim]`` behind the tokens that are there."""
-        if not k.shape[1]:
-            return
-        page, slot = self.places(before[:, None] + torch.arange(k.shape[1], device=k.device))
-        check_range("block_table", page, 0, len(self.keys) - 1, " where new tokens are written")
-        page = torch.where(
-            page < 0, len(self.keys), page
-        )  # which the device refuses; -1 it would take for the last page
-        self.keys[page, slot] = k
-        self.values[page, slot] = v
+    def write(self, k: Tensor, v: Tensor, before: Tensor) -> Tensor:
+        """Put k and v ``[batch, seqlen_new, nheads_k, headdim]`` behind the tokens that are there, of each request all or none.
 
-    def places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Page and slot of the tokens at positions ``[batch, n]``."""
-        page_size = self.keys.shape[1]
-        return self.table.gather(1, positions // page_size).to(torch.int64), positions % page_size
+        Returns:
+            bool ``[batch]``: whether the request had a place for all of them.
+        """
+        positions = before[:, None] + torch.arange(k.shape[1], device=k.device)
+        request = torch.arange(len(k), device=k.device)[:, None]
+        page, slot, there = self.places(request, positions)
+        if may_read(there):
+            self.check(request, positions, ~there)
+        fits = there.all(1)
+        if k.numel() and self.keys.numel():
+            places = page.flatten(), slot.flatten(), fits[:, None].expand_as(page).flatten()
+            for memory, new in ((self.keys, k), (self.values, v)):
+                _write_where(memory, new.flatten(0, 1), *places)
+        return fits
+
+    def places(self, request: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Page and slot of tokens, and whether they are there: where they are not, page and slot are some place in the memory."""
+        page_size, columns = self.keys.shape[1], self.table.shape[1]
+        column = position // page_size
+        page = self.table[request, column.clamp(0, max(columns - 1, 0))].to(torch.int64)
+        there = (position >= 0) & (column < columns) & (page >= 0) & (page < len(self.keys))
+        return page.where(there, 0), position % page_size, there
+
+    def read(self, page: Tensor, slot: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of keys and values ``[..., nheads_k, headdim]``: NaN and anything for tokens that are not there."""
+        if not len(self.keys):
+            return tuple(x.new_full((*page.shape, *x.shape[2:]), float("nan")) for x in (self.keys, self.values))
+        return self.keys[page, slot].masked_fill(~there[..., None, None], float("nan")), self.values[page, slot]
+
+    def check(self, request: Tensor, position: Tensor, wrong: Tensor) -> None:
+        """Name the first of the tokens that have no place. This waits for the device."""
+        if wrong.any():
+            first = tuple(wrong.nonzero()[0])
+            request, position = (int(x.expand_as(wrong)[first]) for x in (request, position))
+            entry = position // self.keys.shape[1]
+            raise no_such_page(request, entry, int(self.table[request, entry]), len(self.keys))
 
     def packed(self, cu_seqlens: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the first tokens of all requests, one after another: ``[total, nheads_k, headdim]``, keys and values.
@@ -63,13 +91,26 @@ class Pages:
             cu_seqlens: cumulative numbers of tokens, ``[batch + 1]``.
             seen: bool ``[total]``: the table is not looked into for other tokens, whose copies hold anything.
         """
-        page_size, ends = self.keys.shape[1], cu_seqlens.to(seen.device, torch.int64)
+        ends = cu_seqlens.to(seen.device, torch.int64)
         token = torch.arange(len(seen), device=seen.device)
         request = (torch.searchsorted(ends, token, right=True) - 1).clamp(0, len(self.table) - 1)
-        position = (token - ends[request]).clamp(0, self.capacity - 1)  # of tokens that are there, as it is
-        page = torch.where(seen, self.table[request, position // page_size].to(torch.int64), 0)
-        check_range("block_table", page, 0, len(self.keys) - 1, " where there are tokens")
-        return self.keys[page, position % page_size], self.values[page, position % page_size]
+        position = token - ends[request]
+        page, slot, there = self.places(request, position)
+        if may_read(there):
+            self.check(request, position, seen & ~there)
+        return self.read(page, slot, there)
+
+
+def _write_where(memory: Tensor, new: Tensor, page: Tensor, slot: Tensor, fits: Tensor) -> None:
+    """``memory[page, slot] = new`` for the tokens that fit, without asking the device which do.
+
+    The others write what the first that fits writes, where it writes it; if none fits, what is there already.
+    """
+    first = fits.to(torch.uint8).argmax(0, keepdim=True)
+    at = page[first], slot[first]
+    stand_in = torch.where(fits.any(), new[first], memory[at])
+    page, slot = (torch.where(fits, x, x_first) for x, x_first in zip((page, slot), at, strict=True))
+    memory[page, slot] = torch.where(fits[:, None, None], new, stand_in)
 
 
 def decode(q: Tensor, pages: Pages, lengths: Tensor, options: Options, *, num_splits: int = 0) -> tuple[Tensor, Tensor]:
@@ -87,7 +128,8 @@ def decode(q: Tensor, pages: Pages, lengths: Tensor, options: Options, *, num_sp
     out, lse = decode_attention(
         *(x.transpose(1, 2) for x in (q, pages.keys, pages.values)),
         lengths=lengths,
-        block_table=None if pages.is_identity else pages.table.to(torch.int32),
+        # Cut to 32 bits, a number that is too large could become one that is there.
+        block_table=None if pages.is_identity else pages.table.clamp(_INT32.min, _INT32.max).to(torch.int32),
         causal=False,
         window=options.window_size,
         scale=options.softmax_scale,

@@ -9,6 +9,7 @@ from flashlib.backends import choose
 from flashlib.config import FlashAttentionConfig, current_config
 from flashlib.engines import TiledEngine, run_engine
 from flashlib.masks import Mask
+from flashlib.nested import is_nested, nested_attention
 from flashlib.packing import AlignedPack, sequences_of
 from flashlib.partial import merge_sinks
 from flashlib.spec import AttentionSpec
@@ -63,6 +64,8 @@ def attention(
         out ``[B, Hq, Sq, Dv]``, dtype of q. With ``return_lse``, ``(out, lse)``: lse ``[B, Hq, Sq]``, natural logarithm,
         fp32 (fp64 for fp64 inputs).
 
+        Jagged nested tensors ``[B, H, j, D]`` are taken as PyTorch's SDPA takes them, and give jagged results: :mod:`flashlib.nested`.
+
         Under ``torch.autocast`` q, k and v are cast to its dtype first, as for PyTorch's SDPA: fp64 alone stays as it is.
 
     Raises:
@@ -71,6 +74,18 @@ def attention(
 
     Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; Dao et al. 2022 (arXiv 2205.14135).
     """
+    if is_nested(q, k, v):
+        inside = {
+            "mask": mask,
+            "causal": causal,
+            "alibi_slopes": alibi_slopes,
+            "return_lse": return_lse,
+            "config": config,
+        }
+        scores = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        return nested_attention(
+            q, k, v, **inside, **scores, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend
+        )
     q, k, v = autocast_inputs(q, k, v)
     spec = AttentionSpec.from_tensors(
         q,

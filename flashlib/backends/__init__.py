@@ -7,7 +7,7 @@ for by name either runs or raises: nothing else runs in its place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tabulate import tabulate
@@ -29,6 +29,7 @@ __all__ = [
     "Preference",
     "available",
     "choose",
+    "config_for",
     "explain",
     "order_of_choice",
 ]
@@ -177,3 +178,42 @@ def order_of_choice(config: FlashAttentionConfig, device: torch.device) -> list[
         names.remove("triton")
         names.insert(names.index("tiled"), "triton")
     return names
+
+
+def config_for(device: str, *, packed: bool, repeatable: bool) -> FlashAttentionConfig:
+    """The configuration in force, narrowed for a kind of call.
+
+    Args:
+        device: type of the device.
+        packed: leave out what would make a matrix of all queries by all keys of a pack.
+        repeatable: leave out what does not repeat its gradients bit by bit, and have the others do it.
+
+    Raises:
+        BackendUnavailableError: nothing is left, or the backend that is asked for by name does not repeat its gradients.
+    """
+    config = current_config()
+    if repeatable:
+        fa2, fa3 = (replace(settings, deterministic=True) for settings in (config.fa2, config.fa3))
+        config = replace(config, fa2=fa2, fa3=fa3)
+        if config.backend != "auto" and not BACKENDS[config.backend].repeats_gradients:
+            raise BackendUnavailableError(
+                f"deterministic=True: the gradients of {config.backend!r} may differ from run to run"
+            )
+    if config.backend == "auto" and (packed or repeatable):
+        order = order_of_choice(config, torch.device(device))
+        unfit = [
+            name
+            for name in order
+            if (packed and BACKENDS[name].makes_dense_mask) or (repeatable and not BACKENDS[name].repeats_gradients)
+        ]
+        allowed = [name for name in order if name not in unfit]
+        if not allowed:
+            raise BackendUnavailableError(
+                f"none of {', '.join(order)} runs packed sequences, or gives deterministic gradients"
+            )
+        config = replace(config, order=allowed)
+    return config
+
+
+# Run by the compiler's tracer instead of being traced, as current_config is: it makes no tensors.
+config_for._dynamo_marked_constant = True

@@ -25,8 +25,11 @@ class _FlashAttentionPackage(Backend):
     settings: str  # the name of its section in FlashAttentionConfig
 
     def missing(self):
-        if importlib.util.find_spec(self.package) is None:
+        spec = importlib.util.find_spec(self.package)
+        if spec is None:
             return f"the package {self.package} is not installed"
+        if getattr(spec.loader, "stands_in", False) or spec.name.startswith("flashlib."):
+            return f"the package {self.package} is flashlib itself, standing in for it"
         if not torch.cuda.is_available():
             return "needs a CUDA GPU"
         return None

@@ -55,7 +55,9 @@ def test_every_way_to_import_them():
     from flashlib.interop.flash_attn import bert_padding, flash_attn_interface
 
     assert flash_attn_interface.flash_attn_func is flash_attn.flash_attn_func and bert_padding.pad_input
-    assert set(SIGNATURES) == set(flash_attn.__all__) and flash_attn.__version__.startswith("2.8")
+    assert {*SIGNATURES, "install", "installed", "uninstall"} == set(
+        flash_attn.__all__
+    ) and flash_attn.__version__.startswith("2.8")
 
 
 def random_inputs(rng, lengths_q, lengths_k, dtypes=DTYPES):

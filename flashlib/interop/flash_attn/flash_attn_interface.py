@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashlib.attention import attention
 from flashlib.autocast import autocast_inputs, autocast_off
-from flashlib.backends import BACKENDS, BackendUnavailableError, order_of_choice
+from flashlib.backends import config_for
 from flashlib.config import FlashAttentionConfig, current_config
 from flashlib.dropout import draw_seed
 from flashlib.interop.flash_attn.arguments import Options, check_tensors, whole
@@ -427,36 +427,7 @@ def _by_sequence(probabilities: Tensor, sequences: _Sequences) -> Tensor:
 def _config(options: Options, tensors: tuple[Tensor, ...], *, packed: bool) -> FlashAttentionConfig:
     """The configuration in force, less the backends that would make a total_q x total_k matrix or unrepeatable gradients."""
     repeatable = options.deterministic and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return _config_for(tensors[0].device.type, packed, repeatable)
-
-
-def _config_for(device: str, packed: bool, repeatable: bool) -> FlashAttentionConfig:
-    config = current_config()
-    if repeatable:
-        fa2, fa3 = (replace(settings, deterministic=True) for settings in (config.fa2, config.fa3))
-        config = replace(config, fa2=fa2, fa3=fa3)
-        if config.backend != "auto" and not BACKENDS[config.backend].repeats_gradients:
-            raise BackendUnavailableError(
-                f"deterministic=True: the gradients of {config.backend!r} may differ from run to run"
-            )
-    if config.backend == "auto" and (packed or repeatable):
-        order = order_of_choice(config, torch.device(device))
-        unfit = [
-            name
-            for name in order
-            if (packed and BACKENDS[name].makes_dense_mask) or (repeatable and not BACKENDS[name].repeats_gradients)
-        ]
-        allowed = [name for name in order if name not in unfit]
-        if not allowed:
-            raise BackendUnavailableError(
-                f"none of {', '.join(order)} runs packed sequences, or gives deterministic gradients"
-            )
-        config = replace(config, order=allowed)
-    return config
-
-
-# Run by the compiler's tracer instead of being traced, as current_config is: it makes no tensors.
-_config_for._dynamo_marked_constant = True
+    return config_for(tensors[0].device.type, packed=packed, repeatable=repeatable)
 
 
 def _check_pages(pages: Pages, sequences: _Sequences, q: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from flashlib.autocast import autocast_off
 from flashlib.spec import AttentionSpec
 from flashlib.tiled import Tiling, tiled_backward, tiled_forward, tiled_jvp
-from flashlib.values import has_values
+from flashlib.values import has_data
 
 __all__ = ["Engine", "TiledEngine", "TritonEngine", "engine_named", "refuse_second_derivative", "run_engine"]
 
@@ -113,22 +113,11 @@ def run_engine(engine: Engine, q: Tensor, k: Tensor, v: Tensor, spec: AttentionS
     """``(out, lse)`` of a checked problem, on the autograd graph."""
     numbers = spec.numbers()
     with autocast_off(spec.device):
-        if torch.compiler.is_compiling() or _no_data(q, k, v):
+        if not has_data(q, k, v):
             from flashlib.operators import attention_forward  # registering operators imports PyTorch's compiler
 
             return attention_forward(q, k, v, *numbers, str(engine))
         return _Attention.apply(q, k, v, engine, *numbers)
-
-
-def _no_data(*tensors: Tensor) -> bool:
-    """Whether these are meta or fake tensors. Those inside torch.func's transforms are not: there the Function below serves."""
-    return not has_values(*(_innermost(x) for x in tensors))
-
-
-def _innermost(x: Tensor) -> Tensor:
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
 
 
 class _Attention(torch.autograd.Function):

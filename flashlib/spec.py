@@ -8,10 +8,10 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from flashlib.dropout import draw_seed, keep_factors
 from flashlib.masks import Causal, Intervals, Mask, RowIntervals, Unmasked, Window
+from flashlib.values import has_tangent
 
 __all__ = ["AttentionSpec"]
 
@@ -122,7 +122,7 @@ class AttentionSpec:
             dropout_seed=dropout_seed if dropout_p else None,
             return_lse=bool(return_lse) or sinks is not None,
             needs_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)),
-            has_tangents=any(_has_tangent(x) for x in (q, k, v)),
+            has_tangents=any(has_tangent(x) for x in (q, k, v)),
         )
         if spec.scale <= 0:
             raise ValueError(f"scale must be greater than 0; got {spec.scale}")
@@ -305,19 +305,6 @@ def _check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) 
     if seed is not None and seed.device != device:
         raise TypeError(f"dropout_seed is on {seed.device} but q is on {device}; all must be on one device")
     return dropout_p
-
-
-def _has_tangent(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    # Inside a gradient that is itself pushed forward, as in a Hessian, the tangent is hidden in what the gradient's tensors stand for.
-    pushed = any(
-        level.key() == torch._C._functorch.TransformType.Jvp
-        for level in torch._C._functorch.get_interpreter_stack() or ()
-    )
-    if pushed and torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return True
-    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _finite(name: str, value: float) -> float:

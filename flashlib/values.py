@@ -16,8 +16,9 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["check_values", "has_values", "may_read"]
+__all__ = ["check_values", "has_data", "has_tangent", "has_values", "may_read"]
 
 _asked: ContextVar[bool] = ContextVar("flashlib_check_values", default=False)
 
@@ -48,6 +49,32 @@ def may_read(*tensors: Tensor) -> bool:
     if all(x.device.type == "cpu" for x in tensors):
         return True
     return _asked.get() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def has_data(*tensors: Tensor) -> bool:
+    """Whether there is memory behind the tensors: False for meta and fake ones and in torch.compile, but True inside torch.func's transforms of real ones.
+
+    What :func:`has_values` says of those is that their numbers cannot be told apart from outside; they can be computed with all the same.
+    """
+    return not torch.compiler.is_compiling() and has_values(*(_innermost(x) for x in tensors))
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether a tangent of forward-mode differentiation (``torch.func.jvp``, ``torch.autograd.forward_ad``) goes along with ``x``."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    # Inside a gradient that is itself pushed forward, as in a Hessian, the tangent is hidden in what the gradient's tensors stand for.
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or ()
+    if _is_wrapped(x) and any(level.key() == functorch.TransformType.Jvp for level in levels):
+        return True
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def _innermost(x: Tensor) -> Tensor:
+    while _is_wrapped(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def _is_wrapped(x: Tensor) -> bool:

@@ -25,7 +25,7 @@ from flashlib.inference.checks import no_such_page
 from flashlib.masks import NO_LIMIT, KeyLengths, Window
 from flashlib.partial import Partial, fold
 from flashlib.reference import naive_attention
-from flashlib.values import has_values, may_read
+from flashlib.values import has_data, has_tangent, may_read
 
 __all__ = ["choose_num_splits", "combine_splits", "decode_attention", "split_partials", "split_ranges"]
 
@@ -376,7 +376,7 @@ class Problem:
 
 
 def _torch(problem: Problem) -> tuple[Tensor, Tensor]:
-    if not has_values(*problem.tensors()):
+    if not has_data(*problem.tensors()):
         from flashlib.inference.decode_operator import decode_torch  # registering operators imports PyTorch's compiler
 
         return decode_torch(*problem.values())
@@ -504,6 +504,8 @@ def _too_wide(head_dim: int) -> str | None:
 
 
 def _needs_grad(*tensors: Tensor) -> str | None:
+    if any(has_tangent(x) for x in tensors):
+        return "has no forward-mode derivative; backend 'torch' has one"
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "has no gradient: call it under torch.no_grad(), or take backend 'torch', or flashlib.attention"
     return None

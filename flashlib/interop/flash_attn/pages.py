@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashlib.inference.checks import no_such_page
 from flashlib.interop.flash_attn.arguments import Options
-from flashlib.values import may_read
+from flashlib.values import has_tangent, may_read
 
 __all__ = ["Pages", "check_indices", "check_range", "decode", "forward_only"]
 
@@ -141,17 +141,24 @@ def decode(q: Tensor, pages: Pages, lengths: Tensor, options: Options, *, num_sp
 
 
 def forward_only(function: str, results: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The results of a function without a backward pass: they say so when a gradient is asked for, which would else pass for 0."""
+    """The results of a function without derivatives: they say so when one is asked for, which would else pass for 0."""
+    if any(has_tangent(x) for x in inputs):
+        raise NotImplementedError(f"{function} has no forward-mode derivative, and an input carries a tangent")
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _ForwardOnly.apply(function, len(results), *results, *inputs)
     return results
 
 
 class _ForwardOnly(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, function: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.function = function
+    def forward(function: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.function = inputs[0]
 
     @staticmethod
     def backward(ctx, *grads: Tensor):

@@ -158,7 +158,7 @@ def graphs(out: Path, seed: int, replays: int = 4) -> Record:
             tokens = [
                 torch.randn(total, heads, 64, generator=generator, device=DEVICE).to(dtype) for heads in (4, 2, 2)
             ]
-            cuts = sorted(rng.sample(range(min(total, LONGEST)), count - 1))
+            cuts = sorted(rng.sample(range(min(total - 4, LONGEST)), count - 1))
             ends = torch.tensor([0, *cuts, total - rng.randint(0, 3)], dtype=torch.int32, device=DEVICE)
             if int(ends.diff().max()) > LONGEST:
                 ends[-1] = ends[-2] + LONGEST

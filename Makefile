@@ -3,11 +3,13 @@
 #   PYTHON     the interpreter that builds .venv                make lab PYTHON=python3.12
 #   LAB_FLAGS  passed on to JupyterLab                          make lab LAB_FLAGS="--no-browser --port=8899"
 #   PIP_FLAGS  passed on to pip when packages are installed     make lab PIP_FLAGS="--proxy ..."
+#   BITS       whose last bits the tests compute with           make test-bits BITS="2 3 alike" (tests/perturbed)
 #   GPU_SPECS  random problems on the GPU                       make test-gpu GPU_SPECS=2000 GPU_RESULTS=benchmarks/h200
 
 PYTHON ?= python3
 LAB_FLAGS ?=
 PIP_FLAGS ?=
+BITS ?= 1 alike
 GPU_SPECS ?= 200
 GPU_RESULTS ?= results
 
@@ -23,7 +25,7 @@ LAB_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install weights lab test test-gpu sanitize-gpu lint unit nbcheck format exercises notebooks pins clean
+.PHONY: help install weights lab test test-bits test-gpu sanitize-gpu lint unit nbcheck format exercises notebooks pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +51,12 @@ lab: install ## Open the course in JupyterLab, at chapter 00
 
 test: weights ## Run every check: lint, tests, notebooks. All three run; any failure fails the whole
 	@$(MAKE) --no-print-directory --keep-going lint unit nbcheck
+
+test-bits: install ## Repeat the tests of numbers and grades with the last bits of other machines
+	@for bits in $(BITS); do echo "== Tests with other last bits: $$bits"; \
+	  PYTHONPATH=tests/perturbed FLASHLIB_PERTURB=$$bits OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
+	    tests/core tests/kernels/test_interpreter.py tests/kernels/test_decode_kernels.py tests/inference tests/course tests/grader || exit 1; \
+	done
 
 test-gpu: install ## Check the kernels on this machine's GPU and write what came out to GPU_RESULTS (results/)
 	@echo "== Tests on the GPU: pytest"

@@ -29,7 +29,7 @@ def rotary_frequencies(rotary_dim: int, base: float = 10_000.0) -> Tensor:
         base: the constant theta of the paper. SmolLM2 uses 100,000.
 
     Returns:
-        ``[rotary_dim // 2]``, float64, radians per position.
+        ``[rotary_dim // 2]``, float64, on the CPU, radians per position.
 
     Raises:
         ValueError: ``rotary_dim`` is not an even positive number, or ``base`` is not above 1 and finite.
@@ -43,7 +43,7 @@ def rotary_frequencies(rotary_dim: int, base: float = 10_000.0) -> Tensor:
         raise TypeError(f"base must be a number; got {type(base).__name__}")
     if not 1 < base < float("inf"):
         raise ValueError(f"base must be above 1 and finite; got {base}")
-    return base ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    return base ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim)
 
 
 def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

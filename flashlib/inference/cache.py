@@ -41,7 +41,7 @@ class KVCache:
         head_dim: channels of a key, D.
         v_head_dim: channels of a value, Dv; ``head_dim`` unless given.
         dtype: float64, float32, float16 or bfloat16.
-        device: where the memory is; the CPU unless given.
+        device: where the memory is; PyTorch's default device unless given.
 
     Raises:
         TypeError: a size is not an int, or ``dtype`` is not one of those above.

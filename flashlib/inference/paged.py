@@ -57,7 +57,7 @@ class PagedKVCache:
         head_dim: channels of a key, D.
         v_head_dim: channels of a value, Dv; ``head_dim`` unless given.
         dtype: float64, float32, float16 or bfloat16.
-        device: where the memory is; the CPU unless given.
+        device: where the memory is; PyTorch's default device unless given.
 
     Attributes:
         key_pages: ``[num_pages, Hkv, page_size, D]``.

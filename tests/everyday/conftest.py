@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = ("large_windows", "large_batches", "threads")
+PROGRAMS = ("large_windows", "large_batches", "threads", "empty_batches")
 TESTS = Path(__file__).parents[1]
 sys.path.append(str(TESTS))  # for what the programs have in common with the tests here
 

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-LIMIT_SECONDS = 0.2
-TRIES = 5
+# `import flashlib` on top of `import torch`. Counted, since what is timed depends on the machine; about twice what it is now.
+MOST_OWN_MODULES = 40  # of flashlib
+MOST_OTHER_MODULES = 140
+MOST_OTHER_FILES = 8  # opened, beside the modules themselves
 HEAVY = {
     *("triton", "transformers", "huggingface_hub", "matplotlib", "pandas", "scipy"),
     *(
@@ -23,13 +25,14 @@ HEAVY = {
     ),
 }
 SCRIPT = """
-import gc, json, sys, time
+import json, sys, time
 import torch
-gc.freeze()  # looking through all that torch has made is no work of ours, and may fall into our import or behind it
+opened = []
 before, start = set(sys.modules), time.process_time()
+sys.addaudithook(lambda event, details: opened.append(str(details[0])) if event == "open" else None)
 import flashlib
-seconds = time.process_time() - start
-print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}))
+seconds, files = time.process_time() - start, list(opened)
+print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before), "files": files}))
 """
 
 
@@ -43,12 +46,16 @@ def first_import() -> dict:
     return _import_flashlib()
 
 
-def test_import_adds_little_to_torch(first_import: dict) -> None:
-    """In processor time, at best: on a quiet machine that is what a clock shows, and other tests do not disturb it."""
-    tries: list[float] = [first_import["seconds"]]
-    while len(tries) < TRIES and min(tries) >= LIMIT_SECONDS:
-        tries.append(_import_flashlib()["seconds"])
-    assert min(tries) < LIMIT_SECONDS, f"import flashlib took {tries} s on top of import torch"
+def test_import_adds_little_to_torch(first_import: dict, record_property) -> None:
+    """The time is in the report of the tests (``pytest --junitxml``); no verdict hangs on it."""
+    record_property("seconds of import flashlib on top of torch", first_import["seconds"])
+    modules = first_import["modules"]
+    own = [module for module in modules if module.partition(".")[0] == "flashlib"]
+    other = [module for module in modules if module not in own]
+    assert len(own) <= MOST_OWN_MODULES, own
+    assert len(other) <= MOST_OTHER_MODULES, other
+    files = [file for file in first_import["files"] if "__pycache__" not in file and not file.endswith(".py")]
+    assert len(files) <= MOST_OTHER_FILES, files
 
 
 def test_import_brings_nothing_heavy(first_import: dict) -> None:

@@ -53,7 +53,8 @@ class SharedPrefix:
         members: for each of the B requests the number of its prefix, ints ``[B]`` in any order. None if there is one prefix,
             which all have.
         lengths: integers ``[P]``, how many tokens of each prefix are real; what lies behind them is never read. None if all
-            S are. A request without a prefix at this level has one of length 0.
+            S are. A request without a prefix at this level has one of length 0. Lengths that cannot be: as in
+            :func:`flashlib.inference.decode_attention`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -173,7 +174,7 @@ def shared_prefix_attention(
         prefixes: one :class:`SharedPrefix`, or one for each level.
         k: each request's own keys ``[B, Hkv, S, D]``, the Sq newest included. v: ``[B, Hkv, S, Dv]``.
         lengths: integers ``[B]``: how many own tokens each request has, the Sq newest included. What lies behind them is
-            never read. None if all S.
+            never read. None if all S. Lengths that cannot be: as in :func:`flashlib.inference.decode_attention`.
         scale, softcap, return_lse, backend: as in :func:`flashlib.attention`.
 
     Returns:

@@ -42,6 +42,7 @@ class FeatureSet:
         heads: (Hq, Hkv), where strides depend on them; else None.
         many_keys: thousands of keys for a few rows.
         many_heads: so many that a program must take several of their blocks.
+        dropout: whether weights are dropped; the oracle is given the same seed.
     """
 
     dtype: torch.dtype
@@ -56,6 +57,7 @@ class FeatureSet:
     heads: tuple[int, int] | None
     many_keys: bool
     many_heads: bool
+    dropout: bool
 
     @classmethod
     def draw(cls, seed: int) -> FeatureSet:
@@ -77,7 +79,7 @@ class FeatureSet:
         many_keys = few and strides == "aligned" and rng.random() < 0.4
         many_heads = strides == "aligned" and not many_keys and rng.random() < 0.3
         return cls(dtype, head_dim, v_head_dim, **features, grouped=grouped, strides=strides, layouts=layouts, heads=heads,
-                   many_keys=many_keys, many_heads=many_heads)  # fmt: skip
+                   many_keys=many_keys, many_heads=many_heads, dropout=rng.random() < 0.25)  # fmt: skip
 
     def problem(self, seed: int, device: str) -> Problem:
         """A problem with these features."""
@@ -86,8 +88,9 @@ class FeatureSet:
         heads = (self.heads,) if self.heads else [pair for pair in heads if (pair[0] > pair[1]) == self.grouped]
         if self.many_heads:
             lengths = [length for length in lengths if length <= 256]
-        return random_problem(
-            random.Random(seed),
+        rng = random.Random(seed)
+        problem = random_problem(
+            rng,
             dtypes=(self.dtype,),
             lengths=lengths,
             kv_lengths=MANY_KEYS[device] if self.many_keys else None,
@@ -101,6 +104,10 @@ class FeatureSet:
             alibi=({"no": None, "offsets": "heads"}.get(self.alibi, self.alibi),),
             device=device,
         )
+        if self.dropout:
+            problem.options["dropout_p"] = rng.choice((0.1, 0.5, rng.uniform(0.01, 0.99)))
+            problem.options["dropout_seed"] = torch.tensor([rng.getrandbits(64) - 2**63], device=device)
+        return problem
 
     def _rule(self, rng: random.Random, batch: int, q_len: int, kv_len: int) -> dict:
         left, right = rng.choice(WIDTHS), rng.choice(WIDTHS)
@@ -132,7 +139,7 @@ class FeatureSet:
             **{"dtype": str(self.dtype).removeprefix("torch."), "head_dim": head_dims, "mask": self.mask},
             **{
                 name: "yes" if getattr(self, name) else "no"
-                for name in ("softcap", "grouped", "many_keys", "many_heads")
+                for name in ("softcap", "grouped", "many_keys", "many_heads", "dropout")
             },
             "strides": self.strides,
             "alibi": self.alibi,

@@ -11,6 +11,7 @@ from torch import Tensor
 from flashlib.backends import config_for
 from flashlib.config import FlashAttentionConfig
 from flashlib.masks import Mask, Unmasked, Varlen, Window
+from flashlib.values import may_read
 
 __all__ = ["is_nested", "nested_attention"]
 
@@ -47,7 +48,8 @@ def nested_attention(
     from flashlib.attention import attention
 
     (q, q_ends), (k, k_ends), (v, v_ends) = (_packed(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    if k_ends is not v_ends and (k_ends.shape != v_ends.shape or not torch.equal(k_ends, v_ends)):
+    differ = k_ends is not v_ends and k_ends.shape != v_ends.shape
+    if differ or (k_ends is not v_ends and may_read(k_ends, v_ends) and not torch.equal(k_ends, v_ends)):
         raise ValueError("k and v must have sequences of the same lengths; their offsets differ")
     if len(q_ends) != len(k_ends):
         raise ValueError(f"q has {len(q_ends) - 1} sequences but k has {len(k_ends) - 1}; expected as many")

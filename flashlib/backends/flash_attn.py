@@ -18,6 +18,19 @@ from flashlib.spec import AttentionSpec
 __all__ = ["FlashAttention2", "FlashAttention3"]
 
 
+def no_package(name: str) -> str | None:
+    """Why there is no such package other than this one, or None."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return f"the package {name} is not installed"
+    if getattr(spec.loader, "stands_in", False) or spec.name.startswith("flashlib."):
+        return f"the package {name} is flashlib itself, standing in for it"
+    return None
+
+
+no_package._dynamo_marked_constant = True  # run by the compiler's tracer instead of being traced
+
+
 class _FlashAttentionPackage(Backend):
     package: str  # the name that is imported
     least_capability: tuple[int, int]
@@ -25,11 +38,9 @@ class _FlashAttentionPackage(Backend):
     settings: str  # the name of its section in FlashAttentionConfig
 
     def missing(self):
-        spec = importlib.util.find_spec(self.package)
-        if spec is None:
-            return f"the package {self.package} is not installed"
-        if getattr(spec.loader, "stands_in", False) or spec.name.startswith("flashlib."):
-            return f"the package {self.package} is flashlib itself, standing in for it"
+        obstacle = no_package(self.package)
+        if obstacle:
+            return obstacle
         if not torch.cuda.is_available():
             return "needs a CUDA GPU"
         return None

@@ -31,6 +31,12 @@ def autocast_off(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if autocast_active(device.type) else contextlib.nullcontext()
 
 
+# Asked once: torch.compile in torch 2.11 cannot trace the question.
+_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torch.amp.is_autocast_available(kind)
+)
+
+
 def autocast_active(device_type: str) -> bool:
     """Whether autocast is on for tensors on such devices."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _AUTOCAST and torch.is_autocast_enabled(device_type)

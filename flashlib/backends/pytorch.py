@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from flashlib.backends.base import Backend
 from flashlib.engines import TiledEngine, run_engine
 from flashlib.reference import naive_forward
@@ -29,6 +31,8 @@ class TiledBackend(Backend):
     repeats_packs = True
 
     def unsupported(self, spec, config):
+        if spec.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "decides on the host which tiles to skip, which a CUDA graph cannot hold"
         return None
 
     def run(self, q, k, v, spec, config):

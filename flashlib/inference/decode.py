@@ -25,7 +25,7 @@ from flashlib.inference.checks import no_such_page
 from flashlib.masks import NO_LIMIT, KeyLengths, Window
 from flashlib.partial import Partial, fold
 from flashlib.reference import naive_attention
-from flashlib.values import has_data, has_tangent, may_read
+from flashlib.values import has_data, has_tangent, has_values, may_read
 
 __all__ = ["choose_num_splits", "combine_splits", "decode_attention", "split_partials", "split_ranges"]
 
@@ -339,6 +339,8 @@ class Problem:
         if self.q.dtype == torch.float64:
             return "takes fp16, bf16 and fp32; got torch.float64"
         tensors = (self.q, self.k, self.v)
+        if has_data(*tensors) and not has_values(*tensors):
+            return "does not go through the transforms of torch.func; backend 'torch' does"
         return _no_triton(self.q.device) or _too_wide(max(self.q.shape[3], self.v.shape[3])) or _needs_grad(*tensors)
 
     def _check_lengths(self) -> None:
@@ -439,7 +441,7 @@ def _run_triton(problem: Problem) -> tuple[Tensor, Tensor]:
         problem.split_size, merge_in_kernel=splits == 1 or split_size >= LEAST_MERGED_IN_KERNEL, precision=current_config().triton.fp32_precision if problem.q.dtype == torch.float32 else "ieee",
         fewest_splits=fewest,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if not has_data(*problem.tensors()):
         from flashlib.kernels.decode_ops import decode
 
         return decode(problem.q, problem.k, problem.v, *options.values())

@@ -251,7 +251,7 @@ def prices(out: Path, seed: int) -> Record:
                     return torch.autograd.grad(result, inputs, result)
 
                 for direction, call in (("forward", forward), ("both", both)):
-                    timed[direction, label] = time_call(call, warmup=3, repeats=10)
+                    timed[direction, label] = time_call(call, device=DEVICE, budget_s=0.2)
             for direction in ("forward", "both"):
                 a, b = (timed[direction, label].median_ms for label in ("without", "with"))
                 rows.append(
@@ -280,7 +280,7 @@ def prices(out: Path, seed: int) -> Record:
                 "with_ms": made.median_ms,
             }
         )
-    note = "bf16, 32 query heads and 8 KV heads; eager calls, median of 10; with and without, one after the other."
+    note = "bf16, 32 query heads and 8 KV heads; eager calls between two device events, medians; with and without, one after the other."
     save_record(record := new_record("everyday_prices", rows, CHECKED_ON, note, seed=seed), out)
     return record
 

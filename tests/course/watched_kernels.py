@@ -110,9 +110,8 @@ def races_are_found_whatever_the_result(rng: random.Random) -> None:
     values = torch.arange(float(n))
     met = fault(write, (n,), torch.zeros(3), values, 1)
     assert type(met) is Race and "program (1, 0, 0) stores where program (0, 0, 0) has stored" in str(met)
-    same = fault(
-        write, (n,), torch.full((3,), 7.0), torch.full((n,), 7.0), 1
-    )  # all store the same, and it was there before
+    # All store the same number, which was there before.
+    same = fault(write, (n,), torch.full((3,), 7.0), torch.full((n,), 7.0), 1)
     assert type(same) is Race and "stores where program (0, 0, 0) has stored" in str(same)
     kept = fault(read_then_write, (n,), torch.full((n,), 7.0), n)  # all store what the others have loaded
     assert type(kept) is Race and "has loaded, in p_x" in str(kept)

@@ -129,7 +129,7 @@ def lengths_beyond_the_capacity_count_as_it(rng: random.Random) -> None:
 
 
 def main(rng: random.Random) -> None:
-    masks_hold("triton", rng, 24)
-    decoding_holds("triton", rng, 12)
-    flash_attn_holds(rng, 6)
+    masks_hold("triton", rng, 12)
+    decoding_holds("triton", rng, 8)
+    flash_attn_holds(rng, 4)
     lengths_beyond_the_capacity_count_as_it(rng)

@@ -10,7 +10,7 @@ from flashlib import attention
 from flashlib.inference import decode_attention
 from flashlib.reference import check, check_gradients
 
-THREADS, CALLS = 4, 3
+THREADS, CALLS = 4, 2
 
 
 def train(seed: int) -> None:

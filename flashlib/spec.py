@@ -321,6 +321,6 @@ def _has_tangent(x: Tensor) -> bool:
 def _finite(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace for a number that may change
+    if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace for a dynamic float
         raise ValueError(f"{name} must be finite; got {value}")
     return float(value)

@@ -59,10 +59,8 @@ _UNSUPPORTED = {
 }
 
 _STRIP_ELEMENTS = 1 << 22
-_CAUSAL, _UNMASKED = (
-    Causal(),
-    Unmasked(),
-)  # torch.compile in torch 2.11 cannot make one inside a function that it compiles
+# Made once: torch.compile in torch 2.11 cannot make one inside a function that it compiles.
+_CAUSAL, _UNMASKED = Causal(), Unmasked()
 
 # ``(q, k, v, *, mask, scale, softcap) -> out``, with the shapes and meanings of flashlib.attention. With ``dropout_p`` and ``sinks`` as well where
 # a model asks for them.

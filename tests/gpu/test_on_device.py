@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import decode_checks, device_checks, serving_checks, varlen_checks
+from gpu import decode_checks, device_checks, packed_graphs, serving_checks, varlen_checks
 
 from flashlib.kernels.launch import interpreting
 
@@ -62,6 +62,12 @@ def test_more_elements_than_32_bits_can_count(out, seed):
     (row,) = device_checks.beyond_32_bits(out, seed, tokens=1024 if interpreting() else None).rows
     assert row["passed"], row
     assert interpreting() or row["elements"] > 2**31
+
+
+def test_packed_calls_are_replayed_with_other_lengths(out, seed):
+    rows = packed_graphs.graphs(out, seed).rows
+    assert len(rows) == 6
+    assert not [row for row in rows if row["differ"]]
 
 
 def test_cuda_graphs_replay_forward_and_backward_on_fresh_inputs(out, seed):

@@ -11,12 +11,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
 from tabulate import tabulate
 
 from flashlib.backends import BACKENDS
+from flashlib.measure.record import BENCHMARKS, Record, load_record
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "everyday.md"
@@ -33,25 +35,36 @@ def tried(*, interpreted: bool) -> list[dict]:
     return json.loads(answer.stdout.splitlines()[-1])
 
 
-def tables(rows: list[dict]) -> str:
-    """Ways down, subjects across, backends and functions apart; refusals numbered, with what is said below."""
+def tables(rows: list[dict], recorded: Record | None) -> str:
+    """Ways down, subjects across, backends and functions apart; refusals numbered, with what is said below.
+
+    Args:
+        rows: what was tried on a CPU.
+        recorded: what was tried on a GPU; None if nothing was.
+    """
     said: list[str] = []
-    parts = []
-    for title, part in (
-        ("Backends", [row for row in rows if row["subject"] in BACKENDS]),
-        (
-            "Functions of `flashlib.interop.flash_attn`, and `decode_attention`",
-            [row for row in rows if row["subject"] not in BACKENDS],
-        ),
+    parts = [*both_tables("On a CPU, our kernels interpreted", rows, said)]
+    if recorded is not None:
+        parts += both_tables(f"On a GPU: {recorded.label}", recorded.rows, said)
+    notes = "\n".join(f"{number}. {message}" for number, message in enumerate(said, 1))
+    return "\n\n".join([*parts, f"What the refusals say:\n\n{notes}"])
+
+
+def both_tables(title: str, rows: list[dict], said: list[str]) -> Iterator[str]:
+    yield f"### {title}"
+    for part in (
+        [row for row in rows if row["subject"] in BACKENDS],
+        [row for row in rows if row["subject"] not in BACKENDS],
     ):
         subjects, ways = (list(dict.fromkeys(row[name] for row in part)) for name in ("subject", "way"))
         cells = {(row["subject"], row["way"]): cell(row, said) for row in part}
         lines = [[way, *(cells.get((subject, way), "") for subject in subjects)] for way in ways]
-        parts.append(
-            f"**{title}**\n\n" + tabulate(lines, headers=["", *(f"`{x}`" for x in subjects)], tablefmt="github")
-        )
-    notes = "\n".join(f"{number}. {message}" for number, message in enumerate(said, 1))
-    return "\n\n".join([*parts, f"What the refusals say:\n\n{notes}"])
+        yield tabulate(lines, headers=["", *(f"`{x}`" for x in subjects)], tablefmt="github")
+
+
+def record() -> Record | None:
+    """The ways as they were tried on a GPU."""
+    return load_record("h200/everyday") if (BENCHMARKS / "h200/everyday.json").is_file() else None
 
 
 def cell(row: dict, said: list[str]) -> str:
@@ -71,7 +84,7 @@ def page_with(text: str, new: str) -> str:
 
 def main(write: bool = False) -> None:
     rows = [*tried(interpreted=False), *tried(interpreted=True)]
-    new = tables(rows)
+    new = tables(rows, record())
     text = PAGE.read_text(encoding="utf-8")
     if write:
         PAGE.write_text(page_with(text, new), encoding="utf-8")

@@ -280,10 +280,9 @@ class _Sequences:
 
 
 def _longest(name: str, max_seqlen: int, ends: Tensor) -> int:
-    if isinstance(max_seqlen, Tensor) and not may_read(max_seqlen):
-        raise TypeError(f"{name} must be an int; got a tensor on {max_seqlen.device}, where it cannot be read")
     try:
-        max_seqlen = whole(max_seqlen)
+        # A tensor of one element serves too, as there; if it is on a GPU, the caller has the host wait for it.
+        max_seqlen = whole(max_seqlen.item() if isinstance(max_seqlen, Tensor) else max_seqlen)
     except TypeError:
         raise TypeError(f"{name} must be an int; got {max_seqlen!r}") from None
     if may_read(ends) and len(ends) > 1 and max_seqlen < int(ends.diff().max()):

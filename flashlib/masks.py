@@ -507,7 +507,7 @@ def _keys_from_rows(
     if offset is None:
         offset, reach = kv_len - q_len, min(max(reach, -NO_LIMIT), NO_LIMIT)
     if not isinstance(offset, Tensor):
-        return rows + torch.sym_max(torch.sym_min(offset + reach, kv_len), -q_len)
+        return rows + max(min(offset + reach, kv_len), -q_len)
     return rows + _added(_row_offsets(offset, batch, q_len, device), reach, -q_len, kv_len)
 
 

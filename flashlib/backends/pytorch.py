@@ -31,7 +31,11 @@ class TiledBackend(Backend):
     repeats_packs = True
 
     def unsupported(self, spec, config):
-        if spec.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if (
+            spec.device.type == "cuda"
+            and not torch.compiler.is_compiling()
+            and torch.cuda.is_current_stream_capturing()
+        ):
             return "decides on the host which tiles to skip, which a CUDA graph cannot hold"
         return None
 

@@ -71,8 +71,12 @@ def _is_readable(x: Tensor) -> bool:
     if x.stride(-1) != 1 or x.device.type != "cuda":
         return x.stride(-1) == 1
     steps = 16 // x.element_size()
-    # What has no address yet will begin where an allocation does, which is aligned.
-    begin = x.data_ptr() if has_values(x) else x.storage_offset() * x.element_size()
+    if torch.compiler.is_compiling():
+        begin = 0  # what the compiled code is given, it aligns itself
+    elif has_values(x):
+        begin = x.data_ptr()
+    else:  # what has no address yet will begin where an allocation does, which is aligned
+        begin = x.storage_offset() * x.element_size()
     return begin % 16 == 0 and all(stride % steps == 0 for stride in x.stride()[:-1])
 
 
@@ -179,6 +183,8 @@ def _cuda_limits(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
     """What PyTorch itself says against this kernel."""
     if spec.device.type != "cuda":
         return f"the kernel runs on CUDA; the tensors are on {spec.device}"
+    if torch.compiler.is_compiling():
+        return "PyTorch cannot be asked under torch.compile whether its kernel takes a problem"
     shares_kv_heads = kernel is not SDPBackend.EFFICIENT_ATTENTION
     return _ask_pytorch(
         kernel,

@@ -425,7 +425,18 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _run_triton(problem: Problem) -> tuple[Tensor, Tensor]:
+def _triton(problem: Problem) -> tuple[Tensor, Tensor]:
+    precision = current_config().triton.fp32_precision if problem.q.dtype == torch.float32 else "ieee"
+    if not has_data(*problem.tensors()):
+        from flashlib.inference.decode_operator import decode_triton
+
+        return decode_triton(*problem.values(), precision)
+    # Not through the operator: a decoding step is short, and PyTorch's dispatch would cost as much again as the launch.
+    return run_triton(problem, precision)
+
+
+def run_triton(problem: Problem, precision: str) -> tuple[Tensor, Tensor]:
+    """By the kernels; ``precision`` of fp32 products as in :class:`flashlib.config.TritonConfig`."""
     from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
 
     if may_read(*(x for x in (problem.q, problem.lengths, problem.block_table) if x is not None)):
@@ -438,14 +449,9 @@ def _run_triton(problem: Problem) -> tuple[Tensor, Tensor]:
     split_size = problem.split_size or _blocks(problem.capacity, splits)
     options = DecodeOptions(
         problem.lengths, problem.block_table, problem.left, problem.right, problem.scale, problem.softcap, splits,
-        problem.split_size, merge_in_kernel=splits == 1 or split_size >= LEAST_MERGED_IN_KERNEL, precision=current_config().triton.fp32_precision if problem.q.dtype == torch.float32 else "ieee",
+        problem.split_size, merge_in_kernel=splits == 1 or split_size >= LEAST_MERGED_IN_KERNEL, precision=precision,
         fewest_splits=fewest,
     )  # fmt: skip
-    if not has_data(*problem.tensors()):
-        from flashlib.kernels.decode_ops import decode
-
-        return decode(problem.q, problem.k, problem.v, *options.values())
-    # Not through the operator: a decoding step is short, and PyTorch's dispatch would cost as much again as the launch.
     return launch_decode(problem.q, problem.k, problem.v, options)
 
 
@@ -477,7 +483,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-_RUN = {"torch": _torch, "triton": _run_triton}
+_RUN = {"torch": _torch, "triton": _triton}
 
 
 def _pick(backend: str, triton_why_not: str | None) -> str:

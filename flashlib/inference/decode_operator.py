@@ -1,6 +1,7 @@
-"""Decoding in plain PyTorch as an operator, ``torch.ops.flashlib.decode_torch``: what torch.compile, torch.export, meta and fake tensors see of it.
+"""Decoding as operators, ``torch.ops.flashlib.decode_torch`` and ``decode_triton``: what torch.compile, torch.export, meta and fake tensors see of it.
 
-The algorithm asks the host how long each request is. A tracer has no lengths to read, so it sees one operator, and the lengths are read when it runs.
+The algorithm in plain PyTorch asks the host how long each request is, and the kernels are launched in as many splits as the sizes call for. A tracer has
+no lengths to read, and sizes that may vary. So it sees one operator, and both are looked at when it runs.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from flashlib.engines import TiledEngine
-from flashlib.inference.decode import Problem, run_torch
+from flashlib.inference.decode import Problem, run_torch, run_triton
 from flashlib.operators import attention_backward
 from flashlib.tiled import Tiling
 
-__all__ = ["decode_torch"]
+__all__ = ["decode_torch", "decode_triton"]
 
 
 @torch.library.custom_op("flashlib::decode_torch", mutates_args=())
@@ -66,3 +67,18 @@ def _scattered(memory: Tensor, page: Tensor, slot: Tensor, gradient: Tensor) -> 
 
 
 decode_torch.register_autograd(_gradient, setup_context=_save)
+
+
+@torch.library.custom_op("flashlib::decode_triton", mutates_args=())
+def decode_triton(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, block_table: Tensor | None, left: int | None, right: int | None,
+    scale: float, softcap: float, num_splits: int, split_size: int | None, precision: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same by our kernels, which have no gradient; ``precision`` of fp32 products."""
+    problem = Problem(q, k, v, lengths, block_table, left, right, scale, softcap, num_splits, split_size)
+    return run_triton(problem, precision)
+
+
+@decode_triton.register_fake
+def _(q, k, v, *_):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -70,10 +70,6 @@ class DecodeOptions:
     merge_in_kernel: bool = True
     precision: str = "ieee"
     fewest_splits: int | None = None
-
-    def values(self) -> tuple:
-        """All attributes in order, as the operator of :mod:`flashlib.kernels.decode_ops` takes them after the tensors."""
-        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions) -> tuple[Tensor, Tensor]:

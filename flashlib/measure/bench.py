@@ -48,7 +48,7 @@ DECODE_NOTES = (
 MEMORY_NOTES = (
     "Peak memory of one forward and backward, beyond q, k, v and the gradient of out, as the allocator counts it."
 )
-DECODING = ("combine", "decode", "decode_launch", "decode_ops")  # modules of flashlib.kernels that only decoding uses
+DECODING = ("combine", "decode", "decode_launch")  # modules of flashlib.kernels that only decoding uses
 Report = Callable[[Case, list[dict]], None]
 
 

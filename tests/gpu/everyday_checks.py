@@ -270,7 +270,9 @@ def prices(out: Path, seed: int) -> Record:
     for name, asked in (("nothing read", False), ("check_values()", True)):
         with check_values() if asked else contextlib.nullcontext():
             made = time_call(
-                lambda: attention(q, k, v, mask=masks.KeyLengths(known.lengths), backend=BACKEND), warmup=5, repeats=30
+                lambda: attention(q, k, v, mask=masks.KeyLengths(known.lengths), backend=BACKEND),
+                device=DEVICE,
+                budget_s=0.2,
             )
         rows.append(
             {

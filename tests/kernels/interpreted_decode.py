@@ -24,8 +24,9 @@ from seeds import seeds_asked_for
 from flashlib.course.kernel_watch import KernelWatch, faults_raised
 from flashlib.inference import decode, prefix
 from flashlib.inference.decode import combine_splits, decode_attention, split_ranges
+from flashlib.inference.decode_operator import decode_triton
 from flashlib.inference.prefix import SharedPrefix, shared_prefix_attention
-from flashlib.kernels import decode_launch, decode_ops
+from flashlib.kernels import decode_launch
 from flashlib.kernels.decode_launch import DecodeOptions, decode_launches, launch_decode
 from flashlib.kernels.launch import Launch
 from flashlib.kernels.tiles import TileConfig
@@ -206,10 +207,10 @@ def check_the_operator() -> None:
     q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 8)
     lengths, table = torch.tensor([40, 7]), torch.tensor([[0, 1], [1, 1]], dtype=torch.int32)
     for options in (
-        (lengths, None, None, 0, 0.25, 0.0, 2, None, True, "ieee", None),
-        (None, table, 9, 0, 0.25, 2.0, 3, 32, True, "ieee", None),
+        (lengths, None, None, 0, 0.25, 0.0, 2, None, "ieee"),
+        (None, table, 9, 0, 0.25, 2.0, 0, 32, "ieee"),
     ):
-        torch.library.opcheck(decode_ops.decode, (q, k, v, *options))
+        torch.library.opcheck(decode_triton, (q, k, v, *options))
 
     def step(q, k, v, lengths):
         return decode_attention(q, k, v, lengths=lengths, num_splits=2, backend="triton") * 2

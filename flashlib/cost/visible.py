@@ -8,6 +8,7 @@ first and the last of its rows, so that counting costs as many steps as there ar
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -243,7 +244,7 @@ def _band_runs(
     turns = [] if left is None else [first_key - offset + left]
     turns += [] if right is None else [last_key - offset - right - 1]
     cuts = sorted({rows.start, rows.stop, *(turn for turn in turns if rows.start < turn < rows.stop)})
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         start_moves = left is not None and begin + offset - left >= first_key
         stop_moves = right is not None and begin + offset + right + 1 < last_key
         start = begin + offset - left if start_moves else first_key

@@ -54,7 +54,7 @@ def _same(visible: Visible, dense: torch.Tensor, block_q: int, block_k: int, tol
     assert visible.pairs == int(dense.sum()), told
     assert visible.rows == int(dense.any(1).sum()), told
     assert visible.seen_keys == int(dense.any(0).sum()), told
-    tiles = [[tile for tile in rows.split(block_k, 1)] for rows in dense.split(block_q, 0)] if dense.numel() else []
+    tiles = [list(rows.split(block_k, 1)) for rows in dense.split(block_q, 0)] if dense.numel() else []
     if not dense.numel():
         assert visible.area(block_q, block_k) == 0
         return

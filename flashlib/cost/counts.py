@@ -130,7 +130,8 @@ class Problem:
     def from_spec(cls, spec) -> Problem:
         """From a :class:`flashlib.AttentionSpec`. Costs a step for each row."""
         start, stop = spec.intervals.start.tolist(), spec.intervals.stop.tolist()
-        masks = tuple(Visible.from_intervals(*ends, spec.kv_len) for ends in zip(start, stop, strict=True))
+        ends = zip(start, stop, strict=True)
+        masks = tuple(Visible.from_intervals(*both, spec.kv_len, spec.mask.band()) for both in ends)
         dtype = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}[str(spec.dtype)[6:]]
         sizes = (spec.batch, spec.q_heads, spec.kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.v_head_dim)
         return cls(*sizes, masks, dtype, softcap=spec.softcap > 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 __all__ = ["BlockTiles", "Run", "Visible", "checked_count"]
@@ -61,21 +61,36 @@ class BlockTiles:
 
     Attributes:
         seen: tiles of which some pair is visible. full: of which every pair is.
-        hull: from the first seen to the last, gaps included: what a kernel visits.
+        first, last: the first tile that is seen, and one past the last.
+        span: keys (or rows) from the first that is seen to the last.
     """
 
-    seen: int
-    full: int
-    hull: int
+    seen: int = 0
+    full: int = 0
+    first: int = 0
+    last: int = 0
+    span: int = 0
+
+    @property
+    def hull(self) -> int:
+        """Tiles from the first to the last, gaps included: what a kernel visits."""
+        return self.last - self.first
 
 
 @dataclass(frozen=True)
 class Visible:
-    """The mask of one batch entry: which of ``kv_len`` keys each of ``q_len`` rows sees. Rows in no run see nothing."""
+    """The mask of one batch entry: which of ``kv_len`` keys each of ``q_len`` rows sees. Rows in no run see nothing.
+
+    Attributes:
+        q_len, kv_len: Sq, Sk. runs: stretches of rows, in order.
+        widths: ``(left, right)`` if the mask is a plain band, aligned bottom-right, which kernels are told by two numbers. None if they are
+            told the interval of each row.
+    """
 
     q_len: int
     kv_len: int
     runs: tuple[Run, ...]
+    widths: tuple[int | None, int | None] | None = None
 
     @classmethod
     def band(
@@ -91,7 +106,9 @@ class Visible:
             TypeError, ValueError: a length or a width is not a whole number of at least 0.
         """
         checked_count("q_len", q_len, 0), checked_count("kv_len", kv_len, 0)
-        return cls(q_len, kv_len, tuple(_band_runs(range(q_len), 0, kv_len, left, right, offset)))
+        plain = offset is None or offset == kv_len - q_len
+        runs = tuple(_band_runs(range(q_len), 0, kv_len, left, right, offset))
+        return cls(q_len, kv_len, runs, (left, right) if plain else None)
 
     @classmethod
     def packed(
@@ -135,8 +152,17 @@ class Visible:
         return cls(q_len, kv_len, (*within, *_band_runs(range(turn, q_len), 0, kv_len, None, 0, offset)))
 
     @classmethod
-    def from_intervals(cls, start: Sequence[int], stop: Sequence[int], kv_len: int) -> Visible:
-        """From the interval of every row, as :class:`flashlib.masks.RowIntervals` has them. Costs a step for each row."""
+    def from_intervals(
+        cls,
+        start: Sequence[int],
+        stop: Sequence[int],
+        kv_len: int,
+        widths: tuple[int | None, int | None] | None = None,
+    ) -> Visible:
+        """From the interval of every row, as :class:`flashlib.masks.RowIntervals` has them. Costs a step for each row.
+
+        widths: of the band, if these are the intervals of one (:meth:`flashlib.masks.Mask.band`).
+        """
         runs: list[Run] = []
         for row, (begin, end) in enumerate(zip(start, stop, strict=True)):
             if begin >= end:
@@ -148,7 +174,7 @@ class Visible:
                     runs[-1] = Run(run.first, row + 1, run.start, slopes[0], run.stop, slopes[1])
                     continue
             runs.append(Run(row, row + 1, begin, 0, end, 0))
-        return cls(len(start), kv_len, tuple(runs))
+        return cls(len(start), kv_len, tuple(runs), widths)
 
     @cached_property
     def pairs(self) -> int:
@@ -158,7 +184,11 @@ class Visible:
     @property
     def rows(self) -> int:
         """How many rows see anything."""
-        return sum(run.last - run.first for run in self.runs)
+        return self.rows_seeing(0, self.q_len)
+
+    def rows_seeing(self, first: int, last: int) -> int:
+        """How many of the rows ``first <= i < last`` see anything."""
+        return sum(max(0, min(run.last, last) - max(run.first, first)) for run in self.runs)
 
     @cached_property
     def seen_keys(self) -> int:
@@ -169,6 +199,15 @@ class Visible:
             seen += max(0, stop - max(start, reached))
             reached = max(reached, stop)
         return seen
+
+    def trimmed(self) -> Visible:
+        """The same over the keys from the first that is seen to the last, which become keys 0, 1, ..."""
+        if not self.runs:
+            return Visible(self.q_len, 0, (), self.widths)
+        first = min(run.start for run in self.runs)
+        last = max(run.stops_at(run.last - 1) for run in self.runs)
+        runs = tuple(replace(run, start=run.start - first, stop=run.stop - first) for run in self.runs)
+        return Visible(self.q_len, last - first, runs, self.widths)
 
     def by_rows(self, block_q: int, block_k: int) -> list[BlockTiles]:
         """For each block of ``block_q`` rows, the tiles of ``block_k`` keys that it meets."""
@@ -184,14 +223,14 @@ class Visible:
                 first, last = max(row, run.first), min(end, run.last) - 1
                 if first > last:
                     continue
-                ranges.append((run.starts_at(first) // block_k, _blocks(run.stops_at(last), block_k)))
+                ranges.append((run.starts_at(first), run.stops_at(last)))
                 covered += last + 1 - first
                 latest, earliest = max(latest, run.starts_at(last)), min(earliest, run.stops_at(first))
             full = 0
             if covered == end - row:
                 whole = key_tiles if earliest == self.kv_len else earliest // block_k
                 full = max(0, whole - _blocks(latest, block_k))
-            blocks.append(_block(ranges, full))
+            blocks.append(_block(ranges, block_k, full))
         return blocks
 
     def by_keys(self, block_q: int, block_k: int) -> list[BlockTiles]:
@@ -200,7 +239,7 @@ class Visible:
         blocks = []
         for key in range(0, self.kv_len, block_k):
             seeing = (run.rows_that_see(key, min(key + block_k, self.kv_len)) for run in self.runs)
-            blocks.append(_block([(rows.start // block_q, _blocks(rows.stop, block_q)) for rows in seeing if rows], 0))
+            blocks.append(_block([(rows.start, rows.stop) for rows in seeing if rows], block_q, 0))
         return blocks
 
     def area(self, block_q: int, block_k: int) -> int:
@@ -273,14 +312,16 @@ def _slopes(run: Run, row: int, start: int, stop: int) -> tuple[int, int] | None
     return slopes[0], slopes[1]
 
 
-def _block(ranges: list[tuple[int, int]], full: int) -> BlockTiles:
-    """From ranges of tiles, which may overlap."""
+def _block(ranges: list[tuple[int, int]], block: int, full: int) -> BlockTiles:
+    """From ranges of keys, which may overlap, in tiles of ``block``."""
+    if not ranges:
+        return BlockTiles()
     seen, reached = 0, 0
-    for first, last in sorted(ranges):
+    for first, last in sorted((first // block, _blocks(last, block)) for first, last in ranges):
         seen += max(0, last - max(first, reached))
         reached = max(reached, last)
-    hull = max(last for _, last in ranges) - min(first for first, _ in ranges) if ranges else 0
-    return BlockTiles(seen, full, hull)
+    start, stop = min(first for first, _ in ranges), max(last for _, last in ranges)
+    return BlockTiles(seen, full, start // block, _blocks(stop, block), stop - start)
 
 
 def _blocks(length: int, block: int) -> int:

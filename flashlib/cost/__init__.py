@@ -6,21 +6,52 @@ Nothing here needs PyTorch, a GPU or more than a second. Everything is imported 
 
     problem = cost.Problem.causal(batch=1, q_heads=32, kv_heads=8, q_len=8192, kv_len=8192, head_dim=128)
     cost.formula(problem).products, cost.fa2(problem, 128, 128).bytes
+    cost.attention_time(problem, cost.device("h200")).seconds
+    cost.StepCost.of(cost.model("llama-3-8b"), cost.decode(batch=16, context=32768), cost.device("h200")).tokens_per_s
 """
 
 from importlib import import_module
 
 _HOME = {
+    "CONVENTIONS": "conventions",
+    "Device": "devices",
+    "Estimate": "roofs",
+    "Model": "models",
+    "PHASES": "steps",
+    "Parallel": "parallel",
     "Problem": "counts",
+    "Requests": "steps",
+    "Step": "steps",
+    "StepCost": "steps",
     "Visible": "visible",
     "Work": "counts",
+    "attention_time": "roofs",
     "backward": "counts",
+    "backward_launches": "launches",
+    "chunked": "steps",
     "compulsory": "counts",
+    "decode": "steps",
+    "decode_launches": "launches",
+    "device": "devices",
+    "device_names": "devices",
     "fa1": "counts",
     "fa2": "counts",
     "formula": "counts",
+    "forward_launches": "launches",
+    "largest_tile": "models",
+    "max_batch": "models",
+    "max_context": "models",
+    "model": "models",
+    "model_names": "models",
     "naive": "counts",
     "paper_flops": "counts",
+    "prefill": "steps",
+    "read_config": "models",
+    "roofs": "roofs",
+    "shared_prefix_launches": "launches",
+    "speculative": "steps",
+    "step_of": "steps",
+    "this_machine": "devices",
 }
 
 __all__ = sorted(_HOME)

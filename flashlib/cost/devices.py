@@ -27,6 +27,7 @@ class Device:
         flops_per_s: peak of dense matrix products by dtype.
         exponentials_per_clock: per unit. (CUDA C++ programming guide, throughput of native arithmetic instructions: 16.)
         memory_bytes, bytes_per_s: of the memory behind the chip, as the data sheet has it. cache_bytes: the last cache before it.
+        local_bytes: what one program can keep by itself: shared memory of a GPU's block, the L2 cache of a CPU's core.
         watts: the power cap. link_bytes_per_s: to other devices, one direction.
         measured: ``matmul_flops_per_s`` by dtype, ``read_bytes_per_s`` and their ``source``; empty if nothing was measured.
         source: where the figures come from.
@@ -43,6 +44,7 @@ class Device:
     memory_bytes: float
     bytes_per_s: float
     cache_bytes: int
+    local_bytes: int
     watts: float
     link_bytes_per_s: float
     source: str
@@ -132,6 +134,6 @@ def this_machine() -> Device:
     measured = {"matmul_flops_per_s": rates, "read_bytes_per_s": read, "source": "measured here"}
     memory = psutil.virtual_memory().total
     return Device(
-        "here", f"this processor ({cores} cores)", "cpu", 0, cores, clock, rates, 4, memory, read, 2**20, 0, 0,
+        "here", f"this processor ({cores} cores)", "cpu", 0, cores, clock, rates, 4, memory, read, 2**20, 2**20, 0, 0,
         "measured here", measured,
     )  # fmt: skip

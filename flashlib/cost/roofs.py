@@ -24,11 +24,11 @@ import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from flashlib.cost.counts import Problem, Work, fa2
+from flashlib.cost.counts import Problem, Work, compulsory, fa2
 from flashlib.cost.devices import Device
 from flashlib.cost.launches import SPLIT_COST, Launch, backward_launches, decode_launches, forward_launches
 
-__all__ = ["ROOFS", "Estimate", "attention_time", "launch_time", "matmul_time", "roofs", "total"]
+__all__ = ["ROOFS", "Estimate", "attention_time", "launch_time", "matmul_time", "roofs", "tiles_time", "total"]
 
 ROOFS = ("memory", "products", "exponentials", "power")
 PROGRAM_TILES = SPLIT_COST  # what flashlib.inference.decode has a split cost beside its tiles
@@ -120,6 +120,13 @@ def matmul_time(work: Work, dtype: str, device: Device, *, kernels: int = 1) -> 
     return _longest(limits, kernels * KERNEL_SECONDS, 0.0, of, device, work, work.bytes)
 
 
+def tiles_time(work: Work, memory: float, dtype: str, device: Device) -> Estimate:
+    """Attention of which nothing is known but its schedule: tiles on all units alike, each its products and then its exponentials."""
+    of = roofs(work, memory, dtype, device)
+    limits = {"memory": of["memory"], "power": of["power"], "tiles": of["products"] + of["exponentials"]}
+    return _longest(limits, KERNEL_SECONDS, 0.0, of, device, work, memory)
+
+
 def _longest(
     limits: Mapping[str, float],
     start: float,
@@ -157,8 +164,8 @@ def attention_time(problem: Problem, device: Device, *, direction: str = "forwar
     if device.kind == "cpu":
         if direction == "backward":
             raise ValueError("direction backward is not estimated on a CPU")
-        work = fa2(problem, 64, 64)
-        return matmul_time(work, problem.dtype, device)
+        memory = sum(sum(moved.values()) for moved in compulsory(problem))
+        return tiles_time(fa2(problem, 64, 64), memory, problem.dtype, device)
     launches = makes[direction](problem, device, **decoding)
     return total(launch_time(launch, problem.dtype, device) for launch in launches)
 

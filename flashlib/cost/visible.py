@@ -200,6 +200,19 @@ class Visible:
             reached = max(reached, stop)
         return seen
 
+    def take(self, parts: Sequence[range]) -> Visible:
+        """Some of the rows, one range after another, as rows 0, 1, ..., over the same keys: what one of several devices computes."""
+        runs, at = [], 0
+        for part in parts:
+            for run in self.runs:
+                first, last = max(run.first, part.start), min(run.last, part.stop)
+                if first < last:
+                    moved = first - part.start + at
+                    ends = run.starts_at(first), run.start_slope, run.stops_at(first), run.stop_slope
+                    runs.append(Run(moved, moved + last - first, *ends))
+            at += len(part)
+        return Visible(at, self.kv_len, tuple(runs))
+
     def trimmed(self) -> Visible:
         """The same over the keys from the first that is seen to the last, which become keys 0, 1, ..."""
         if not self.runs:

@@ -32,6 +32,7 @@ def test_every_recorded_cell_is_a_point(found) -> None:
         "forward full S16384 D128 B1 H16 bf16",
         "backward full S16384 D64 B1 H32 bf16",
         "backward full S16384 D128 B1 H16 bf16",
+        "full B64 S4096 H32/8 D128 bf16",
     ]
 
 

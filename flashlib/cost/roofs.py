@@ -72,7 +72,8 @@ class Estimate:
             self.seconds + more.seconds,
             {name: self.roofs[name] + more.roofs[name] for name in ROOFS},
             {name: self.bounds.get(name, 0.0) + more.bounds.get(name, 0.0) for name in {**self.bounds, **more.bounds}},
-            max(self.uncertainty, more.uncertainty),
+            # Of a sum whose parts are all off in the same direction.
+            (self.seconds * self.uncertainty + more.seconds * more.uncertainty) / ((self.seconds + more.seconds) or 1),
             self.work + more.work,
             self.memory + more.memory,
         )

@@ -264,11 +264,11 @@ class _Costing:
 
     def _kernel_why_not(self) -> str | None:
         if self.model.mla is not None:
-            return "they have no kernel of its own for MLA"
+            return "there is none for MLA"
         if self.model.head_dim > 256:
-            return f"they take a head_dim of at most 256; it has {self.model.head_dim}"
+            return f"they take a head_dim of at most 256; here it is {self.model.head_dim}"
         if self.dtype not in ("fp16", "bf16", "fp32"):
-            return f"they take fp16, bf16 and fp32; it is {self.dtype}"
+            return f"they take fp16, bf16 and fp32; here it is {self.dtype}"
         return None
 
     def _latent_attention(self, group: Requests) -> Estimate:

@@ -28,6 +28,7 @@ __all__ = [
     "FA3Config",
     "FlashAttentionConfig",
     "InjectionConfig",
+    "ProfilingConfig",
     "TritonConfig",
     "current_config",
     "use_config",
@@ -108,6 +109,25 @@ def check_alpha(alpha: float, mode: str) -> None:
 
 
 @dataclass(frozen=True)
+class ProfilingConfig:
+    """How :class:`flashlib.measure.profiler.AttentionProfiler` measures, unless it is told otherwise.
+
+    Attributes:
+        enabled: whether it measures at all.
+        memory: whether the peak memory of regions is noted, on a GPU.
+        trace_events: how many of the last regions are kept for a trace; 0 for none.
+    """
+
+    enabled: bool = True
+    memory: bool = True
+    trace_events: int = 0
+
+    def __post_init__(self):
+        if self.trace_events < 0:
+            raise ValueError(f"trace_events must be at least 0; got {self.trace_events}")
+
+
+@dataclass(frozen=True)
 class FlashAttentionConfig:
     """How :func:`flashlib.attention` runs.
 
@@ -116,6 +136,7 @@ class FlashAttentionConfig:
         order: backends for ``"auto"`` to try, in this order; empty for :func:`flashlib.backends.order_of_choice`.
         fa3, fa2, triton, tiled: settings of single backends.
         injection: how memories are injected.
+        profiling: how regions are measured.
     """
 
     backend: str = "auto"
@@ -125,6 +146,7 @@ class FlashAttentionConfig:
     triton: TritonConfig = field(default_factory=TritonConfig)
     tiled: Tiling = field(default_factory=Tiling)
     injection: InjectionConfig = field(default_factory=InjectionConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self):
         from flashlib.backends import check_name

@@ -6,6 +6,7 @@ Everything is imported on first use: a table or a record can be shown without Py
 from importlib import import_module
 
 _HOME = {
+    "AttentionProfiler": "profiler",
     "MemoryLevel": "machine",
     "Record": "record",
     "Timing": "timing",
@@ -15,6 +16,7 @@ _HOME = {
     "matmul_flops_per_s": "machine",
     "memory_wall": "memory",
     "naive_steps": "steps",
+    "profile": "profiler",
     "save_record": "record",
     "sources_hash": "record",
     "stream_bytes_per_s": "machine",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashlib.cost.conventions import CONVENTIONS
 from flashlib.cost.counts import Problem, formula, paper_flops
@@ -30,6 +30,7 @@ from flashlib.measure.tables import Table, table
 __all__ = ["Point", "Verdict", "points", "verdict"]
 
 TRAINING = ("training_forward", "training_backward", "window", "varlen")
+PEERS = ("genz", "aiconfigurator")
 DECODING = ("decode", "paged_decode", "ragged_decode", "shared_prefix")
 
 
@@ -42,6 +43,7 @@ class Point:
         measured_ms, predicted_ms: the record's median, and the estimate.
         bound: what the estimate says binds. looked_at: whether the model was decided on while looking at this cell.
         by_convention: milliseconds by other ways of counting: their FLOPs at the rate of a large matrix product.
+        by_peer: milliseconds by other people's estimators, where they can answer (``benchmarks/cost_peers.py``).
     """
 
     topic: str
@@ -52,6 +54,7 @@ class Point:
     bound: str
     looked_at: bool
     by_convention: dict[str, float]
+    by_peer: dict[str, float]
 
     @property
     def error(self) -> float:
@@ -89,6 +92,31 @@ class Verdict:
         notes = [f"{looked_at} further cells were looked at when the model was made, and are left out."]
         return table(rows, headers, notes=notes)
 
+    def peers(self) -> Table:
+        """Other estimators on the points that they can answer, beside ours on the same points."""
+        rows = []
+        for name in dict.fromkeys(name for point in self.judged for name in point.by_peer):
+            answered = [point for point in self.judged if name in point.by_peer]
+            for kind in (None, *dict.fromkeys(point.kind for point in answered)):
+                chosen = [point for point in answered if kind in (None, point.kind)]
+                theirs = sorted(abs(point.by_peer[name] / point.measured_ms - 1) for point in chosen)
+                ours = sorted(abs(point.error) for point in chosen)
+                nearer = sum(abs(point.error) < abs(point.by_peer[name] / point.measured_ms - 1) for point in chosen)
+                rows.append((name, kind or "all", len(chosen), *_shares(theirs), *_shares(ours), nearer))
+        headers = [
+            "estimator",
+            "points",
+            "answered",
+            "its median",
+            "its worst",
+            "our median",
+            "our worst",
+            "ours is nearer",
+        ]
+        return table(
+            rows, headers, notes=[f"of {len(self.judged)} points; benchmarks/cost_peers.py says why not the others"]
+        )
+
     def detail(self) -> Table:
         """Every point, the worst first."""
         ordered = sorted(self.points, key=lambda point: -abs(point.error))
@@ -109,19 +137,29 @@ def _shares(errors: list[float]) -> tuple[str, str]:
 
 def points(folder: str = "h200", gpu: Device | None = None) -> Iterable[Point]:
     """Every timed cell of our own kernels in the records of a machine."""
-    gpu = gpu or device(folder)
-    for topic in TRAINING:
-        for row in load_record(f"{folder}/{topic}").select(peer="triton"):
-            if row["ms"]:
-                yield _training(topic, row, gpu)
-    for topic in DECODING:
+    gpu, theirs = gpu or device(folder), _peers(folder)
+    for topic in (*TRAINING, *DECODING):
+        makes = _training if topic in TRAINING else _decoding
         for row in load_record(f"{folder}/{topic}").rows:
-            if (
-                row["ms"]
-                and row["peer"].startswith("flashlib")
-                and not (topic == "shared_prefix" and row["peer"] == "flashlib")
-            ):
-                yield _decoding(topic, row, gpu)
+            # Beside the shared prefix is timed what it saves: plain decoding of caches that hold the prefix each.
+            ours = row["peer"] == "triton" or row["peer"].startswith(
+                "flashlib_" if topic == "shared_prefix" else "flashlib"
+            )
+            if ours and row["ms"]:
+                yield replace(makes(topic, row, gpu), by_peer=theirs.get(_case_of(row), {}))
+
+
+def _peers(folder: str) -> dict[tuple, dict[str, float]]:
+    """What other estimators say, by case."""
+    return {
+        _case_of(row): {name: row[f"{name}_ms"] for name in PEERS if row[f"{name}_ms"]}
+        for row in load_record(f"{folder}/cost_peers").rows
+    }
+
+
+def _case_of(row: dict) -> tuple:
+    names = ("batch", "q_heads", "kv_heads", "length", "head_dim", "mask", "direction", "queries", "own", "cache", "dtype", "peer")  # fmt: skip
+    return tuple(row.get(name) for name in names)
 
 
 def verdict(folder: str = "h200") -> Verdict:
@@ -146,7 +184,7 @@ def _training(topic: str, row: dict, gpu: Device) -> Point:
     backward = case.direction == "backward"
     estimate = attention_time(problem, gpu, direction=case.direction)
     looked_at = topic.startswith("training") and case.length == 16384 and case.mask == "full"
-    return Point(topic, case.label, case.direction, row["ms"], 1e3 * estimate.seconds, estimate.bound, looked_at, _ways_of(problem, gpu, backward))  # fmt: skip
+    return Point(topic, case.label, case.direction, row["ms"], 1e3 * estimate.seconds, estimate.bound, looked_at, _ways_of(problem, gpu, backward), {})  # fmt: skip
 
 
 def _decoding(topic: str, row: dict, gpu: Device) -> Point:
@@ -165,7 +203,7 @@ def _decoding(topic: str, row: dict, gpu: Device) -> Point:
     label = f"{case.label}{f' pages of {page}' if page.isdigit() else ''}"
     looked_at = topic == "decode" and case.batch == 64
     ways = _ways_of(problem, gpu, False)
-    return Point(topic, label, kind, row["ms"], 1e3 * estimate.seconds, estimate.bound, looked_at, ways)
+    return Point(topic, label, kind, row["ms"], 1e3 * estimate.seconds, estimate.bound, looked_at, ways, {})
 
 
 def _ways_of(problem: Problem, gpu: Device, backward: bool) -> dict[str, float]:
@@ -180,4 +218,4 @@ def _ways_of(problem: Problem, gpu: Device, backward: bool) -> dict[str, float]:
 
 if __name__ == "__main__":
     found = verdict()
-    print(found.detail(), found.summary(), sep="\n\n")
+    print(found.detail(), found.summary(), found.peers(), sep="\n\n")

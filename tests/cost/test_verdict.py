@@ -8,7 +8,7 @@ from flashlib.cost.conventions import corrected, exact, original
 from flashlib.cost.counts import Problem, naive
 from flashlib.cost.devices import device
 from flashlib.cost.roofs import UNCERTAIN_MEASURED
-from flashlib.cost.verdict import DECODING, TRAINING, verdict
+from flashlib.cost.verdict import DECODING, PEERS, TRAINING, verdict
 from flashlib.measure.record import load_record
 
 
@@ -60,6 +60,19 @@ def test_flops_alone_do_not_predict(found) -> None:
     for way in found.points[0].by_convention:
         theirs = found.errors(way=way)
         assert theirs[len(theirs) // 2] > 4 * ours[len(ours) // 2], way
+
+
+def test_ours_is_nearer_than_two_public_estimators(found) -> None:
+    """On the points that they can answer: most of them each, and the median by far."""
+    for name in PEERS:
+        answered = [point for point in found.judged if name in point.by_peer]
+        theirs = sorted(abs(point.by_peer[name] / point.measured_ms - 1) for point in answered)
+        ours = sorted(abs(point.error) for point in answered)
+        assert len(answered) >= 30, name
+        assert ours[len(ours) // 2] < 0.5 * theirs[len(theirs) // 2] and ours[-1] < theirs[-1], name
+        nearer = sum(abs(point.error) < abs(point.by_peer[name] / point.measured_ms - 1) for point in answered)
+        assert nearer > 0.8 * len(answered), name
+    assert all(word in str(found.peers()) for word in PEERS)
 
 
 def test_traffic_of_the_unfused_formula_and_of_a_fused_kernel() -> None:

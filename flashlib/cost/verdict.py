@@ -24,12 +24,13 @@ from flashlib.cost.roofs import attention_time, launch_time, total
 from flashlib.cost.visible import Visible
 from flashlib.measure.cases import Case
 from flashlib.measure.decoding import DecodeCase
-from flashlib.measure.record import load_record
+from flashlib.measure.record import BENCHMARKS, load_record
 from flashlib.measure.tables import Table, table
 
 __all__ = ["Point", "Verdict", "points", "verdict"]
 
 TRAINING = ("training_forward", "training_backward", "window", "varlen")
+FURTHER = "cost_points"
 PEERS = ("genz", "aiconfigurator")
 DECODING = ("decode", "paged_decode", "ragged_decode", "shared_prefix")
 
@@ -147,6 +148,9 @@ def points(folder: str = "h200", gpu: Device | None = None) -> Iterable[Point]:
             )
             if ours and row["ms"]:
                 yield replace(makes(topic, row, gpu), by_peer=theirs.get(_case_of(row), {}))
+    if (BENCHMARKS / folder / f"{FURTHER}.json").is_file():  # what benchmarks/cost_points.py has timed, if it was run
+        for row in load_record(f"{folder}/{FURTHER}").rows:
+            yield further(row, gpu)
 
 
 def _peers(folder: str) -> dict[tuple, dict[str, float]]:
@@ -204,6 +208,17 @@ def _decoding(topic: str, row: dict, gpu: Device) -> Point:
     looked_at = topic == "decode" and case.batch == 64
     ways = _ways_of(problem, gpu, False)
     return Point(topic, label, kind, row["ms"], 1e3 * estimate.seconds, estimate.bound, looked_at, ways, {})
+
+
+def further(row: dict, gpu: Device) -> Point:
+    """A row of ``benchmarks/cost_points.py``: chunks of a prompt, grouped heads, decoding in many shapes."""
+    sizes = {name: row[name] for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim")}
+    problem = Problem.causal(**sizes, dtype=row["dtype"])
+    estimate = attention_time(problem, gpu, direction=row["kind"])
+    kind = "chunked" if row["kind"] == "forward" and row["q_len"] < row["kv_len"] else row["kind"]
+    label = f"{kind} {' '.join(f'{name}={value}' for name, value in sizes.items())}"
+    ways = _ways_of(problem, gpu, row["kind"] == "backward")
+    return Point(FURTHER, label, kind, row["ms"], 1e3 * estimate.seconds, estimate.bound, False, ways, {})
 
 
 def _ways_of(problem: Problem, gpu: Device, backward: bool) -> dict[str, float]:

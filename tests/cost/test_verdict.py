@@ -7,8 +7,8 @@ import pytest
 from flashlib.cost.conventions import corrected, exact, original
 from flashlib.cost.counts import Problem, naive
 from flashlib.cost.devices import device
-from flashlib.cost.roofs import UNCERTAIN_MEASURED
-from flashlib.cost.verdict import DECODING, PEERS, TRAINING, verdict
+from flashlib.cost.roofs import UNCERTAIN_MEASURED, attention_time
+from flashlib.cost.verdict import DECODING, PEERS, TRAINING, further, verdict
 from flashlib.measure.record import load_record
 
 
@@ -34,6 +34,14 @@ def test_every_recorded_cell_is_a_point(found) -> None:
         "backward full S16384 D128 B1 H16 bf16",
         "full B64 S4096 H32/8 D128 bf16",
     ]
+
+
+def test_points_that_are_timed_later_are_taken_in() -> None:
+    """A chunk of a prompt, as benchmarks/cost_points.py writes it."""
+    sizes = {"batch": 1, "q_heads": 32, "kv_heads": 8, "q_len": 512, "kv_len": 8192, "head_dim": 128}
+    point = further({"kind": "forward", **sizes, "dtype": "bf16", "ms": 0.2}, device("h200"))
+    seconds = attention_time(Problem.causal(**sizes), device("h200")).seconds
+    assert point.kind == "chunked" and point.predicted_ms == 1e3 * seconds and point.measured_ms == 0.2
 
 
 def test_estimates_are_near_what_was_measured(found) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from flashlib.cost.steps import Step, StepCost
 from flashlib.cost.visible import Visible
 from flashlib.measure.tables import Table, format_bytes, format_number, table
 
-__all__ = ["Report", "compare", "report"]
+__all__ = ["WAITS", "Report", "compare", "draw_roofs", "report"]
 
 WAITS = {
     "memory": "memory",
@@ -188,32 +189,55 @@ class Report:
 
 def draw(axes, shown: Report) -> None:
     """The roofs of the device and the parts of the step, on log-log axes."""
-    device, dtype = shown.device, shown.dtype
     points = {
         name: (part.work.products / part.memory, part.work.products / part.seconds, part)
         for name, part in shown.cost.parts.items()
         if part.memory and part.work.products
     }
-    intensities = [x for x, _, _ in points.values()]
-    ridge = device.sustained(dtype) / device.read_bytes_per_s
-    low, high = min([*intensities, ridge / 30]) / 2, max([*intensities, ridge * 30]) * 2
-    axes.plot(
-        [low, high], [low * device.read_bytes_per_s, high * device.read_bytes_per_s], color="tab:blue", label="memory"
-    )
-    axes.axhline(device.peak(dtype), color="tab:orange", label="tensor cores, data sheet")
-    axes.axhline(device.sustained(dtype), color="tab:red", linestyle="--", label="power cap (a large product)")
-    per_pair = 2 * (shown.model.head_dim + shown.model.v_head_dim)
-    axes.axhline(device.exponentials_per_s * per_pair, color="tab:green", linestyle=":", label=f"exponentials, at head_dim {shown.model.head_dim}")  # fmt: skip
+    pair = 2 * (shown.model.head_dim + shown.model.v_head_dim)
+    draw_roofs(axes, shown.device, shown.dtype, pair, [(x, y) for x, y, _ in points.values()])
     for name, (x, y, part) in points.items():
         axes.scatter([x], [y], zorder=3, label=f"{name}: waits for {WAITS[part.bound]}")
-    lowest, highest = (
-        min(y for _, y, _ in points.values()),
-        max(device.peak(dtype), device.exponentials_per_s * per_pair),
-    )
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(lowest / 5, 2 * highest))
-    axes.set(xlabel="FLOPs in products for each byte from memory", ylabel="FLOP/s in products")
     axes.set_title(shown.title, fontsize=9)
     axes.legend(loc="lower right", fontsize=8)
+
+
+BINDING = {
+    "memory": ("memory",),
+    "power": ("power",),
+    "tiles": ("products", "exponentials"),
+    "latency": (),
+    "links": (),
+}
+
+
+def draw_roofs(
+    axes, device: Device, dtype: str, pair: int, points: Sequence[tuple[float, float]], bound: str | None = None
+) -> None:
+    """The roofs of a device on log-log axes, wide enough for some points: FLOP/s in products over products for each byte.
+
+    Args:
+        pair: FLOPs in products for each exponential, ``2 (D + Dv)``.
+        points: to leave room for.
+        bound: of an estimate (:attr:`flashlib.cost.Estimate.bound`); the roofs that bind are drawn thick. None for none.
+    """
+    read, ridge = device.read_bytes_per_s, device.sustained(dtype) / device.read_bytes_per_s
+    low, high = min([*(x for x, _ in points), ridge / 30]) / 2, max([*(x for x, _ in points), ridge * 30]) * 2
+    roofs = {
+        "memory": (([low, high], [low * read, high * read]), "tab:blue", "-", "memory"),
+        "products": (([low, high], [device.peak(dtype)] * 2), "tab:orange", "-", "tensor cores, data sheet"),
+        "exponentials": (([low, high], [device.exponentials_per_s * pair] * 2), "tab:green", ":", f"exponentials, one for {pair} FLOPs"),
+        "power": (([low, high], [device.sustained(dtype)] * 2), "tab:red", "--", "power cap (a large product)"),
+    }  # fmt: skip
+    binding = BINDING[bound] if bound else ()
+    for name, (line, color, style, label) in roofs.items():
+        axes.plot(*line, color=color, linestyle=style, label=label, linewidth=4 if name in binding else 1.5)
+    lowest = min([*(y for _, y in points), low * read])
+    highest = max(device.peak(dtype), device.exponentials_per_s * pair)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(lowest / 3, 2 * highest))
+    axes.set(xlabel="FLOPs in products for each byte from memory", ylabel="TFLOP/s in products")
+    axes.xaxis.set_major_formatter(lambda value, _: format_number(value))
+    axes.yaxis.set_major_formatter(lambda value, _: format_number(value / 1e12))
 
 
 def report(

@@ -115,7 +115,12 @@ class Verdict:
             "ours is nearer",
         ]
         return table(
-            rows, headers, notes=[f"of {len(self.judged)} points; benchmarks/cost_peers.py says why not the others"]
+            rows,
+            headers,
+            notes=[
+                f"Of {len(self.judged)} points; the record cost_peers says why not the others. "
+                "aiconfigurator's tables are of TensorRT-LLM's kernels."
+            ],
         )
 
     def detail(self) -> Table:

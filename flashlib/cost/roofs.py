@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flashlib.cost.counts import Problem, Work, compulsory, fa2
 from flashlib.cost.devices import Device
@@ -30,13 +30,18 @@ from flashlib.cost.launches import SPLIT_COST, Launch, backward_launches, decode
 
 __all__ = ["ROOFS", "Estimate", "attention_time", "launch_time", "matmul_time", "roofs", "tiles_time", "total"]
 
+RECORDED, RECORDED_HEADS = (
+    ("hopper_forward", "hopper_dkdv", "decode_split"),
+    {64, 128},
+)  # kernels and head_dims of those runs
 ROOFS = ("memory", "products", "exponentials", "power")
 PROGRAM_TILES = SPLIT_COST  # what flashlib.inference.decode has a split cost beside its tiles
 KERNEL_SECONDS = (
     2e-6  # in a CUDA graph, from the last program of the kernel before it to the first of its own; a round figure
 )
 SIMULATED = 20_000  # programs; of more, these many are put on multiprocessors and the rest taken to run like them
-# By how much an estimate may be off: where the device's ceilings were measured, the recorded runs say so; elsewhere it is a guess.
+# By how much an estimate may be off. The first is for what recorded runs have shown (flashlib.cost.verdict): attention on a device whose
+# ceilings were measured, by kernels that are in the records. The second is a guess, for everything else.
 UNCERTAIN_MEASURED, UNCERTAIN_ASSUMED = 0.20, 0.40
 
 
@@ -111,21 +116,21 @@ def launch_time(launch: Launch, dtype: str, device: Device) -> Estimate:
     else:
         busy, waiting = _makespan(launch, device.units) * tile, 0.0
         limits = {"memory": of["memory"], "tiles": busy, "power": of["power"]}
-    return _longest(limits, KERNEL_SECONDS, waiting, of, device, launch.work, launch.memory)
+    return _longest(limits, KERNEL_SECONDS, waiting, of, launch.work, launch.memory)
 
 
 def matmul_time(work: Work, dtype: str, device: Device, *, kernels: int = 1) -> Estimate:
     """Matrix products outside of attention: as fast as memory brings the weights, or as a large product is."""
     of = roofs(work, work.bytes, dtype, device)
     limits = {"memory": of["memory"], "power": of["power"], "tiles": of["exponentials"]}
-    return _longest(limits, kernels * KERNEL_SECONDS, 0.0, of, device, work, work.bytes)
+    return _longest(limits, kernels * KERNEL_SECONDS, 0.0, of, work, work.bytes)
 
 
 def tiles_time(work: Work, memory: float, dtype: str, device: Device) -> Estimate:
     """Attention of which nothing is known but its schedule: tiles on all units alike, each its products and then its exponentials."""
     of = roofs(work, memory, dtype, device)
     limits = {"memory": of["memory"], "power": of["power"], "tiles": of["products"] + of["exponentials"]}
-    return _longest(limits, KERNEL_SECONDS, 0.0, of, device, work, memory)
+    return _longest(limits, KERNEL_SECONDS, 0.0, of, work, memory)
 
 
 def _longest(
@@ -133,7 +138,6 @@ def _longest(
     start: float,
     waiting: float,
     of: dict[str, float],
-    device: Device,
     work: Work,
     memory: float,
 ) -> Estimate:
@@ -145,8 +149,7 @@ def _longest(
         if limits[longest] > waiting
         else {"latency": seconds}
     )
-    uncertainty = UNCERTAIN_MEASURED if device.measured else UNCERTAIN_ASSUMED
-    return Estimate(seconds, of, bounds, uncertainty, work, memory)
+    return Estimate(seconds, of, bounds, UNCERTAIN_ASSUMED, work, memory)
 
 
 def attention_time(problem: Problem, device: Device, *, direction: str = "forward", **decoding) -> Estimate:
@@ -168,7 +171,9 @@ def attention_time(problem: Problem, device: Device, *, direction: str = "forwar
         memory = sum(sum(moved.values()) for moved in compulsory(problem))
         return tiles_time(fa2(problem, 64, 64), memory, problem.dtype, device)
     launches = makes[direction](problem, device, **decoding)
-    return total(launch_time(launch, problem.dtype, device) for launch in launches)
+    found = total(launch_time(launch, problem.dtype, device) for launch in launches)
+    recorded = {problem.head_dim, problem.v_head_dim} <= RECORDED_HEADS and any(x.kernel in RECORDED for x in launches)
+    return replace(found, uncertainty=UNCERTAIN_MEASURED) if device.measured and recorded else found
 
 
 def _makespan(launch: Launch, units: int) -> float:

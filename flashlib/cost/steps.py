@@ -13,7 +13,15 @@ from flashlib.cost.counts import BYTES, FP32, Problem, Work, compulsory, fa2
 from flashlib.cost.devices import Device
 from flashlib.cost.models import Layer, Model
 from flashlib.cost.parallel import Parallel
-from flashlib.cost.roofs import KERNEL_SECONDS, Estimate, attention_time, matmul_time, tiles_time, total
+from flashlib.cost.roofs import (
+    KERNEL_SECONDS,
+    UNCERTAIN_ASSUMED,
+    Estimate,
+    attention_time,
+    matmul_time,
+    tiles_time,
+    total,
+)
 from flashlib.cost.visible import Visible, checked_count
 
 __all__ = ["PHASES", "Requests", "Step", "StepCost", "chunked", "decode", "prefill", "speculative", "step_of"]
@@ -221,6 +229,9 @@ class _Costing:
             )
         if not self.device.measured:
             notes.append(f"nothing was measured on {self.device.title}: ceilings are shares of data sheet figures")
+        if self.cache != self.dtype and not self._kernel_why_not():
+            notes.append(f"our kernels read caches in {self.dtype}; one in {self.cache} is counted as if they did")
+        notes.append("attention alone was held against recorded runs; of the rest only the roofs are known")
         if self.model.sinks:
             notes.append("attention sinks, a number for each head, are not counted")
         return notes
@@ -385,4 +396,4 @@ class _Costing:
                 few * group.count * group.new * model.q_heads * (model.v_head_dim + 1) * FP32
             )  # partial results are merged
         seconds = (reduced + exchanged) / self.device.link_bytes_per_s + 2 * KERNEL_SECONDS
-        return Estimate(seconds, bounds={"links": seconds}, uncertainty=0.5)
+        return Estimate(seconds, bounds={"links": seconds}, uncertainty=UNCERTAIN_ASSUMED)

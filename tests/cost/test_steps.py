@@ -6,7 +6,7 @@ from flashlib.cost.counts import Problem, formula
 from flashlib.cost.devices import device
 from flashlib.cost.models import model
 from flashlib.cost.parallel import Parallel
-from flashlib.cost.roofs import attention_time
+from flashlib.cost.roofs import UNCERTAIN_ASSUMED, UNCERTAIN_MEASURED, attention_time
 from flashlib.cost.steps import PHASES, Requests, StepCost, chunked, decode, prefill, speculative, step_of
 
 H200 = device("h200")
@@ -127,11 +127,20 @@ def test_energy_lies_between_idle_and_the_power_cap() -> None:
         assert 0.15 * H200.watts * cost.seconds <= cost.joules <= H200.watts * cost.seconds
 
 
-def test_a_cpu_and_a_gpu_that_was_not_measured_say_so() -> None:
+def test_what_was_not_measured_is_less_certain_and_says_so() -> None:
+    found = model("smollm2-135m")
     for name in ("epyc-9654", "a100"):
-        cost = StepCost.of(model("smollm2-135m"), decode(1, 1024), device(name))
-        assert cost.notes and cost.whole.uncertainty > 0.3
-    assert StepCost.of(model("smollm2-135m"), decode(1, 1024), H200).notes == ()
+        cost = StepCost.of(found, decode(1, 1024), device(name))
+        assert cost.whole.uncertainty == pytest.approx(UNCERTAIN_ASSUMED)
+        assert any("data sheet" in note for note in cost.notes)
+    measured = StepCost.of(found, decode(1, 1024), H200)
+    assert measured.parts["attention"].uncertainty == pytest.approx(UNCERTAIN_MEASURED)
+    assert UNCERTAIN_MEASURED < measured.whole.uncertainty < UNCERTAIN_ASSUMED
+    assert not any("data sheet" in note for note in measured.notes)
+    # No recorded run has a head_dim of 256, nor a cache in 8 bits.
+    wide = StepCost.of(model("gemma-2-9b"), decode(1, 1024), H200, cache="fp8")
+    assert wide.parts["attention"].uncertainty == pytest.approx(UNCERTAIN_ASSUMED)
+    assert any("counted as if they did" in note for note in wide.notes)
 
 
 @pytest.mark.parametrize(

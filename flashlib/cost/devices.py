@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-__all__ = ["Device", "device", "device_names", "this_machine"]
+__all__ = ["Device", "device", "device_names", "named", "this_machine"]
 
 DATA = Path(__file__).with_name("devices.json")
 # Where nothing was measured: the share of a data sheet's figure that a large matrix product, and a large read, are taken to reach. They
@@ -103,6 +104,19 @@ def device(name: str) -> Device:
     return known[name.lower()]
 
 
+def named(title: str) -> Device:
+    """The known GPU that a driver calls by this title, such as ``"NVIDIA A100-SXM4-80GB"``.
+
+    Raises:
+        ValueError: none of them is.
+    """
+    words = set(re.findall(r"[a-z0-9]+", title.lower()))
+    fitting = [found for found in _known().values() if set(found.name.split("-")) <= words]
+    if not fitting:
+        raise ValueError(f"this GPU is not known: {title}; known are {', '.join(device_names())}")
+    return max(fitting, key=lambda found: len(found.name))
+
+
 def this_machine() -> Device:
     """This machine's GPU, or its processor: a large product and a large read are timed. Takes a few seconds, and PyTorch.
 
@@ -120,11 +134,7 @@ def this_machine() -> Device:
     from flashlib.measure.machine import matmul_flops_per_s, stream_bytes_per_s
 
     if torch.cuda.is_available():
-        title = torch.cuda.get_device_name()
-        words = title.lower().replace("geforce ", "").split()
-        found = next((d for d in _known().values() if d.kind == "gpu" and d.title.lower().replace("geforce ", "").split()[1] in words), None)  # fmt: skip
-        if found is None:
-            raise ValueError(f"this GPU is not known: {title}; known are {', '.join(device_names())}")
+        found = named(torch.cuda.get_device_name())
         rate = matmul_flops_per_s(8192, dtype=torch.bfloat16, device="cuda")
         measured = {"matmul_flops_per_s": {"bf16": rate}, "read_bytes_per_s": stream_bytes_per_s(2**32, device="cuda")}
         return Device(**{**vars(found), "name": "here", "measured": {**measured, "source": "measured here"}})

@@ -60,8 +60,6 @@ class Work:
             dict(written),
         )
 
-    __radd__ = lambda self, nothing: self if nothing == 0 else NotImplemented  # noqa: E731  so that sum() takes works
-
     def __mul__(self, times: float) -> Work:
         scaled = ({name: value * times for name, value in moved.items()} for moved in (self.read, self.written))
         return Work(self.products * times, self.exponentials * times, self.other * times, *scaled)

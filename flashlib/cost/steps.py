@@ -202,17 +202,16 @@ class _Costing:
         model, layers = self.model, Counter(self.model.layers)
         self.parallel.heads(model.q_heads, model.kv_heads)
         experts = sum(count for layer, count in layers.items() if layer.experts)
+        dense = len(model.layers) - experts
         parts = {
             "attention": total(self.attention(layer) * count for layer, count in layers.items()),
             "projections": self.projections() * len(model.layers),
-            "mlp": self.linear(model.mlp_weights if len(model.layers) > experts else 0, model.hidden, model.hidden) * (len(model.layers) - experts),
+            "mlp": self.linear(model.mlp_weights, model.hidden, model.hidden) * dense if dense else Estimate(),
             "experts": self.experts() * experts if experts else Estimate(),
             "norms": self.norms() * len(model.layers),
             "head": self.head(),
             "communication": self.communication() * len(model.layers),
-        }  # fmt: skip
-        if len(model.layers) == experts:
-            parts["mlp"] = Estimate()
+        }
         used = {name: part for name, part in parts.items() if part.seconds or name == "attention"}
         watts = (self.device.watts, IDLE_SHARE * self.device.watts)
         return StepCost(used, self.step.tokens, self.step.outputs, self.parallel.devices, watts, tuple(self.notes()))

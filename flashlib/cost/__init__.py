@@ -47,7 +47,6 @@ _HOME = {
     "paper_flops": "counts",
     "prefill": "steps",
     "read_config": "models",
-    "roofs": "roofs",
     "shared_prefix_launches": "launches",
     "speculative": "steps",
     "step_of": "steps",

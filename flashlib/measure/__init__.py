@@ -11,7 +11,7 @@ _HOME = {
     "Record": "record",
     "Timing": "timing",
     "TrafficMeter": "meter",
-    "autoselect": "autoselect",
+    "autoselect": "choosing",
     "cpu_memory": "machine",
     "load_record": "record",
     "matmul_flops_per_s": "machine",

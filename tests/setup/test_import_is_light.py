@@ -1,9 +1,11 @@
 """`import flashlib` brings not even PyTorch; its first use costs next to nothing on top of `import torch`, and brings nothing that only
 some of its users need."""
 
+import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +76,14 @@ def test_import_alone_does_not_bring_pytorch() -> None:
     modules = _modules_of("import flashlib, flashlib.cost")
     assert "flashlib.cost" in modules
     assert not {module for module in modules if module.partition(".")[0] in {"torch", "numpy", *HEAVY}}
+
+
+@pytest.mark.parametrize("package", ["flashlib.cost", "flashlib.measure", "flashlib.course"])
+def test_no_lazy_name_is_that_of_a_module(package: str) -> None:
+    """Which of the two it stood for would depend on what was imported first."""
+    module = importlib.import_module(package)
+    names = {path.stem for path in Path(module.__file__).parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not names & set(module._HOME)
 
 
 def test_names_are_what_they_are_whatever_was_imported_first() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flashlib.cost.cli import cost
 from flashlib.course.grader.cli import grade
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
     help="FlashAttention, from first principles to the speed of light: the tools of the course and of the library.",
 )
 app.command()(grade)
+app.command()(cost)
 
 
 @app.command()

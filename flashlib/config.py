@@ -31,6 +31,7 @@ __all__ = [
     "FA3Config",
     "FlashAttentionConfig",
     "InjectionConfig",
+    "ProfilingConfig",
     "TritonConfig",
     "current_config",
     "use_config",
@@ -111,6 +112,25 @@ def check_alpha(alpha: float, mode: str) -> None:
 
 
 @dataclass(frozen=True)
+class ProfilingConfig:
+    """How :class:`flashlib.measure.profiler.AttentionProfiler` measures, unless it is told otherwise.
+
+    Attributes:
+        enabled: whether it measures at all.
+        memory: whether the peak memory of regions is noted, on a GPU.
+        trace_events: how many of the last regions are kept for a trace; 0 for none.
+    """
+
+    enabled: bool = True
+    memory: bool = True
+    trace_events: int = 0
+
+    def __post_init__(self):
+        if self.trace_events < 0:
+            raise ValueError(f"trace_events must be at least 0; got {self.trace_events}")
+
+
+@dataclass(frozen=True)
 class FlashAttentionConfig:
     """How :func:`flashlib.attention` runs.
 
@@ -121,6 +141,7 @@ class FlashAttentionConfig:
             copied apart first, so that what a sequence gives is bitwise the same wherever in a pack it lies (:mod:`flashlib.packing`).
         fa3, fa2, triton, tiled: settings of single backends.
         injection: how memories are injected.
+        profiling: how regions are measured.
     """
 
     backend: str = "auto"
@@ -131,6 +152,7 @@ class FlashAttentionConfig:
     triton: TritonConfig = field(default_factory=TritonConfig)
     tiled: Tiling = field(default_factory=Tiling)
     injection: InjectionConfig = field(default_factory=InjectionConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self):
         from flashlib.backends import check_name

@@ -394,6 +394,30 @@ def cache_explorer(
     )
 
 
+def roofline_explorer() -> Figure | Explorer:
+    """Choose a device and an attention call, and see the call move under the roofs, and which of them binds it. See
+    `figures.under_roofs`."""
+    from flashlib.cost import Problem, device, device_names
+
+    gpus = [name for name in device_names() if device(name).kind == "gpu"]
+
+    def draw(gpu: str, phase: str, batch: int, length: int, kv_heads: int, head_dim: int) -> Figure:
+        queries = length if phase == "prefill" else 1
+        problem = Problem.causal(batch, 32, kv_heads, queries, length, head_dim)
+        name = f"{phase} of {batch} x {length:,} tokens, 32 query and {kv_heads} KV heads of {head_dim}"
+        return figures.under_roofs({name: (problem, "forward" if phase == "prefill" else "decode")}, device(gpu))
+
+    return explore(
+        draw,
+        gpu=Choice(gpus, "h200"),
+        phase=Choice(["prefill", "decode"], "decode"),
+        batch=Choice([1, 4, 16, 64], 16),
+        length=Choice([2**power for power in range(9, 16)], 8192),
+        kv_heads=Choice([1, 8, 32], 8),
+        head_dim=Choice([64, 128], 128),
+    )
+
+
 def memory_explorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, story: Story) -> Figure | Explorer:
     """Choose alpha, its meaning and the layers, and see how likely a model then thinks the answers about a story.
 

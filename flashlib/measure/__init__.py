@@ -1,24 +1,37 @@
-"""Measuring, and keeping what was measured: timing, memory, machines, and recorded results with where they came from."""
+"""Measuring, and keeping what was measured: timing, memory, machines, and recorded results with where they came from.
 
-from flashlib.measure.machine import MemoryLevel, cpu_memory, matmul_flops_per_s, stream_bytes_per_s
-from flashlib.measure.memory import memory_wall
-from flashlib.measure.meter import TrafficMeter
-from flashlib.measure.record import Record, load_record, save_record, sources_hash
-from flashlib.measure.steps import naive_steps
-from flashlib.measure.timing import Timing, time_call
+Everything is imported on first use: a table or a record can be shown without PyTorch.
+"""
 
-__all__ = [
-    "MemoryLevel",
-    "Record",
-    "Timing",
-    "TrafficMeter",
-    "cpu_memory",
-    "load_record",
-    "matmul_flops_per_s",
-    "memory_wall",
-    "naive_steps",
-    "save_record",
-    "sources_hash",
-    "stream_bytes_per_s",
-    "time_call",
-]
+from importlib import import_module
+
+_HOME = {
+    "AttentionProfiler": "profiler",
+    "MemoryLevel": "machine",
+    "Record": "record",
+    "Timing": "timing",
+    "TrafficMeter": "meter",
+    "autoselect": "choosing",
+    "cpu_memory": "machine",
+    "load_record": "record",
+    "matmul_flops_per_s": "machine",
+    "memory_wall": "memory",
+    "naive_steps": "steps",
+    "profile": "profiler",
+    "save_record": "record",
+    "sources_hash": "record",
+    "stream_bytes_per_s": "machine",
+    "time_call": "timing",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -19,6 +19,7 @@ EXPLORERS = {
     "cache_explorer": lambda: widgets.cache_explorer(weight_bytes=270 * 2**20),
     "memory_wall_explorer": widgets.memory_wall_explorer,
     "page_stepper": widgets.page_stepper,
+    "roofline_explorer": widgets.roofline_explorer,
 }
 
 
@@ -119,6 +120,18 @@ def test_cache_explorer_multiplies_out(reader, undrawn):
     assert "GQA 360 MiB" in explorer.figure.alt
     explorer.controls["itemsize"].value = 4
     assert "GQA 720 MiB" in explorer.figure.alt
+
+
+def test_roofline_explorer_says_what_binds(reader, undrawn):
+    explorer = widgets.roofline_explorer()
+    assert "decode of 16 x 8,192 tokens" in explorer.figure.alt and "waits for memory" in explorer.figure.alt
+    explorer.controls["phase"].value = "prefill"
+    assert "waits for products, then exponentials" in explorer.figure.alt
+    explorer.controls["phase"].value = "decode"
+    explorer.controls["batch"].value, explorer.controls["length"].value = 1, 512
+    assert "waits for starting kernels" in explorer.figure.alt
+    explorer.controls["gpu"].value = "a100"
+    assert "NVIDIA A100" in explorer.figure.alt
 
 
 def test_memory_wall_explorer_finds_the_wall(reader, undrawn):

@@ -23,8 +23,16 @@ from flashlib.course.grader.sandbox.session import REPOSITORY, Sandbox
 NOISE = b"""
 
 
+_only_numbers = "torch" not in globals()  # an exercise in counting
+
+
 def _noisy(value):
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
+    if _only_numbers:
+        if type(value) is dict:
+            return {name: _noisy(number) for name, number in value.items()}
+        if type(value) is int:
+            return 2 * value + 3
+    elif isinstance(value, torch.Tensor) and value.is_floating_point():
         return value + (3 + value.abs()) * torch.rand_like(value)
     return type(value)(map(_noisy, value)) if type(value) in (tuple, list) else value
 

@@ -1,8 +1,11 @@
-"""`import flashlib` costs next to nothing on top of `import torch`, and brings nothing that only some of its users need."""
+"""`import flashlib` brings not even PyTorch; its first use costs next to nothing on top of `import torch`, and brings nothing that only
+some of its users need."""
 
+import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +27,17 @@ HEAVY = {
         "rich",
     ),
 }
+USES = [
+    "import flashlib; assert callable(flashlib.attention)",
+    "from flashlib import attention; assert callable(attention)",
+    "from flashlib.attention import attention; import flashlib; assert flashlib.attention is attention",
+    "import flashlib.attention; assert callable(flashlib.attention)",
+    "import flashlib; flashlib.masks.Causal(); assert callable(flashlib.attention)",
+    "import flashlib.backends; import flashlib.attention; import flashlib; assert callable(flashlib.attention)",
+    "import flashlib; flashlib.attention = print; assert flashlib.attention is print; flashlib.masks.Causal()",
+    "from flashlib import *; assert callable(attention) and masks.Causal()",
+    "import flashlib; assert set(flashlib.__all__) <= set(dir(flashlib)); assert not hasattr(flashlib, 'nothing')",
+]
 SCRIPT = """
 import json, sys, time
 import torch
@@ -31,6 +45,7 @@ opened = []
 before, start = set(sys.modules), time.process_time()
 sys.addaudithook(lambda event, details: opened.append(str(details[0])) if event == "open" else None)
 import flashlib
+flashlib.attention
 seconds, files = time.process_time() - start, list(opened)
 print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before), "files": files}))
 """
@@ -62,3 +77,35 @@ def test_import_brings_nothing_heavy(first_import: dict) -> None:
     modules = first_import["modules"]
     assert "flashlib.attention" in modules
     assert not {module for module in modules if module.partition(".")[0] in HEAVY}
+
+
+def test_import_alone_does_not_bring_pytorch() -> None:
+    modules = _modules_of("import flashlib, flashlib.cost")
+    assert "flashlib.cost" in modules
+    assert not {module for module in modules if module.partition(".")[0] in {"torch", "numpy", *HEAVY}}
+
+
+@pytest.mark.parametrize("package", ["flashlib.cost", "flashlib.measure", "flashlib.course"])
+def test_no_lazy_name_is_that_of_a_module(package: str) -> None:
+    """Which of the two it stood for would depend on what was imported first."""
+    module = importlib.import_module(package)
+    names = {path.stem for path in Path(module.__file__).parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not names & set(module._HOME)
+
+
+def test_names_are_what_they_are_whatever_was_imported_first() -> None:
+    """`flashlib.attention` is the function, and never the module that it lives in."""
+    script = f"""
+import sys, torch
+for use in {USES!r}:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flashlib"]:
+        del sys.modules[name]
+    exec(use, {{}})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def _modules_of(program: str) -> set[str]:
+    script = f"import json, sys; {program}; print(json.dumps(sorted(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(result.stdout))

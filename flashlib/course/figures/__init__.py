@@ -11,6 +11,7 @@ from flashlib.course.figures.hierarchy import h200_memory, memory_hierarchy
 from flashlib.course.figures.kernels import program_lanes
 from flashlib.course.figures.pages import page_map
 from flashlib.course.figures.programs import attention_programs
+from flashlib.course.figures.roofs import estimates, under_roofs
 from flashlib.course.figures.scaling import power_laws
 from flashlib.course.figures.splits import split_schedule, split_shares
 from flashlib.course.figures.tiles import Step, mask_figure, mask_gallery, tile_counts, tile_steps, tile_sweep
@@ -25,6 +26,7 @@ __all__ = [
     "backward_sweep",
     "bars",
     "cache_figure",
+    "estimates",
     "h200_memory",
     "head_gallery",
     "layout_heads",
@@ -50,4 +52,5 @@ __all__ = [
     "tile_steps",
     "tile_sweep",
     "tile_visits",
+    "under_roofs",
 ]

@@ -585,7 +585,7 @@ def _integers(name: str, values: Tensor | Sequence[int], ndims: tuple[int, ...],
     given = _tensor(values)
     if given.dtype == torch.uint64:
         raise TypeError(f"{name} must hold integers that fit into int64; got {given.dtype}")
-    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+    if (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool) and given.numel():
         raise TypeError(f"{name} must hold integers; got {given.dtype}")
     if given.dim() not in ndims:
         expected = " or ".join(f"{n}-dimensional" for n in ndims)

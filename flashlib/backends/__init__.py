@@ -29,7 +29,6 @@ __all__ = [
     "Preference",
     "available",
     "choose",
-    "config_for",
     "explain",
     "order_of_choice",
 ]

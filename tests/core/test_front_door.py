@@ -275,7 +275,7 @@ BAD_SETTINGS = [
     (
         {"bakend": "auto"},
         ValueError,
-        "unknown setting: bakend; top-level settings are backend, order, fa3, fa2, triton, tiled",
+        "unknown setting: bakend; top-level settings are backend, order, packing, fa3, fa2, triton, tiled",
     ),
     ({"tiled": {"block": 3}}, ValueError, "unknown setting: "),
     ({"tiled": {"block_q": "3"}}, TypeError, "tiled.block_q must be <class 'int'>; got '3'"),

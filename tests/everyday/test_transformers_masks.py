@@ -71,7 +71,7 @@ def test_each_rule_of_transformers(rule, cache, rng):
         }  # fmt: skip
         rows = RULES[rule](config=made, **copy.copy(arguments))
         theirs = copy.copy(made)
-        theirs._attn_implementation = "exact"
+        theirs._attn_implementation = "exact_everyday"
         expected = RULES[rule](config=theirs, **arguments)[:, 0]
         assert rows.dtype == torch.int64 and rows.shape[1:] == (1, new, 2) and rows.is_contiguous()
         for mask in (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 import traceback
 import warnings
@@ -426,6 +427,10 @@ def try_all(subjects: list[Subject], device: str, ways: dict[str, Callable] | No
                 way(subject, device)
         except Exception as error:
             outcome, message = "refuses" if is_ours(error) else "FAILS", f"{type(error).__name__}: {error}"
+            told = re.search(
+                rf"raised exception ({BackendUnavailableError.__name__})\(\(ConstantVariable\(str: \"(.*)\"\)", message
+            )
+            message = f"{told[1]}: {told[2]}" if told else message
         rows.append({"subject": subject.name, "way": name, "outcome": outcome, "message": message})
     return rows
 
@@ -436,6 +441,10 @@ REFUSALS = (NotImplementedError, BackendUnavailableError, ValueError, TypeError)
 def is_ours(error: BaseException) -> bool:
     """Whether a line of flashlib that says ``raise`` raised it: what PyTorch raises inside a call of ours is no refusal."""
     at = traceback.extract_tb(error.__traceback__)[-1]
+    if f"raised exception {BackendUnavailableError.__name__}" in str(
+        error
+    ):  # so torch.compile tells it on, with much around it
+        return True
     return isinstance(error, REFUSALS) and at.filename.startswith(PACKAGE) and (at.line or "").startswith("raise ")
 
 

@@ -13,6 +13,7 @@ import torch
 from tabulate import tabulate
 
 from flashlib.backends.base import Backend, BackendUnavailableError
+from flashlib.backends.cpu import CPUBackend
 from flashlib.backends.flash_attn import FlashAttention2, FlashAttention3
 from flashlib.backends.pytorch import ReferenceBackend, TiledBackend
 from flashlib.backends.torch_sdpa import SDPACudnn, SDPAEfficient, SDPAFlash, SDPAMath
@@ -42,6 +43,7 @@ BACKENDS: dict[str, Backend] = {
         SDPAEfficient(),
         SDPAFlash(),
         SDPACudnn(),
+        CPUBackend(),
         TritonBackend(),
         FlashAttention2(),
         FlashAttention3(),
@@ -63,6 +65,7 @@ PREFERENCES: tuple[Preference, ...] = (
     Preference("flash_attn_3", "written for Hopper; the published figures lead on that GPU"),
     Preference("torch_sdpa_cudnn", "comes with PyTorch; 605 / 553 TFLOP/s on an H200, 1.7x FlashAttention-2"),
     Preference("flash_attn_2", "FlashAttention-2 with windows, softcap and LSE, which PyTorch's copy does not offer"),
+    Preference("cpu", "our own kernels for processors: any mask, the LSE and its gradient, deterministic"),
     Preference(
         "torch_sdpa_flash", "FlashAttention-2 inside PyTorch: 340 / 318 TFLOP/s on an H200; the fused kernel on CPUs"
     ),
@@ -168,7 +171,7 @@ def _check_spec(spec: AttentionSpec) -> None:
 def order_of_choice(config: FlashAttentionConfig, device: torch.device) -> list[str]:
     """The backends that ``"auto"`` tries for tensors on ``device``: those of ``config.order``, or else of :data:`PREFERENCES`.
 
-    On a CPU, where our kernels run in Triton's interpreter if at all, they come after everything that is compiled.
+    On a CPU our Triton kernels, which run in Triton's interpreter if at all, come after everything that is compiled.
     """
     if config.order:
         return list(config.order)

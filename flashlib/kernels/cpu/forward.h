@@ -1,0 +1,161 @@
+// Forward: FlashAttention-2's loop over keys, for panels of query rows (Dao 2023, arXiv 2307.08691, algorithm 1).
+#pragma once
+#include <math.h>
+#include <stdlib.h>
+
+#include "pool.h"
+#include "rows.h"
+
+// Room for so many numbers, or null.
+static float* memory_for(Problem& p, int64_t numbers) {
+  float* memory = (float*)scratch_of(numbers * sizeof(float));
+  if (!memory) __atomic_store_n(&p.out_of_memory, 1, __ATOMIC_RELAXED);
+  return memory;
+}
+
+// Statistics of a panel's rows, and its output: O^T [channel][row], not yet divided by the sums.
+struct Softmax {
+  float* out;
+  float largest[WIDTH], sum[WIDTH];  // of the scores seen so far, and of their exponentials
+};
+
+// Scores S^T [key][row] of the keys from `key` on, hidden ones -inf, and the largest of each row.
+template <bool SHAPED, bool MASKED>
+static void scores(float* s, vec (&largest)[2], const Panel& rows, const Scoring& how, const float* q, const Tile& k, int32_t key, int64_t count, int64_t channels) {
+  in_blocks(count, [&](auto size, int64_t j) {
+    vec acc[size.value][2];
+    clear(acc);
+    multiply<K_CONTIGUOUS>(acc, k.at + j * k.step, k.step, q, WIDTH, channels);
+    for (int m = 0; m < size.value; m++)
+      for (int half = 0; half < 2; half++) {
+        vec x = acc[m][half];
+        const int32_t at = key + (int32_t)j + m;
+        if (SHAPED) x = shaped(x, how, rows, half, at);
+        if (MASKED) x = choose(between(load(rows.first + half * LANES), at, load(rows.behind + half * LANES)), x, all(-INF));
+        largest[half] = greater(largest[half], x);
+        store(s + (j + m) * WIDTH + half * LANES, x);
+      }
+  });
+}
+
+static void visit(Softmax& softmax, float* s, const Panel& rows, const Scoring& how, const float* q, const Tile& k, const Tile& v, int32_t key, int64_t count, const Problem& p) {
+  vec largest[2] = {load(softmax.largest), load(softmax.largest + LANES)}, shrink[2];
+  const bool masked = key < rows.all_from || key + count > rows.all_to;
+  const auto form = how.plain() ? (masked ? scores<false, true> : scores<false, false>) : (masked ? scores<true, true> : scores<true, false>);
+  form(s, largest, rows, how, q, k, key, count, p.head_dim);
+  const vec base_2 = all(how.to_base_2());
+  for (int half = 0; half < 2; half++) {
+    const vec before = load(softmax.largest + half * LANES);
+    // Of a row that has seen nothing yet the largest is -inf, and -inf - (-inf) is NaN: count from 0 there.
+    const vec from = mul(base_2, choose(below(all(-INF), largest[half]), largest[half], zero()));
+    shrink[half] = exp2(sub(mul(before, base_2), from));
+    vec sum = zero();
+    for (int64_t j = 0; j < count; j++) {
+      float* at = s + j * WIDTH + half * LANES;
+      const vec weight = exp2(sub(mul(load(at), base_2), from));
+      sum = add(sum, weight);
+      store(at, weight);
+    }
+    store(softmax.sum + half * LANES, fma(load(softmax.sum + half * LANES), shrink[half], sum));
+    store(softmax.largest + half * LANES, largest[half]);
+  }
+  add_product<M_CONTIGUOUS>(softmax.out, WIDTH, v.at, v.step, s, WIDTH, p.v_head_dim, count, shrink);
+}
+
+INLINE int64_t row_index(const Problem& p, int64_t batch, int64_t head, int64_t row) { return (batch * p.q_heads + head) * p.q_len + row; }
+
+// Outputs and LSE of a panel, or where keys are split the split's part of them.
+static void finish(const Softmax& softmax, const Panel& rows, const Scoring& how, const Problem& p, int64_t batch, int64_t split, float* room) {
+  for (int64_t i = 0; i < rows.count; i++) {
+    const float sum = softmax.sum[i], normal = sum > 0 ? 1 / sum : 0;
+    const float from = softmax.largest[i] * how.to_base_2();
+    const double lse = sum > 0 ? (double)from + log2((double)sum) : -INF;
+    for (int64_t c = 0; c < p.v_head_dim; c++) room[c] = softmax.out[c * WIDTH + i] * normal;
+    const int64_t index = row_index(p, batch, rows.head[i], rows.row[i]);
+    if (p.split) {
+      const int64_t of_split = split * p.batch * p.q_heads * p.q_len + index;
+      p.partial_lse[of_split] = (float)lse;
+      memcpy(p.partial_out + of_split * p.v_head_dim, room, p.v_head_dim * sizeof(float));
+    } else {
+      p.lse[index] = (float)(lse * 0.6931471805599453);
+      const int64_t at = batch * p.out_at.batch + rows.head[i] * p.out_at.head + rows.row[i] * p.out_at.row;
+      narrow(p.out + at * size_of(p.type), room, p.type, p.v_head_dim);
+    }
+  }
+}
+
+INLINE int64_t splits_of(const Problem& p) { return p.split ? ceil_div(p.kv_len, p.split) : 1; }
+
+INLINE int64_t lines(int64_t numbers) { return ceil_div(numbers, 16) * 16; }  // whole cache lines, in numbers of fp32
+
+static int64_t forward_room(const Problem& p) {
+  const int64_t widened = p.type == FP32 ? 0 : KEYS;
+  return PANELS * WIDTH * (p.head_dim + p.v_head_dim) + KEYS * WIDTH + lines((widened + 1) * p.head_dim + LANES) + lines((widened + 1) * p.v_head_dim + LANES);
+}
+
+static void forward_unit(void* call, int64_t unit) {
+  Problem& p = *(Problem*)call;
+  const int64_t splits = splits_of(p), blocks = row_blocks(p, PANELS * WIDTH);
+  const int64_t split = unit % splits, number = unit / splits % blocks, pair = unit / splits / blocks;
+  const Block block = block_of(p, pair / p.kv_heads, pair % p.kv_heads, number, PANELS * WIDTH);
+  const Scoring how = scoring_of(p);
+  float* room = memory_for(p, forward_room(p));
+  if (!room) return;
+  const auto cut = [&](int64_t numbers) { return room += numbers, room - numbers; };
+  float *s = cut(KEYS * WIDTH), *k_room = cut(lines((p.type == FP32 ? 1 : KEYS + 1) * p.head_dim + LANES)), *v_room = cut(lines((p.type == FP32 ? 1 : KEYS + 1) * p.v_head_dim + LANES));
+  Panel panels[PANELS];
+  Softmax softmax[PANELS];
+  float* q[PANELS];
+  const int64_t count = ceil_div(block.count, WIDTH);
+  for (int64_t n = 0; n < count; n++) {
+    fill(&panels[n], p, block, n * WIDTH);
+    q[n] = cut(WIDTH * p.head_dim), softmax[n].out = cut(WIDTH * p.v_head_dim);
+    transpose_in(q[n], p, panels[n], p.q, p.q_at, block.batch, p.head_dim, k_room);
+    memset(softmax[n].out, 0, WIDTH * p.v_head_dim * sizeof(float));
+    for (int i = 0; i < WIDTH; i++) softmax[n].largest[i] = -INF, softmax[n].sum[i] = 0;
+  }
+  const int32_t begin = (int32_t)(split * p.split), end = p.split ? (int32_t)(begin + p.split) : INT32_MAX;
+  for (Run run = next_run(panels, count, begin); run.from < end; run = next_run(panels, count, run.to)) {
+    const int32_t to = least(run.to, end);
+    for (int32_t key = run.from, next; key < to; key = next) {
+      next = tile_end(p, key, to);
+      const Tile k = tile_of(p, p.k, p.k_at, p.head_dim, block.batch, block.kv_head, key, next - key, k_room);
+      const Tile v = tile_of(p, p.v, p.v_at, p.v_head_dim, block.batch, block.kv_head, key, next - key, v_room);
+      for (int64_t n = 0; n < count; n++) {
+        const int32_t from = most(key, panels[n].lowest), behind = least(next, panels[n].highest), skipped = from - key;
+        if (from >= behind) continue;
+        visit(softmax[n], s, panels[n], how, q[n], {k.at + skipped * k.step, k.step}, {v.at + skipped * v.step, v.step}, from, behind - from, p);
+      }
+    }
+    if (run.to >= end) break;
+  }
+  for (int64_t n = 0; n < count; n++) finish(softmax[n], panels[n], how, p, block.batch, split, v_room);
+}
+
+// One row: the splits' parts by the algebra of partial results, weights exp2(lse - largest lse).
+static void merge_unit(void* call, int64_t index) {
+  Problem& p = *(Problem*)call;
+  const int64_t rows = p.batch * p.q_heads * p.q_len, splits = splits_of(p);
+  float* out = memory_for(p, p.v_head_dim);
+  if (!out) return;
+  memset(out, 0, p.v_head_dim * sizeof(float));
+  float largest = -INF, sum = 0;
+  for (int64_t n = 0; n < splits; n++) largest = fmaxf(largest, p.partial_lse[n * rows + index]);
+  for (int64_t n = 0; n < splits; n++) {
+    const float lse = p.partial_lse[n * rows + index];
+    if (lse == -INF) continue;
+    const float weight = exp2f(lse - largest);
+    const float* part = p.partial_out + (n * rows + index) * p.v_head_dim;
+    sum += weight;
+    for (int64_t c = 0; c < p.v_head_dim; c++) out[c] += weight * part[c];
+  }
+  for (int64_t c = 0; c < p.v_head_dim; c++) out[c] = sum > 0 ? out[c] / sum : 0;
+  p.lse[index] = sum > 0 ? (float)(((double)largest + log2((double)sum)) * 0.6931471805599453) : -INF;
+  const int64_t row = index % p.q_len, head = index / p.q_len % p.q_heads, batch = index / p.q_len / p.q_heads;
+  narrow(p.out + (batch * p.out_at.batch + head * p.out_at.head + row * p.out_at.row) * size_of(p.type), out, p.type, p.v_head_dim);
+}
+
+static void forward(Problem& p) {
+  share(forward_unit, &p, p.batch * p.kv_heads * row_blocks(p, PANELS * WIDTH) * splits_of(p), p.threads);
+  if (p.split) share(merge_unit, &p, p.batch * p.q_heads * p.q_len, p.threads);
+}

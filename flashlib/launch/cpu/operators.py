@@ -1,0 +1,143 @@
+"""The CPU kernels as PyTorch operators, ``torch.ops.flashlib.cpu_*``: what autograd and torch.compile see of them.
+
+Defined through ``torch.library.Library``, whose calls cost half of what those of a ``custom_op`` do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashlib.kernels.launch import KernelOptions, batch_stride, empty_results
+from flashlib.launch.cpu.library import Library, Problem, Strides, library
+
+__all__ = ["attention_backward", "attention_forward", "run_backward", "run_forward"]
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in kernels/cpu/simd.h
+SPLIT = 1024  # keys, where rows are so few that the keys are shared among threads. Fixed, so that no result depends on how many
+SPLIT_BELOW = 16  # rows of a head
+# Units of work that share a backward: enough for many threads, and no more parts of a head's keys than that takes, because each part
+# has a dQ of its own. The problem alone decides, so that gradients are the same bits on any number of threads.
+BACKWARD_UNITS = 16
+LEAST_PART = 256  # keys
+
+_library = torch.library.Library("flashlib", "FRAGMENT")
+_OPTIONS = "Tensor? first, Tensor? behind, int? left, int? right, Tensor? alibi_slopes, Tensor? row_offsets, float scale, float softcap"
+_library.define(f"cpu_attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(
+    "cpu_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+attention_forward = torch.ops.flashlib.cpu_attention_forward
+attention_backward = torch.ops.flashlib.cpu_attention_backward
+
+
+def _forward(q, k, v, *options):
+    return run_forward(q, k, v, KernelOptions(*options), library())
+
+
+def _fake_forward(q, k, v, *options):
+    return empty_results(q, v)
+
+
+def _backward(q, k, v, out, lse, grad_out, grad_lse, *options):
+    return run_backward(q, k, v, out, lse, grad_out, grad_lse, KernelOptions(*options), library())
+
+
+def _fake_backward(q, k, v, *others):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, *(x for x in options if isinstance(x, Tensor)))
+    ctx.options = [None if isinstance(x, Tensor) else x for x in options]
+    ctx.tensors_at = [at for at, x in enumerate(options) if isinstance(x, Tensor)]
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    options = list(ctx.options)
+    for at, tensor in zip(ctx.tensors_at, tensors, strict=True):
+        options[at] = tensor
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    return *attention_backward(q, k, v, out, lse, grad_out, grad_lse, *options), *(None for _ in options)
+
+
+_library.impl("cpu_attention_forward", _forward, "CPU")
+_library.impl("cpu_attention_backward", _backward, "CPU")
+torch.library.register_fake("flashlib::cpu_attention_forward", _fake_forward, lib=_library)
+torch.library.register_fake("flashlib::cpu_attention_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("flashlib::cpu_attention_forward", _gradient, setup_context=_save, lib=_library)
+
+
+def run_forward(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions, lib: Library) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``, ``[B, Hq, Sq, Dv]`` in the dtype of q and fp32 ``[B, Hq, Sq]``, by one variant of the library."""
+    q, k, v = (_readable(x) for x in (q, k, v))
+    out, lse = empty_results(q, v)
+    problem = _problem(q, k, v, options)
+    problem.out, problem.out_at, problem.lse = out.data_ptr(), _strides(out), lse.data_ptr()
+    kept = []
+    if q.shape[2] < SPLIT_BELOW and k.shape[2] > SPLIT:
+        problem.split = SPLIT
+        splits = -(-k.shape[2] // SPLIT)
+        kept = [torch.empty(splits, *shape, dtype=torch.float32) for shape in (out.shape, lse.shape)]
+        problem.partial_out, problem.partial_lse = (x.data_ptr() for x in kept)
+    lib.forward(problem)
+    return out, lse
+
+
+def run_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, options: KernelOptions,
+    lib: Library,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(dq, dk, dv)``, shaped and typed like q, k, v, by one variant of the library."""
+    gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    q, k, v, out, grad_out = (_readable(x) for x in (q, k, v, out, grad_out))
+    lse = lse.contiguous()
+    problem = _problem(q, k, v, options)
+    problem.out, problem.out_at, problem.lse = out.data_ptr(), _strides(out), lse.data_ptr()
+    problem.grad_out, problem.grad_out_at = grad_out.data_ptr(), _strides(grad_out)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+        problem.grad_lse = grad_lse.data_ptr()
+    problem.dq, problem.dk, problem.dv = (x.data_ptr() for x in gradients)
+    pairs, kv_len = k.shape[0] * k.shape[1], k.shape[2]
+    problem.parts = max(1, min(-(-BACKWARD_UNITS // pairs), kv_len // LEAST_PART))
+    sums = 0 if problem.parts == 1 and q.dtype == torch.float32 else problem.parts * q.numel()
+    workspace = torch.empty(-(-lse.numel() // 16) * 16 + sums, dtype=torch.float32)
+    problem.workspace = workspace.data_ptr()
+    lib.backward(problem)
+    return gradients
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> Problem:
+    problem = Problem()
+    problem.q, problem.k, problem.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    problem.type, problem.threads = TYPES[q.dtype], torch.get_num_threads()
+    problem.batch, problem.q_heads, problem.q_len, problem.head_dim = q.shape
+    problem.kv_heads, problem.kv_len, problem.v_head_dim = v.shape[1:]
+    problem.q_at, problem.k_at, problem.v_at = _strides(q), _strides(k), _strides(v)
+    problem.left = -1 if options.left is None else options.left
+    problem.right = -1 if options.right is None else options.right
+    if options.start is not None:
+        problem.first, problem.behind = options.start.data_ptr(), options.stop.data_ptr()
+        problem.interval_step = batch_stride(options.start)
+    slopes = options.alibi_slopes
+    if slopes is not None:
+        problem.slopes, problem.slope_batch = slopes.data_ptr(), batch_stride(slopes)
+        problem.slope_head, problem.slope_row = slopes.stride(1), slopes.stride(2) if slopes.dim() == 3 else 0
+    if options.row_offsets is not None:
+        problem.offsets, problem.offset_step = options.row_offsets.data_ptr(), batch_stride(options.row_offsets)
+    problem.scale, problem.softcap = options.scale, options.softcap
+    return problem
+
+
+def _strides(x: Tensor) -> Strides:
+    return Strides(*x.stride()[:3])
+
+
+def _readable(x: Tensor) -> Tensor:
+    """``x`` with its channels next to each other: a copy if they are not."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()

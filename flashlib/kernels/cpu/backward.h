@@ -47,13 +47,6 @@ struct BackwardPanel {
   float lse[WIDTH], delta[WIDTH];  // lse in base 2
 };
 
-static void transpose_out(float* to, int64_t step, const float* from, int64_t channels) {
-  for (int64_t i = 0; i < WIDTH; i++) {
-    for (int64_t c = 0; c < channels; c++) to[i * step + c] = from[c * WIDTH + i];
-    for (int64_t c = channels; c < step; c++) to[i * step + c] = 0;
-  }
-}
-
 // Weights P^T and what the gradients of scores are multiplied by to become those of products q k, [key][row].
 template <bool SHAPED, bool MASKED>
 static void weights(float* weight, float* slope, const BackwardPanel& panel, const Scoring& how, const Tile& k, int32_t key, int64_t count, int64_t channels) {
@@ -116,23 +109,48 @@ static void visit_backward(BackwardPanel& panel, const KeySums& sums, float* wei
   add_product<M_CONTIGUOUS>(panel.dq, WIDTH, k.at, k.step, ds, WIDTH, p.head_dim, count, one);
 }
 
-static void read(BackwardPanel& panel, const Problem& p, int64_t batch, float* room) {
-  transpose_in(panel.q, p, panel.rows, p.q, p.q_at, batch, p.head_dim, room);
-  transpose_in(panel.grad, p, panel.rows, p.grad_out, p.grad_out_at, batch, p.v_head_dim, room);
-  transpose_out(panel.q_rows, padded(p.head_dim), panel.q, p.head_dim);
-  transpose_out(panel.grad_rows, padded(p.v_head_dim), panel.grad, p.v_head_dim);
-  memset(panel.dq, 0, WIDTH * p.head_dim * sizeof(float));
-  for (int64_t i = 0; i < WIDTH; i++) {
-    const int64_t index = row_index(p, batch, panel.rows.head[i], panel.rows.row[i]);
-    const bool sees = panel.rows.first[i] < panel.rows.behind[i];  // else the LSE is -inf, and delta may be anything
-    panel.lse[i] = sees ? p.lse[index] * LOG2_E : 0, panel.delta[i] = sees ? deltas(p)[index] : 0;
+// The panel's rows of x twice: by rows, widened and padded with zeros, and with rows as lanes. Rows that see nothing are 0.
+static void read_rows(float* by_rows, float* as_lanes, const Problem& p, const Panel& rows, const char* x, const Strides& at, int64_t batch, int64_t channels) {
+  const int64_t width = padded(channels);
+  for (int64_t begin = 0; begin < WIDTH; begin += 8) {
+    const float* from[8];
+    for (int64_t j = 0; j < 8; j++) {
+      const int64_t i = begin + j;
+      float* to = by_rows + i * width;
+      from[j] = to;
+      const int64_t filled = sees(rows, i) ? channels : 0;
+      if (filled) widen(to, x + (batch * at.batch + rows.head[i] * at.head + rows.row[i] * at.row) * size_of(p.type), p.type, channels);
+      memset(to + filled, 0, (width - filled) * sizeof(float));
+    }
+    transpose_in(as_lanes, begin, from, channels);
   }
 }
 
-static void add_dq(const BackwardPanel& panel, const Problem& p, int64_t batch, int64_t part, bool first) {
-  for (int64_t i = 0; i < panel.rows.count; i++) {
-    float* to = partial_dq(p, part) + row_index(p, batch, panel.rows.head[i], panel.rows.row[i]) * p.head_dim;
-    for (int64_t c = 0; c < p.head_dim; c++) to[c] = (first ? 0 : to[c]) + panel.dq[c * WIDTH + i];
+static void read(BackwardPanel& panel, const Problem& p, int64_t batch) {
+  read_rows(panel.q_rows, panel.q, p, panel.rows, p.q, p.q_at, batch, p.head_dim);
+  read_rows(panel.grad_rows, panel.grad, p, panel.rows, p.grad_out, p.grad_out_at, batch, p.v_head_dim);
+  memset(panel.dq, 0, WIDTH * p.head_dim * sizeof(float));
+  for (int64_t i = 0; i < WIDTH; i++) {
+    const int64_t index = row_index(p, batch, panel.rows.head[i], panel.rows.row[i]);
+    const bool some = sees(panel.rows, i);  // else the LSE is -inf, and delta may be anything
+    panel.lse[i] = some ? p.lse[index] * LOG2_E : 0, panel.delta[i] = some ? deltas(p)[index] : 0;
+  }
+}
+
+// `room`: 8 rows.
+static void add_dq(const BackwardPanel& panel, const Problem& p, int64_t batch, int64_t part, bool first, float* room) {
+  for (int64_t begin = 0; begin < panel.rows.count; begin += 8) {
+    float *rows[8], *to[8];
+    for (int64_t j = 0; j < 8; j++) {
+      const int64_t i = begin + j;
+      rows[j] = room + j * p.head_dim;
+      to[j] = partial_dq(p, part) + row_index(p, batch, panel.rows.head[i], panel.rows.row[i]) * p.head_dim;
+      if (first && i < panel.rows.count) rows[j] = to[j];
+    }
+    transpose_out(rows, panel.dq, begin, p.head_dim);
+    if (first) continue;
+    for (int64_t j = 0; j < 8 && begin + j < panel.rows.count; j++)
+      for (int64_t c = 0; c < p.head_dim; c++) to[j][c] += rows[j][c];
   }
 }
 
@@ -140,12 +158,12 @@ static void add_dq(const BackwardPanel& panel, const Problem& p, int64_t batch, 
 static void backward_chunk(Problem& p, int64_t batch, int64_t kv_head, int64_t part, int32_t from, int32_t to, bool first) {
   const int64_t width = padded(p.head_dim), v_width = padded(p.v_head_dim), both = p.head_dim + p.v_head_dim, keys = to - from;
   const bool wide = p.type != FP32;
-  const int64_t numbers = CHUNK * (width + v_width) + (wide ? CHUNK * lines(both) : 0) + lines(width + v_width) + WIDTH * (2 * p.head_dim + p.v_head_dim + width + v_width) + 3 * KEYS * WIDTH;
+  const int64_t numbers = CHUNK * (width + v_width) + (wide ? CHUNK * lines(both) : 0) + lines(8 * p.head_dim) + WIDTH * (2 * p.head_dim + p.v_head_dim + width + v_width) + 3 * KEYS * WIDTH;
   float* room = memory_for(p, numbers);
   if (!room) return;
   const auto cut = [&](int64_t count) { return room += count, room - count; };
   const KeySums sums = {cut(CHUNK * width), cut(CHUNK * v_width), from};
-  float *weight = cut(KEYS * WIDTH), *ds = cut(KEYS * WIDTH), *slope = cut(KEYS * WIDTH), *row_room = cut(lines(width + v_width));
+  float *weight = cut(KEYS * WIDTH), *ds = cut(KEYS * WIDTH), *slope = cut(KEYS * WIDTH), *row_room = cut(lines(8 * p.head_dim));
   BackwardPanel panel;
   panel.q = cut(WIDTH * p.head_dim), panel.dq = cut(WIDTH * p.head_dim), panel.grad = cut(WIDTH * p.v_head_dim);
   panel.q_rows = cut(WIDTH * width), panel.grad_rows = cut(WIDTH * v_width);
@@ -158,9 +176,8 @@ static void backward_chunk(Problem& p, int64_t batch, int64_t kv_head, int64_t p
   memset(sums.dk, 0, keys * width * sizeof(float)), memset(sums.dv, 0, keys * v_width * sizeof(float));
   for (int64_t number = row_blocks(p, WIDTH); number-- > 0;) {
     fill(&panel.rows, p, block_of(p, batch, kv_head, number, WIDTH), 0);
-    const bool sees = most(from, panel.rows.lowest) < least(to, panel.rows.highest);
-    if (!sees && !first) continue;
-    read(panel, p, batch, row_room);
+    if (!first && most(from, panel.rows.lowest) >= least(to, panel.rows.highest)) continue;
+    read(panel, p, batch);
     for (Run run = next_run(&panel.rows, 1, from); run.from < to; run = next_run(&panel.rows, 1, run.to)) {
       for (int32_t key = run.from, end = least(run.to, to), next; key < end; key = next) {
         next = least(end, key + KEYS);
@@ -169,7 +186,7 @@ static void backward_chunk(Problem& p, int64_t batch, int64_t kv_head, int64_t p
       }
       if (run.to >= to) break;
     }
-    add_dq(panel, p, batch, part, first);
+    add_dq(panel, p, batch, part, first, row_room);
   }
   for (int64_t key = 0; key < keys; key++) {
     const int64_t row = (batch * p.kv_heads + kv_head) * p.kv_len + from + key, size = size_of(p.type);

@@ -64,23 +64,38 @@ static void visit(Softmax& softmax, float* s, const Panel& rows, const Scoring& 
 
 INLINE int64_t row_index(const Problem& p, int64_t batch, int64_t head, int64_t row) { return (batch * p.q_heads + head) * p.q_len + row; }
 
-// Outputs and LSE of a panel, or where keys are split the split's part of them.
+// Outputs and LSE of a panel, or where keys are split the split's part of them. `room`: 8 rows.
 static void finish(const Softmax& softmax, const Panel& rows, const Scoring& how, const Problem& p, int64_t batch, int64_t split, float* room) {
-  for (int64_t i = 0; i < rows.count; i++) {
-    const float sum = softmax.sum[i], normal = sum > 0 ? 1 / sum : 0;
-    const float from = softmax.largest[i] * how.to_base_2();
-    const double lse = sum > 0 ? (double)from + log2((double)sum) : -INF;
-    for (int64_t c = 0; c < p.v_head_dim; c++) room[c] = softmax.out[c * WIDTH + i] * normal;
-    const int64_t index = row_index(p, batch, rows.head[i], rows.row[i]);
-    if (p.split) {
-      const int64_t of_split = split * p.batch * p.q_heads * p.q_len + index;
-      p.partial_lse[of_split] = (float)lse;
-      memcpy(p.partial_out + of_split * p.v_head_dim, room, p.v_head_dim * sizeof(float));
-    } else {
-      p.lse[index] = (float)(lse * 0.6931471805599453);
-      const int64_t at = batch * p.out_at.batch + rows.head[i] * p.out_at.head + rows.row[i] * p.out_at.row;
-      narrow(p.out + at * size_of(p.type), room, p.type, p.v_head_dim);
+  const int64_t splits_from = split * p.batch * p.q_heads * p.q_len;
+  for (int half = 0; half < 2; half++) {
+    const vec total = load(softmax.sum + half * LANES), some = choose(below(zero(), total), total, all(1));
+    const vec normal = div(all(1), some);  // of a row that saw nothing, sum and output are 0
+    for (int64_t c = 0; c < p.v_head_dim; c++) {
+      float* at = softmax.out + c * WIDTH + half * LANES;
+      store(at, mul(load(at), normal));
     }
+  }
+  for (int64_t begin = 0; begin < rows.count; begin += 8) {
+    float* to[8];
+    char* out[8];
+    for (int64_t j = 0; j < 8; j++) {
+      const int64_t i = begin + j, index = row_index(p, batch, rows.head[i], rows.row[i]);
+      to[j] = room + j * p.v_head_dim;
+      if (i >= rows.count) continue;
+      const float sum = softmax.sum[i], from = softmax.largest[i] * how.to_base_2();
+      const double lse = sum > 0 ? (double)from + log2((double)sum) : -INF;
+      if (p.split) {
+        p.partial_lse[splits_from + index] = (float)lse;
+        to[j] = p.partial_out + (splits_from + index) * p.v_head_dim;
+      } else {
+        p.lse[index] = (float)(lse * 0.6931471805599453);
+        out[j] = p.out + (batch * p.out_at.batch + rows.head[i] * p.out_at.head + rows.row[i] * p.out_at.row) * size_of(p.type);
+        if (p.type == FP32) to[j] = (float*)out[j];
+      }
+    }
+    transpose_out(to, softmax.out, begin, p.v_head_dim);
+    if (p.split || p.type == FP32) continue;
+    for (int64_t j = 0; j < 8 && begin + j < rows.count; j++) narrow(out[j], to[j], p.type, p.v_head_dim);
   }
 }
 
@@ -88,9 +103,11 @@ INLINE int64_t splits_of(const Problem& p) { return p.split ? ceil_div(p.kv_len,
 
 INLINE int64_t lines(int64_t numbers) { return ceil_div(numbers, 16) * 16; }  // whole cache lines, in numbers of fp32
 
+// Keys of a tile widened, or rows on their way to lanes and back: numbers of fp32.
+INLINE int64_t tile_room(const Problem& p, int64_t channels) { return lines((p.type == FP32 ? 9 : KEYS) * channels); }
+
 static int64_t forward_room(const Problem& p) {
-  const int64_t widened = p.type == FP32 ? 0 : KEYS;
-  return PANELS * WIDTH * (p.head_dim + p.v_head_dim) + KEYS * WIDTH + lines((widened + 1) * p.head_dim + LANES) + lines((widened + 1) * p.v_head_dim + LANES);
+  return PANELS * WIDTH * (p.head_dim + p.v_head_dim) + KEYS * WIDTH + tile_room(p, p.head_dim) + tile_room(p, p.v_head_dim);
 }
 
 static void forward_unit(void* call, int64_t unit) {
@@ -102,7 +119,7 @@ static void forward_unit(void* call, int64_t unit) {
   float* room = memory_for(p, forward_room(p));
   if (!room) return;
   const auto cut = [&](int64_t numbers) { return room += numbers, room - numbers; };
-  float *s = cut(KEYS * WIDTH), *k_room = cut(lines((p.type == FP32 ? 1 : KEYS + 1) * p.head_dim + LANES)), *v_room = cut(lines((p.type == FP32 ? 1 : KEYS + 1) * p.v_head_dim + LANES));
+  float *s = cut(KEYS * WIDTH), *k_room = cut(tile_room(p, p.head_dim)), *v_room = cut(tile_room(p, p.v_head_dim));
   Panel panels[PANELS];
   Softmax softmax[PANELS];
   float* q[PANELS];
@@ -110,7 +127,7 @@ static void forward_unit(void* call, int64_t unit) {
   for (int64_t n = 0; n < count; n++) {
     fill(&panels[n], p, block, n * WIDTH);
     q[n] = cut(WIDTH * p.head_dim), softmax[n].out = cut(WIDTH * p.v_head_dim);
-    transpose_in(q[n], p, panels[n], p.q, p.q_at, block.batch, p.head_dim, k_room);
+    transpose_rows(q[n], p, panels[n], p.q, p.q_at, block.batch, p.head_dim, k_room);
     memset(softmax[n].out, 0, WIDTH * p.v_head_dim * sizeof(float));
     for (int i = 0; i < WIDTH; i++) softmax[n].largest[i] = -INF, softmax[n].sum[i] = 0;
   }

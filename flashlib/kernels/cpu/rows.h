@@ -118,14 +118,51 @@ INLINE int32_t tile_end(const Problem& p, int32_t key, int32_t run_end) {
   return end;
 }
 
-// Rows of x as lanes: to[channel][row of the panel], 0 for lanes without a row and for rows that see nothing.
-static void transpose_in(float* to, const Problem& p, const Panel& rows, const char* x, const Strides& at, int64_t batch, int64_t channels, float* room) {
-  for (int64_t i = 0; i < WIDTH; i++) {
-    if (i < rows.count && rows.first[i] < rows.behind[i]) {
-      widen(room, x + (batch * at.batch + rows.head[i] * at.head + rows.row[i] * at.row) * size_of(p.type), p.type, channels);
-      for (int64_t c = 0; c < channels; c++) to[c * WIDTH + i] = room[c];
-    } else {
-      for (int64_t c = 0; c < channels; c++) to[c * WIDTH + i] = 0;
-    }
+// One row of x, where it lies if it is fp32, else widened into `room`.
+INLINE const float* row_of(const Problem& p, const char* x, const Strides& at, int64_t batch, int64_t head, int64_t row, int64_t channels, float* room) {
+  const char* begin = x + (batch * at.batch + head * at.head + row * at.row) * size_of(p.type);
+  if (p.type == FP32) return (const float*)begin;
+  widen(room, begin, p.type, channels);
+  return room;
+}
+
+// to[channel][row of the panel] from eight rows from the i-th on.
+static void transpose_in(float* to, int64_t i, const float* const (&rows)[8], int64_t channels) {
+  int64_t c = 0;
+  for (; c + 8 <= channels; c += 8) {
+    float* columns[8];
+    const float* from[8];
+    for (int j = 0; j < 8; j++) columns[j] = to + (c + j) * WIDTH + i, from[j] = rows[j] + c;
+    transpose_8(columns, from);
+  }
+  for (; c < channels; c++)
+    for (int j = 0; j < 8; j++) to[c * WIDTH + i + j] = rows[j][c];
+}
+
+// Eight rows from the i-th on, from[channel][row of the panel].
+static void transpose_out(float* const (&rows)[8], const float* from, int64_t i, int64_t channels) {
+  int64_t c = 0;
+  for (; c + 8 <= channels; c += 8) {
+    float* to[8];
+    const float* columns[8];
+    for (int j = 0; j < 8; j++) to[j] = rows[j] + c, columns[j] = from + (c + j) * WIDTH + i;
+    transpose_8(to, columns);
+  }
+  for (; c < channels; c++)
+    for (int j = 0; j < 8; j++) rows[j][c] = from[c * WIDTH + i + j];
+}
+
+INLINE bool sees(const Panel& rows, int64_t i) { return i < rows.count && rows.first[i] < rows.behind[i]; }
+
+// The panel's rows of x as lanes; 0 for lanes without a row, and for rows that see nothing and may hold anything. `room`: 8 rows, and a
+// ninth of zeros.
+static void transpose_rows(float* to, const Problem& p, const Panel& rows, const char* x, const Strides& at, int64_t batch, int64_t channels, float* room) {
+  float* none = room + 8 * channels;
+  memset(none, 0, channels * sizeof(float));
+  for (int64_t i = 0; i < WIDTH; i += 8) {
+    const float* from[8];
+    for (int j = 0; j < 8; j++)
+      from[j] = sees(rows, i + j) ? row_of(p, x, at, batch, rows.head[i + j], rows.row[i + j], channels, room + j * channels) : none;
+    transpose_in(to, i, from, channels);
   }
 }

@@ -117,6 +117,22 @@ INLINE vec power_of_2(vec y, vec x) {
 #error "no vectors for this processor: x86-64 with AVX2, FMA and F16C is the least"
 #endif
 
+// Eight rows of eight numbers, rows to columns: to[j][i] = from[i][j]. AVX of 2011, which both instruction sets have.
+INLINE void transpose_8(float* const (&to)[8], const float* const (&from)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from[i]);
+  for (int i = 0; i < 8; i += 2) b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+      a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xEE);
+    }
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(to[i], _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(to[i + 4], _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f, INF = __builtin_inff();
 
 // 2^x for x <= 127: the fraction by a polynomial, the whole part into the exponent. Relative error of the polynomial 1.4e-8. It is 1 at

@@ -10,7 +10,7 @@ Source: Dao, Haziza, Massa and Sizov 2023, Flash-Decoding for long-context infer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
@@ -26,7 +26,7 @@ from flashlib.reference import naive_attention
 
 __all__ = ["choose_num_splits", "combine_splits", "decode_attention", "split_partials", "split_ranges"]
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "cpu", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TILE = 64  # keys; where the tile is not the kernel's own
 SPLIT_COST = 2  # tiles; what a split costs beside the tiles it holds
@@ -78,8 +78,8 @@ def decode_attention(
         split_size: cut at multiples of this many keys instead. What a request gives is then bitwise the same whatever batch it is in,
             and however much room its cache has. Multiples of 128 leave no tile of keys cut.
         return_lse: also return the log-sum-exp of each row's scores.
-        backend: "triton"; "torch", the same algorithm in plain PyTorch, for reading and for CPUs (it reads lengths and block_table on the
-            host, and can be differentiated); "auto" takes triton where it runs.
+        backend: "triton"; "cpu", our kernels for processors; "torch", the same algorithm in plain PyTorch, for reading (it reads lengths
+            and block_table on the host, and can be differentiated); "auto" takes the first of them that runs.
 
     Returns:
         out ``[B, Hq, Sq, Dv]``, dtype of q. With ``return_lse``, ``(out, lse)``: lse ``[B, Hq, Sq]``, natural logarithm, fp32 (fp64 for
@@ -91,7 +91,8 @@ def decode_attention(
         flashlib.BackendUnavailableError: the named backend cannot run this problem; the message says why.
     """
     problem = _Problem.checked(q, k, v, lengths, block_table, causal, window, scale, softcap, num_splits, split_size)
-    out, lse = _RUN[_pick(backend, problem.triton_why_not())](problem)
+    why_not = {"triton": problem.triton_why_not, "cpu": problem.cpu_why_not}
+    out, lse = _RUN[_pick(backend, why_not)](problem)
     return (out, lse) if return_lse else out
 
 
@@ -240,7 +241,8 @@ def combine_splits(
             f"{tuple(lse.shape)}"
         )
     dtype = dtype or torch.float32
-    if _pick(backend, no_combine_kernel(out, lse)) == "torch":
+    why_not = {"triton": lambda: no_combine_kernel(out, lse), "cpu": lambda: "merges only what it has split itself"}
+    if _pick(backend, why_not) == "torch":
         # Merging with nothing hides what the out of a lone split may hold where its lse is -inf.
         nothing = Partial.identity(*out.shape[1:], device=out.device)
         merged = fold([nothing, *(Partial(o, l) for o, l in zip(out, lse, strict=True))])
@@ -314,6 +316,16 @@ class _Problem:
             return "takes fp16, bf16 and fp32; got torch.float64"
         tensors = (self.q, self.k, self.v)
         return _no_triton(self.q.device) or _too_wide(max(self.q.shape[3], self.v.shape[3])) or _needs_grad(*tensors)
+
+    def cpu_why_not(self) -> str | None:
+        from flashlib.launch.cpu.library import why_missing
+
+        if self.q.device.type != "cpu":
+            return f"the kernels run on the CPU; the tensors are on {self.q.device}"
+        if self.q.dtype == torch.float64:
+            return "takes fp16, bf16 and fp32; got torch.float64"
+        tensors = (self.q, self.k, self.v)
+        return _too_wide(max(self.q.shape[3], self.v.shape[3])) or _needs_grad(*tensors) or why_missing()
 
     def _check_lengths(self) -> None:
         lengths, batch = self.lengths, self.q.shape[0]
@@ -402,6 +414,14 @@ def _run_triton(problem: _Problem) -> tuple[Tensor, Tensor]:
     return launch_decode(problem.q, problem.k, problem.v, options)
 
 
+def _run_cpu(problem: _Problem) -> tuple[Tensor, Tensor]:
+    from flashlib.launch.cpu.operators import decode
+
+    size = problem.split_size or (_blocks(problem.capacity, problem.num_splits) if problem.num_splits else 0)
+    caches = (problem.q, problem.k, problem.v, problem.lengths, problem.block_table)
+    return decode(*caches, problem.left, problem.right, problem.scale, problem.softcap, size)
+
+
 def _splits(problem: _Problem) -> tuple[int, int]:
     """How many splits to launch for each request and KV head, and into how many a short request is cut at least.
 
@@ -430,16 +450,21 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-_RUN = {"torch": _run_torch, "triton": _run_triton}
+_RUN = {"torch": _run_torch, "cpu": _run_cpu, "triton": _run_triton}
 
 
-def _pick(backend: str, triton_why_not: str | None) -> str:
+def _pick(backend: str, why_not: dict[str, Callable[[], str | None]]) -> str:
+    """The way to run: ``backend``, or the first that has nothing against it. ``why_not``: by name, in order; "torch" always runs."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "triton" and triton_why_not:
-        raise BackendUnavailableError(f"backend 'triton' cannot run this: {triton_why_not}")
     if backend == "auto":
-        return "torch" if triton_why_not else "triton"
+        for name, asked in why_not.items():
+            if asked() is None:
+                return name
+        return "torch"
+    obstacle = why_not[backend]() if backend in why_not else None
+    if obstacle:
+        raise BackendUnavailableError(f"backend {backend!r} cannot run this: {obstacle}")
     return backend
 
 

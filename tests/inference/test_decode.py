@@ -202,7 +202,7 @@ BAD = [
     (lambda: decode_attention(Q, K, K, num_splits=2.0), TypeError, "num_splits must be an int; got 2.0"),
     (lambda: decode_attention(Q, K, K, split_size=0), ValueError, "split_size must be at least 1; got 0"),
     (lambda: decode_attention(Q, K, K, num_splits=2, split_size=64), ValueError, "give num_splits or split_size, not both"),
-    (lambda: decode_attention(Q, K, K, backend="quick"), ValueError, "backend must be one of auto, triton, torch; got 'quick'"),
+    (lambda: decode_attention(Q, K, K, backend="quick"), ValueError, "backend must be one of auto, triton, cpu, torch; got 'quick'"),
     (lambda: decode_attention(Q, K, K, backend="triton"), BackendUnavailableError, "the kernels run on cuda here; the tensors are on cpu"),
     (lambda: decode_attention(Q.double(), K.double(), K.double(), backend="triton"), BackendUnavailableError, "got torch.float64"),
     (lambda: split_ranges(-1, num_splits=2), ValueError, "length must be at least 0; got -1"),

@@ -64,9 +64,28 @@ static void visit(Softmax& softmax, float* s, const Panel& rows, const Scoring& 
 
 INLINE int64_t row_index(const Problem& p, int64_t batch, int64_t head, int64_t row) { return (batch * p.q_heads + head) * p.q_len + row; }
 
-// Outputs and LSE of a panel, or where keys are split the split's part of them. `room`: 8 rows.
+// Where a row of the output goes: its place in `out`, or where keys are split in the split's part.
+INLINE char* out_at(const Problem& p, int64_t batch, int64_t head, int64_t row, int64_t split) {
+  if (!p.split) return p.out + (batch * p.out_at.batch + head * p.out_at.head + row * p.out_at.row) * size_of(p.type);
+  return (char*)(p.partial_out + (split * p.batch * p.q_heads * p.q_len + row_index(p, batch, head, row)) * p.v_head_dim);
+}
+INLINE int64_t out_type(const Problem& p) { return p.split ? FP32 : p.type; }
+
+// The LSE of a row, from the largest score in base 2 and the sum of the exponentials.
+static void write_lse(const Problem& p, int64_t batch, int64_t head, int64_t row, int64_t split, float largest, float sum) {
+  const double lse = sum > 0 ? (double)largest + log2((double)sum) : -INF;
+  const int64_t index = row_index(p, batch, head, row);
+  if (p.split) p.partial_lse[split * p.batch * p.q_heads * p.q_len + index] = (float)lse;
+  else p.lse[index] = (float)(lse * 0.6931471805599453);
+}
+
+static void write_row(const Problem& p, int64_t batch, int64_t head, int64_t row, int64_t split, const float* out, float largest, float sum) {
+  write_lse(p, batch, head, row, split, largest, sum);
+  narrow(out_at(p, batch, head, row, split), out, out_type(p), p.v_head_dim);
+}
+
+// Outputs and LSE of a panel. `room`: 8 rows.
 static void finish(const Softmax& softmax, const Panel& rows, const Scoring& how, const Problem& p, int64_t batch, int64_t split, float* room) {
-  const int64_t splits_from = split * p.batch * p.q_heads * p.q_len;
   for (int half = 0; half < 2; half++) {
     const vec total = load(softmax.sum + half * LANES), some = choose(below(zero(), total), total, all(1));
     const vec normal = div(all(1), some);  // of a row that saw nothing, sum and output are 0
@@ -75,27 +94,21 @@ static void finish(const Softmax& softmax, const Panel& rows, const Scoring& how
       store(at, mul(load(at), normal));
     }
   }
+  const int64_t type = out_type(p);
   for (int64_t begin = 0; begin < rows.count; begin += 8) {
     float* to[8];
     char* out[8];
     for (int64_t j = 0; j < 8; j++) {
-      const int64_t i = begin + j, index = row_index(p, batch, rows.head[i], rows.row[i]);
+      const int64_t i = begin + j;
       to[j] = room + j * p.v_head_dim;
       if (i >= rows.count) continue;
-      const float sum = softmax.sum[i], from = softmax.largest[i] * how.to_base_2();
-      const double lse = sum > 0 ? (double)from + log2((double)sum) : -INF;
-      if (p.split) {
-        p.partial_lse[splits_from + index] = (float)lse;
-        to[j] = p.partial_out + (splits_from + index) * p.v_head_dim;
-      } else {
-        p.lse[index] = (float)(lse * 0.6931471805599453);
-        out[j] = p.out + (batch * p.out_at.batch + rows.head[i] * p.out_at.head + rows.row[i] * p.out_at.row) * size_of(p.type);
-        if (p.type == FP32) to[j] = (float*)out[j];
-      }
+      write_lse(p, batch, rows.head[i], rows.row[i], split, softmax.largest[i] * how.to_base_2(), softmax.sum[i]);
+      out[j] = out_at(p, batch, rows.head[i], rows.row[i], split);
+      if (type == FP32) to[j] = (float*)out[j];
     }
     transpose_out(to, softmax.out, begin, p.v_head_dim);
-    if (p.split || p.type == FP32) continue;
-    for (int64_t j = 0; j < 8 && begin + j < rows.count; j++) narrow(out[j], to[j], p.type, p.v_head_dim);
+    if (type == FP32) continue;
+    for (int64_t j = 0; j < 8 && begin + j < rows.count; j++) narrow(out[j], to[j], type, p.v_head_dim);
   }
 }
 
@@ -136,6 +149,7 @@ static void forward_unit(void* call, int64_t unit) {
     const int32_t to = least(run.to, end);
     for (int32_t key = run.from, next; key < to; key = next) {
       next = tile_end(p, key, to);
+      if (!page_exists(p, block.batch, key)) return;
       const Tile k = tile_of(p, p.k, p.k_at, p.head_dim, block.batch, block.kv_head, key, next - key, k_room);
       const Tile v = tile_of(p, p.v, p.v_at, p.v_head_dim, block.batch, block.kv_head, key, next - key, v_room);
       for (int64_t n = 0; n < count; n++) {
@@ -170,9 +184,4 @@ static void merge_unit(void* call, int64_t index) {
   p.lse[index] = sum > 0 ? (float)(((double)largest + log2((double)sum)) * 0.6931471805599453) : -INF;
   const int64_t row = index % p.q_len, head = index / p.q_len % p.q_heads, batch = index / p.q_len / p.q_heads;
   narrow(p.out + (batch * p.out_at.batch + head * p.out_at.head + row * p.out_at.row) * size_of(p.type), out, p.type, p.v_head_dim);
-}
-
-static void forward(Problem& p) {
-  share(forward_unit, &p, p.batch * p.kv_heads * row_blocks(p, PANELS * WIDTH) * splits_of(p), p.threads);
-  if (p.split) share(merge_unit, &p, p.batch * p.q_heads * p.q_len, p.threads);
 }

@@ -1,5 +1,6 @@
 // The library that flashlib loads: plain C functions, compiled once for each instruction set. No C++ runtime is needed.
 #include "backward.h"
+#include "narrow.h"
 
 extern "C" {
 __attribute__((visibility("default"))) int64_t flashlib_problem_size(void) { return sizeof(Problem); }

@@ -28,6 +28,7 @@ struct Problem {
   int64_t threads;
   double scale, softcap;
   int64_t out_of_memory;                   // set to 1 by a thread that could not get its scratch memory
+  int64_t bad_page;                        // 1 + the batch entry whose `pages` name one that does not exist; 0 for none
   // Backward. Gradients of k and v are summed in fp32.
   const char* grad_out;
   const float* grad_lse;                   // null for none

@@ -102,10 +102,26 @@ struct Tile {
   int64_t step;
 };
 
+// Where a key lies: which batch entry or page of k and v, and which row of it.
+struct Place {
+  int64_t entry, row;
+};
+
+INLINE Place place_of(const Problem& p, int64_t batch, int32_t key) {
+  if (!p.pages) return {batch, key};
+  return {p.pages[batch * p.page_step + key / p.page_size], key % p.page_size};
+}
+
+// Whether the page of a key is one of those there are. If not, the call is given up, and its caller is told of which batch entry.
+static bool page_exists(Problem& p, int64_t batch, int32_t key) {
+  if (!p.pages || (uint64_t)place_of(p, batch, key).entry < (uint64_t)p.page_count) return true;
+  __atomic_store_n(&p.bad_page, batch + 1, __ATOMIC_RELAXED);
+  return false;
+}
+
 static Tile tile_of(const Problem& p, const char* x, const Strides& at, int64_t channels, int64_t batch, int64_t head, int32_t key, int64_t count, float* room) {
-  int64_t entry = batch, row = key;
-  if (p.pages) entry = p.pages[batch * p.page_step + key / p.page_size], row = key % p.page_size;
-  const char* begin = x + (entry * at.batch + head * at.head + row * at.row) * size_of(p.type);
+  const Place place = place_of(p, batch, key);
+  const char* begin = x + (place.entry * at.batch + head * at.head + place.row * at.row) * size_of(p.type);
   if (p.type == FP32) return {(const float*)begin, at.row};
   for (int64_t i = 0; i < count; i++) widen(room + i * channels, begin + i * at.row * size_of(p.type), p.type, channels);
   return {room, channels};

@@ -33,6 +33,7 @@ INLINE vec with_sign_of(vec x, vec sign) {
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign), _mm512_castps_si512(x), 0xCA));
 }
 INLINE float sum(vec x) { return _mm512_reduce_add_ps(x); }
+INLINE float maximum(vec x) { return _mm512_reduce_max_ps(x); }
 INLINE mask below(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 INLINE vec choose(mask m, vec a, vec b) { return _mm512_mask_blend_ps(m, b, a); }
 
@@ -44,6 +45,7 @@ INLINE mask between(ints first, int32_t x, ints behind) {  // first <= x < behin
 INLINE vec distance(ints a, int32_t x) {
   return _mm512_cvtepi32_ps(_mm512_abs_epi32(_mm512_sub_epi32(a, _mm512_set1_epi32(x))));
 }
+INLINE ints counted() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
 INLINE vec load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE void store_half(uint16_t* p, vec x) {
@@ -85,6 +87,11 @@ INLINE float sum(vec x) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+INLINE float maximum(vec x) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
 INLINE mask below(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 INLINE vec choose(mask m, vec a, vec b) { return _mm256_blendv_ps(b, a, m); }
 
@@ -96,6 +103,7 @@ INLINE mask between(ints first, int32_t x, ints behind) {
 INLINE vec distance(ints a, int32_t x) {
   return _mm256_cvtepi32_ps(_mm256_abs_epi32(_mm256_sub_epi32(a, _mm256_set1_epi32(x))));
 }
+INLINE ints counted() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 
 INLINE vec load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 INLINE void store_half(uint16_t* p, vec x) {

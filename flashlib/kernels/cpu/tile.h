@@ -81,14 +81,24 @@ struct Panel {
   int32_t all_from, all_to;   // those from all_from to before all_to by every row
 };
 
-// The score, and where `derivative` is given that of the score by the product.
-INLINE vec shaped(vec x, const Scoring& how, const Panel& rows, int half, int32_t key, vec* derivative = nullptr) {
+// The score of a product before ALiBi, and where `derivative` is given that of the score by the product.
+INLINE vec capped(vec x, const Scoring& how, vec* derivative) {
   x = mul(x, all(how.scale));
-  if (how.softcap != 0) {
-    const vec t = tanh(mul(x, all(1.0f / how.softcap)));
-    if (derivative) *derivative = mul(*derivative, fma(sub(zero(), t), t, all(1.0f)));
-    x = mul(all(how.softcap), t);
-  }
+  if (how.softcap == 0) return x;
+  const vec t = tanh(mul(x, all(1.0f / how.softcap)));
+  if (derivative) *derivative = mul(*derivative, fma(sub(zero(), t), t, all(1.0f)));
+  return mul(all(how.softcap), t);
+}
+
+// Scores of one key and the rows of half a panel.
+INLINE vec shaped(vec x, const Scoring& how, const Panel& rows, int half, int32_t key, vec* derivative = nullptr) {
+  x = capped(x, how, derivative);
   if (how.alibi) x = fma(sub(zero(), load(rows.slope + half * LANES)), distance(load(rows.position + half * LANES), key), x);
   return x;
+}
+
+// Scores of one row and the keys from `key` on.
+INLINE vec shaped_keys(vec x, const Scoring& how, float slope, int32_t position, int32_t key) {
+  x = capped(x, how, nullptr);
+  return how.alibi ? fma(all(-slope), distance(counted(), position - key), x) : x;
 }

@@ -62,6 +62,7 @@ class Problem(ctypes.Structure):
         ("threads", _INTEGER),
         *((name, _NUMBER) for name in ("scale", "softcap")),
         ("out_of_memory", _INTEGER),
+        ("bad_page", _INTEGER),
         *((name, _POINTERS) for name in ("grad_out", "grad_lse")),
         ("grad_out_at", _STRIDES),
         *((name, _POINTERS) for name in ("dq", "dk", "dv", "workspace")),

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashlib.kernels.launch import KernelOptions, batch_stride, empty_results
 from flashlib.launch.cpu.library import Library, Problem, Strides, library
 
-__all__ = ["attention_backward", "attention_forward", "run_backward", "run_forward"]
+__all__ = ["attention_backward", "attention_forward", "decode", "run_backward", "run_decode", "run_forward"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in kernels/cpu/simd.h
 SPLIT = 1024  # keys, where rows are so few that the keys are shared among threads. Fixed, so that no result depends on how many
@@ -28,8 +28,13 @@ _library.define(
     "cpu_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
+_library.define(
+    "cpu_decode(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? block_table, int? left, int? right, float scale, "
+    "float softcap, int split_size) -> (Tensor, Tensor)"
+)
 attention_forward = torch.ops.flashlib.cpu_attention_forward
 attention_backward = torch.ops.flashlib.cpu_attention_backward
+decode = torch.ops.flashlib.cpu_decode
 
 
 def _forward(q, k, v, *options):
@@ -46,6 +51,14 @@ def _backward(q, k, v, out, lse, grad_out, grad_lse, *options):
 
 def _fake_backward(q, k, v, *others):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _decode(q, k, v, *options):
+    return run_decode(q, k, v, *options, library())
+
+
+def _fake_decode(q, k, v, *options):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
@@ -67,6 +80,8 @@ def _gradient(ctx, grad_out, grad_lse):
 
 _library.impl("cpu_attention_forward", _forward, "CPU")
 _library.impl("cpu_attention_backward", _backward, "CPU")
+_library.impl("cpu_decode", _decode, "CPU")
+torch.library.register_fake("flashlib::cpu_decode", _fake_decode, lib=_library)
 torch.library.register_fake("flashlib::cpu_attention_forward", _fake_forward, lib=_library)
 torch.library.register_fake("flashlib::cpu_attention_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("flashlib::cpu_attention_forward", _gradient, setup_context=_save, lib=_library)
@@ -77,15 +92,50 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions, lib: Li
     q, k, v = (_readable(x) for x in (q, k, v))
     out, lse = empty_results(q, v)
     problem = _problem(q, k, v, options)
-    problem.out, problem.out_at, problem.lse = out.data_ptr(), _strides(out), lse.data_ptr()
-    kept = []
-    if q.shape[2] < SPLIT_BELOW and k.shape[2] > SPLIT:
-        problem.split = SPLIT
-        splits = -(-k.shape[2] // SPLIT)
-        kept = [torch.empty(splits, *shape, dtype=torch.float32) for shape in (out.shape, lse.shape)]
-        problem.partial_out, problem.partial_lse = (x.data_ptr() for x in kept)
-    lib.forward(problem)
+    _run_split(problem, out, lse, SPLIT if q.shape[2] < SPLIT_BELOW else 0, lib)
     return out, lse
+
+
+def run_decode(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, block_table: Tensor | None, left: int | None, right: int | None,
+    scale: float, softcap: float, split_size: int, lib: Library,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One decoding step, as :func:`flashlib.inference.decode_attention` has it: ``(out, lse)``.
+
+    Args:
+        split_size: keys of a split; 0 for :data:`SPLIT`.
+
+    Raises:
+        ValueError: ``block_table`` names a page that does not exist, for a key that some row sees.
+    """
+    q = _readable(q)
+    out, lse = _fake_decode(q, k, v)
+    if 0 in (*lse.shape, k.shape[0], k.shape[2]) or (block_table is not None and block_table.shape[1] == 0):
+        return out.zero_(), lse.fill_(float("-inf"))
+    problem = _problem(q, k, v, KernelOptions(None, None, left, right, None, None, scale, softcap))
+    if lengths is not None:
+        lengths = lengths.to(torch.int32).contiguous()
+        problem.lengths = lengths.data_ptr()
+    if block_table is not None:
+        problem.pages, problem.page_step = block_table.data_ptr(), block_table.stride(0)
+        problem.page_count, problem.page_size = k.shape[0], k.shape[2]
+        problem.kv_len = block_table.shape[1] * k.shape[2]
+    _run_split(problem, out, lse, split_size or SPLIT, lib)
+    if problem.bad_page:
+        request = problem.bad_page - 1
+        pages = sorted(set(block_table[request].tolist()))
+        raise ValueError(f"block_table names a page outside of 0 to {k.shape[0] - 1} for request {request}: {pages}")
+    return out, lse
+
+
+def _run_split(problem: Problem, out: Tensor, lse: Tensor, split: int, lib: Library) -> None:
+    """Fill ``out`` and ``lse``, with the keys cut into splits of so many, 0 for none. They meet in fp32 in memory of this call."""
+    problem.out, problem.out_at, problem.lse = out.data_ptr(), _strides(out), lse.data_ptr()
+    if split and problem.kv_len > split:
+        problem.split, splits = split, -(-problem.kv_len // split)
+        partial = [torch.empty(splits, *shape, dtype=torch.float32) for shape in (out.shape, lse.shape)]
+        problem.partial_out, problem.partial_lse = (x.data_ptr() for x in partial)
+    lib.forward(problem)
 
 
 def run_backward(

@@ -6,7 +6,7 @@
 #include "forward.h"
 
 constexpr int64_t NARROW = 16;  // most rows of a KV head for which this is faster than a panel
-constexpr int AT_ONCE = 4;      // rows that share what is loaded
+constexpr int AT_ONCE = LANES == 16 ? 4 : 2;  // rows that share what is loaded: as many sums for four keys each as there are registers for
 
 INLINE int64_t whole(int64_t channels) { return ceil_div(channels, LANES) * LANES; }
 
@@ -17,6 +17,7 @@ struct RawTile {
   const char* at;
   int64_t step;
   int64_t type;
+  int64_t bytes;  // of a key
 };
 
 // Channels that fill no whole number of vectors are copied to where zeros follow them.
@@ -24,12 +25,12 @@ static RawTile raw_tile(const Problem& p, const char* x, const Strides& at, int6
   const Place place = place_of(p, batch, key);
   const char* begin = x + (place.entry * at.batch + head * at.head + place.row * at.row) * size_of(p.type);
   const int64_t step = at.row * size_of(p.type), width = whole(channels);
-  if (width == channels) return {begin, step, p.type};
+  if (width == channels) return {begin, step, p.type, channels * size_of(p.type)};
   for (int64_t j = 0; j < count; j++) {
     widen(room + j * width, begin + j * step, p.type, channels);
     memset(room + j * width + channels, 0, (width - channels) * sizeof(float));
   }
-  return {(const char*)room, width * (int64_t)sizeof(float), FP32};
+  return {(const char*)room, width * (int64_t)sizeof(float), FP32, width * (int64_t)sizeof(float)};
 }
 
 template <Type TYPE>
@@ -38,30 +39,36 @@ INLINE vec load_typed(const char* p) {
 }
 
 template <Type TYPE, int R>
-static void narrow_scores(float* s, const float* q, const RawTile& k, int64_t count, int64_t width) {
+static void narrow_scores(float* s, const float* q, const RawTile& k, const RawTile& soon, int64_t count, int64_t width) {
   constexpr int64_t size = TYPE == FP32 ? 4 : 2;
-  for (int64_t j = 0; j < count; j++) {
-    vec acc[R];
-    for (int r = 0; r < R; r++) acc[r] = zero();
-    for (int64_t c = 0; c < width; c += LANES) {
-      const vec x = load_typed<TYPE>(k.at + j * k.step + c * size);
-      for (int r = 0; r < R; r++) acc[r] = fma(load(q + r * width + c), x, acc[r]);
+  for (int64_t j = 0; j < count; j += 4) {
+    vec acc[R][4];
+    for (int n = 0; n < 4; n++) {  // key by key: memory is fastest in the order in which it lies
+      const char* key = k.at + (j + n < count ? j + n : count - 1) * k.step;
+      fetch(soon.at + (j + n) * soon.step, soon.bytes);
+      for (int r = 0; r < R; r++) acc[r][n] = zero();
+      for (int64_t c = 0; c < width; c += LANES) {
+        const vec x = load_typed<TYPE>(key + c * size);
+        for (int r = 0; r < R; r++) acc[r][n] = fma(load(q + r * width + c), x, acc[r][n]);
+      }
     }
-    for (int r = 0; r < R; r++) s[r * KEYS + j] = sum(acc[r]);
+    for (int r = 0; r < R; r++) store_sums(s + r * KEYS + j, acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
   }
 }
 
 template <Type TYPE, int R, int N>
-INLINE void narrow_columns(float* out, const float* weight, const float* shrink, const RawTile& v, int64_t count, int64_t width, int64_t c) {
+INLINE void narrow_columns(float* out, const float* weight, const float* shrink, const RawTile& v, const RawTile& soon, int64_t count, int64_t width, int64_t c) {
   constexpr int64_t size = TYPE == FP32 ? 4 : 2;
   vec acc[R][N];
   for (int r = 0; r < R; r++)
     for (int n = 0; n < N; n++) acc[r][n] = zero();
-  for (int64_t j = 0; j < count; j++)
+  for (int64_t j = 0; j < count; j++) {
+    if (c == 0) fetch(soon.at + j * soon.step, soon.bytes);
     for (int n = 0; n < N; n++) {
       const vec x = load_typed<TYPE>(v.at + j * v.step + (c + n * LANES) * size);
       for (int r = 0; r < R; r++) acc[r][n] = fma(all(weight[r * KEYS + j]), x, acc[r][n]);
     }
+  }
   for (int r = 0; r < R; r++)
     for (int n = 0; n < N; n++) {
       float* at = out + r * width + c + n * LANES;
@@ -70,26 +77,28 @@ INLINE void narrow_columns(float* out, const float* weight, const float* shrink,
 }
 
 template <Type TYPE, int R>
-static void narrow_values(float* out, const float* weight, const float* shrink, const RawTile& v, int64_t count, int64_t width) {
+static void narrow_values(float* out, const float* weight, const float* shrink, const RawTile& v, const RawTile& soon, int64_t count, int64_t width) {
+  constexpr int MANY = R * 8 <= 4 * AT_ONCE ? 8 : 4;  // of few rows whole rows of V, in the order in which they lie
   int64_t c = 0;
-  for (; c + 4 * LANES <= width; c += 4 * LANES) narrow_columns<TYPE, R, 4>(out, weight, shrink, v, count, width, c);
-  for (; c < width; c += LANES) narrow_columns<TYPE, R, 1>(out, weight, shrink, v, count, width, c);
+  for (; c + MANY * LANES <= width; c += MANY * LANES) narrow_columns<TYPE, R, MANY>(out, weight, shrink, v, soon, count, width, c);
+  for (; c + 4 * LANES <= width; c += 4 * LANES) narrow_columns<TYPE, R, 4>(out, weight, shrink, v, soon, count, width, c);
+  for (; c < width; c += LANES) narrow_columns<TYPE, R, 1>(out, weight, shrink, v, soon, count, width, c);
 }
 
 template <Type TYPE>
-static void narrow_scores_of(int64_t rows, float* s, const float* q, const RawTile& k, int64_t count, int64_t width) {
-  if (rows == 1) return narrow_scores<TYPE, 1>(s, q, k, count, width);
-  if (rows == 2) return narrow_scores<TYPE, 2>(s, q, k, count, width);
-  if (rows == 3) return narrow_scores<TYPE, 3>(s, q, k, count, width);
-  narrow_scores<TYPE, 4>(s, q, k, count, width);
+static void narrow_scores_of(int64_t rows, float* s, const float* q, const RawTile& k, const RawTile& soon, int64_t count, int64_t width) {
+  if (rows == 1) return narrow_scores<TYPE, 1>(s, q, k, soon, count, width);
+  if (rows == 2 || AT_ONCE == 2) return narrow_scores<TYPE, 2>(s, q, k, soon, count, width);
+  if (rows == 3) return narrow_scores<TYPE, AT_ONCE - 1>(s, q, k, soon, count, width);
+  narrow_scores<TYPE, AT_ONCE>(s, q, k, soon, count, width);
 }
 
 template <Type TYPE>
-static void narrow_values_of(int64_t rows, float* out, const float* weight, const float* shrink, const RawTile& v, int64_t count, int64_t width) {
-  if (rows == 1) return narrow_values<TYPE, 1>(out, weight, shrink, v, count, width);
-  if (rows == 2) return narrow_values<TYPE, 2>(out, weight, shrink, v, count, width);
-  if (rows == 3) return narrow_values<TYPE, 3>(out, weight, shrink, v, count, width);
-  narrow_values<TYPE, 4>(out, weight, shrink, v, count, width);
+static void narrow_values_of(int64_t rows, float* out, const float* weight, const float* shrink, const RawTile& v, const RawTile& soon, int64_t count, int64_t width) {
+  if (rows == 1) return narrow_values<TYPE, 1>(out, weight, shrink, v, soon, count, width);
+  if (rows == 2 || AT_ONCE == 2) return narrow_values<TYPE, 2>(out, weight, shrink, v, soon, count, width);
+  if (rows == 3) return narrow_values<TYPE, AT_ONCE - 1>(out, weight, shrink, v, soon, count, width);
+  narrow_values<TYPE, AT_ONCE>(out, weight, shrink, v, soon, count, width);
 }
 
 struct NarrowRow {
@@ -147,14 +156,16 @@ static void narrow_unit(void* call, int64_t unit) {
       if (!page_exists(p, batch, key)) return;
       const RawTile k = raw_tile(p, p.k, p.k_at, p.head_dim, batch, kv_head, key, count, k_room);
       const RawTile v = raw_tile(p, p.v, p.v_at, p.v_head_dim, batch, kv_head, key, count, v_room);
+      // While keys are read values are asked for, and the other way round. The next page may be anywhere: nothing is asked for.
+      const RawTile next_k = {k.at + count * k.step, k.step, k.type, p.pages || next >= to ? 0 : k.bytes};
       for (int64_t i = 0; i < row_count; i += AT_ONCE) {
         const int64_t together = row_count - i < AT_ONCE ? row_count - i : AT_ONCE;
         float shrink[AT_ONCE];
         const auto score = k.type == FP32 ? narrow_scores_of<FP32> : k.type == BF16 ? narrow_scores_of<BF16> : narrow_scores_of<FP16>;
-        score(together, s, q + i * width, k, count, width);
+        score(together, s, q + i * width, k, v, count, width);
         for (int64_t r = 0; r < together; r++) shrink[r] = narrow_softmax(state[i + r], s + r * KEYS, rows, i + r, how, key, count);
         const auto gather = v.type == FP32 ? narrow_values_of<FP32> : v.type == BF16 ? narrow_values_of<BF16> : narrow_values_of<FP16>;
-        gather(together, out + i * v_width, s, shrink, v, count, v_width);
+        gather(together, out + i * v_width, s, shrink, v, next_k, count, v_width);
       }
     }
     if (run.to >= end) break;

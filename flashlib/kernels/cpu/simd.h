@@ -125,6 +125,22 @@ INLINE vec power_of_2(vec y, vec x) {
 #error "no vectors for this processor: x86-64 with AVX2, FMA and F16C is the least"
 #endif
 
+// Bytes that will be needed soon, to the second level of cache: the first holds what is being worked on.
+INLINE void fetch(const char* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
+}
+
+// The sums of four vectors, next to each other: half the steps of four sums.
+INLINE void store_sums(float* to, vec a, vec b, vec c, vec d) {
+#if defined(__AVX512F__)
+  const auto half = [](vec x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
+  const __m256 all_four = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+#else
+  const __m256 all_four = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+#endif
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all_four), _mm256_extractf128_ps(all_four, 1)));
+}
+
 // Eight rows of eight numbers, rows to columns: to[j][i] = from[i][j]. AVX of 2011, which both instruction sets have.
 INLINE void transpose_8(float* const (&to)[8], const float* const (&from)[8]) {
   __m256 a[8], b[8];

@@ -112,7 +112,11 @@ def built(source: str, flags: tuple[str, ...] = ()) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return _make(compiler, source, flags, folder, name)
     except OSError:  # a cache that cannot be written to: what is made lasts as long as this process
+        pass
+    try:
         return _make(compiler, source, flags, _private_folder(), name)
+    except OSError as error:
+        raise BuildError(f"there is no folder to build {source} in: {error}") from None
 
 
 def _make(compiler: Compiler, source: str, flags: tuple[str, ...], folder: Path, name: str) -> Path:

@@ -54,14 +54,14 @@ static void weights(float* weight, float* slope, const BackwardPanel& panel, con
   in_blocks(count, [&](auto size, int64_t j) {
     vec acc[size.value][2];
     clear(acc);
-    multiply<K_CONTIGUOUS>(acc, k.at + j * k.step, k.step, panel.q, WIDTH, channels);
+    Widened::multiply(acc, k, j, panel.q, channels);
     for (int m = 0; m < size.value; m++)
       for (int half = 0; half < 2; half++) {
         const int64_t at = (j + m) * WIDTH + half * LANES;
         const int32_t here = key + (int32_t)j + m;
         vec x = acc[m][half], dx = all(how.scale);
         if (SHAPED) x = shaped(x, how, panel.rows, half, here, &dx);
-        vec y = exp2(sub(mul(x, base_2), load(panel.lse + half * LANES)));
+        vec y = exp2(fma(x, base_2, sub(zero(), load(panel.lse + half * LANES))));
         if (MASKED) y = choose(between(load(panel.rows.first + half * LANES), here, load(panel.rows.behind + half * LANES)), y, zero());
         store(weight + at, y);
         if (SHAPED) store(slope + at, dx);
@@ -75,7 +75,7 @@ static void score_gradients(float* ds, const float* weight, const float* slope, 
   in_blocks(count, [&](auto size, int64_t j) {
     vec acc[size.value][2];
     clear(acc);
-    multiply<K_CONTIGUOUS>(acc, v.at + j * v.step, v.step, panel.grad, WIDTH, channels);
+    Widened::multiply(acc, v, j, panel.grad, channels);
     for (int m = 0; m < size.value; m++)
       for (int half = 0; half < 2; half++) {
         const int64_t at = (j + m) * WIDTH + half * LANES;
@@ -106,7 +106,7 @@ static void visit_backward(BackwardPanel& panel, const KeySums& sums, float* wei
   add_to_keys(sums.dv + at * v_width, weight, panel.grad_rows, v_width, count, panel.rows.count);
   add_to_keys(sums.dk + at * width, ds, panel.q_rows, width, count, panel.rows.count);
   const vec one[2] = {all(1), all(1)};
-  add_product<M_CONTIGUOUS>(panel.dq, WIDTH, k.at, k.step, ds, WIDTH, p.head_dim, count, one);
+  add_product<M_CONTIGUOUS>(panel.dq, WIDTH, k.numbers(), k.step / (int64_t)sizeof(float), ds, WIDTH, p.head_dim, count, one);
 }
 
 // The panel's rows of x twice: by rows, widened and padded with zeros, and with rows as lanes. Rows that see nothing are 0.
@@ -182,7 +182,7 @@ static void backward_chunk(Problem& p, int64_t batch, int64_t kv_head, int64_t p
       for (int32_t key = run.from, end = least(run.to, to), next; key < end; key = next) {
         next = least(end, key + KEYS);
         const int64_t at = key - from;
-        visit_backward(panel, sums, weight, ds, slope, {k.at + at * k.step, k.step}, {v.at + at * v.step, v.step}, key, next - key, p);
+        visit_backward(panel, sums, weight, ds, slope, k.behind(at), v.behind(at), key, next - key, p);
       }
       if (run.to >= to) break;
     }

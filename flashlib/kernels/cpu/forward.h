@@ -19,13 +19,50 @@ struct Softmax {
   float largest[WIDTH], sum[WIDTH];  // of the scores seen so far, and of their exponentials
 };
 
+// How the products of a tile are formed. This is the way that every type can go: in fp32, to which shorter types are widened.
+struct Widened {
+  static constexpr int64_t TOGETHER = 1;  // keys that cannot be parted
+
+  static void read_queries(float* q, const Problem& p, const Panel& rows, int64_t batch, float* room) {
+    transpose_rows(q, p, rows, p.q, p.q_at, batch, p.head_dim, room);
+  }
+  static Tile keys(const Problem& p, int64_t batch, int64_t head, int32_t key, int64_t count, float* room) {
+    return tile_of(p, p.k, p.k_at, p.head_dim, batch, head, key, count, room);
+  }
+  static Tile values(const Problem& p, int64_t batch, int64_t head, int32_t key, int64_t count, float* room) {
+    return tile_of(p, p.v, p.v_at, p.v_head_dim, batch, head, key, count, room);
+  }
+
+  // acc[m] += products of key j + m with the panel's queries.
+  template <int M>
+  static __attribute__((always_inline)) void multiply(vec (&acc)[M][2], const Tile& k, int64_t j, const float* q, int64_t channels) {
+    ::multiply<K_CONTIGUOUS>(acc, k.numbers(j), k.step / (int64_t)sizeof(float), q, WIDTH, channels);
+  }
+
+  // Weights of half a panel in the place of the scores, 2^(score * base_2 + from); gives their sums.
+  static __attribute__((always_inline)) vec weigh(float* s, int64_t count, vec base_2, vec from) {
+    vec sum = zero();
+    for (int64_t j = 0; j < count; j++) {
+      const vec weight = exp2(fma(load(s + j * WIDTH), base_2, from));
+      sum = add(sum, weight);
+      store(s + j * WIDTH, weight);
+    }
+    return sum;
+  }
+
+  // out = shrink * out + V^T times the weights.
+  static void add_values(float* out, const Tile& v, const float* s, int64_t channels, int64_t count, const vec (&shrink)[2]) {
+    add_product<M_CONTIGUOUS>(out, WIDTH, v.numbers(), v.step / (int64_t)sizeof(float), s, WIDTH, channels, count, shrink);
+  }
+};
+
 // Scores S^T [key][row] of the keys from `key` on, hidden ones -inf, and the largest of each row.
-template <bool SHAPED, bool MASKED>
+template <class Form, bool SHAPED, bool MASKED>
 static void scores(float* s, vec (&largest)[2], const Panel& rows, const Scoring& how, const float* q, const Tile& k, int32_t key, int64_t count, int64_t channels) {
   in_blocks(count, [&](auto size, int64_t j) {
     vec acc[size.value][2];
     clear(acc);
-    multiply<K_CONTIGUOUS>(acc, k.at + j * k.step, k.step, q, WIDTH, channels);
+    Form::multiply(acc, k, j, q, channels);
     for (int m = 0; m < size.value; m++)
       for (int half = 0; half < 2; half++) {
         vec x = acc[m][half];
@@ -38,28 +75,22 @@ static void scores(float* s, vec (&largest)[2], const Panel& rows, const Scoring
   });
 }
 
+template <class Form>
 static void visit(Softmax& softmax, float* s, const Panel& rows, const Scoring& how, const float* q, const Tile& k, const Tile& v, int32_t key, int64_t count, const Problem& p) {
   vec largest[2] = {load(softmax.largest), load(softmax.largest + LANES)}, shrink[2];
   const bool masked = key < rows.all_from || key + count > rows.all_to;
-  const auto form = how.plain() ? (masked ? scores<false, true> : scores<false, false>) : (masked ? scores<true, true> : scores<true, false>);
-  form(s, largest, rows, how, q, k, key, count, p.head_dim);
+  const auto score = how.plain() ? (masked ? scores<Form, false, true> : scores<Form, false, false>) : (masked ? scores<Form, true, true> : scores<Form, true, false>);
+  score(s, largest, rows, how, q, k, key, count, p.head_dim);
   const vec base_2 = all(how.to_base_2());
   for (int half = 0; half < 2; half++) {
-    const vec before = load(softmax.largest + half * LANES);
     // Of a row that has seen nothing yet the largest is -inf, and -inf - (-inf) is NaN: count from 0 there.
-    const vec from = mul(base_2, choose(below(all(-INF), largest[half]), largest[half], zero()));
-    shrink[half] = exp2(sub(mul(before, base_2), from));
-    vec sum = zero();
-    for (int64_t j = 0; j < count; j++) {
-      float* at = s + j * WIDTH + half * LANES;
-      const vec weight = exp2(sub(mul(load(at), base_2), from));
-      sum = add(sum, weight);
-      store(at, weight);
-    }
+    const vec top = choose(below(all(-INF), largest[half]), largest[half], zero()), from = sub(zero(), mul(base_2, top));
+    shrink[half] = exp2(fma(load(softmax.largest + half * LANES), base_2, from));
+    const vec sum = Form::weigh(s + half * LANES, count, base_2, from);
     store(softmax.sum + half * LANES, fma(load(softmax.sum + half * LANES), shrink[half], sum));
     store(softmax.largest + half * LANES, largest[half]);
   }
-  add_product<M_CONTIGUOUS>(softmax.out, WIDTH, v.at, v.step, s, WIDTH, p.v_head_dim, count, shrink);
+  Form::add_values(softmax.out, v, s, p.v_head_dim, count, shrink);
 }
 
 INLINE int64_t row_index(const Problem& p, int64_t batch, int64_t head, int64_t row) { return (batch * p.q_heads + head) * p.q_len + row; }
@@ -123,6 +154,7 @@ static int64_t forward_room(const Problem& p) {
   return PANELS * WIDTH * (p.head_dim + p.v_head_dim) + KEYS * WIDTH + tile_room(p, p.head_dim) + tile_room(p, p.v_head_dim);
 }
 
+template <class Form>
 static void forward_unit(void* call, int64_t unit) {
   Problem& p = *(Problem*)call;
   const int64_t splits = splits_of(p), blocks = row_blocks(p, PANELS * WIDTH);
@@ -140,7 +172,7 @@ static void forward_unit(void* call, int64_t unit) {
   for (int64_t n = 0; n < count; n++) {
     fill(&panels[n], p, block, n * WIDTH);
     q[n] = cut(WIDTH * p.head_dim), softmax[n].out = cut(WIDTH * p.v_head_dim);
-    transpose_rows(q[n], p, panels[n], p.q, p.q_at, block.batch, p.head_dim, k_room);
+    Form::read_queries(q[n], p, panels[n], block.batch, k_room);
     memset(softmax[n].out, 0, WIDTH * p.v_head_dim * sizeof(float));
     for (int i = 0; i < WIDTH; i++) softmax[n].largest[i] = -INF, softmax[n].sum[i] = 0;
   }
@@ -150,12 +182,13 @@ static void forward_unit(void* call, int64_t unit) {
     for (int32_t key = run.from, next; key < to; key = next) {
       next = tile_end(p, key, to);
       if (!page_exists(p, block.batch, key)) return;
-      const Tile k = tile_of(p, p.k, p.k_at, p.head_dim, block.batch, block.kv_head, key, next - key, k_room);
-      const Tile v = tile_of(p, p.v, p.v_at, p.v_head_dim, block.batch, block.kv_head, key, next - key, v_room);
+      const Tile k = Form::keys(p, block.batch, block.kv_head, key, next - key, k_room);
+      const Tile v = Form::values(p, block.batch, block.kv_head, key, next - key, v_room);
       for (int64_t n = 0; n < count; n++) {
-        const int32_t from = most(key, panels[n].lowest), behind = least(next, panels[n].highest), skipped = from - key;
+        const int32_t from = most(key, panels[n].lowest), behind = least(next, panels[n].highest);
         if (from >= behind) continue;
-        visit(softmax[n], s, panels[n], how, q[n], {k.at + skipped * k.step, k.step}, {v.at + skipped * v.step, v.step}, from, behind - from, p);
+        const int64_t skipped = (from - key) / Form::TOGETHER * Form::TOGETHER;
+        visit<Form>(softmax[n], s, panels[n], how, q[n], k.behind(skipped), v.behind(skipped), key + (int32_t)skipped, behind - key - skipped, p);
       }
     }
     if (run.to >= end) break;

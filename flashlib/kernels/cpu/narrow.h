@@ -3,7 +3,7 @@
 // A panel of lanes would be mostly empty. Here lanes are channels: a score is a sum across lanes, and an output row is a sum of rows
 // of V. Keys are read in the type in which they are stored.
 #pragma once
-#include "forward.h"
+#include "pairs.h"
 
 constexpr int64_t NARROW = 16;  // most rows of a KV head for which this is faster than a panel
 constexpr int AT_ONCE = LANES == 16 ? 4 : 2;  // rows that share what is loaded: as many sums for four keys each as there are registers for
@@ -22,8 +22,7 @@ struct RawTile {
 
 // Channels that fill no whole number of vectors are copied to where zeros follow them.
 static RawTile raw_tile(const Problem& p, const char* x, const Strides& at, int64_t channels, int64_t batch, int64_t head, int32_t key, int64_t count, float* room) {
-  const Place place = place_of(p, batch, key);
-  const char* begin = x + (place.entry * at.batch + head * at.head + place.row * at.row) * size_of(p.type);
+  const char* begin = begin_of(p, x, at, batch, head, key);
   const int64_t step = at.row * size_of(p.type), width = whole(channels);
   if (width == channels) return {begin, step, p.type, channels * size_of(p.type)};
   for (int64_t j = 0; j < count; j++) {
@@ -180,7 +179,11 @@ static void narrow_unit(void* call, int64_t unit) {
 
 static void forward(Problem& p) {
   const int64_t pairs = p.batch * p.kv_heads * splits_of(p);
+  const int64_t units = pairs * row_blocks(p, PANELS * WIDTH);
   if (is_narrow(p)) share(narrow_unit, &p, pairs, p.threads);
-  else share(forward_unit, &p, pairs * row_blocks(p, PANELS * WIDTH), p.threads);
+#if defined(__AVX512BF16__)
+  else if (Pairs::takes(p)) share(forward_unit<Pairs>, &p, units, p.threads);
+#endif
+  else share(forward_unit<Widened>, &p, units, p.threads);
   if (p.split) share(merge_unit, &p, p.batch * p.q_heads * p.q_len, p.threads);
 }

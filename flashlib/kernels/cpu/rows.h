@@ -96,12 +96,6 @@ static Run next_run(const Panel* panels, int64_t count, int32_t behind_key) {
   return run;
 }
 
-// Keys of one tile, fp32: where they lie if they are, else widened.
-struct Tile {
-  const float* at;
-  int64_t step;
-};
-
 // Where a key lies: which batch entry or page of k and v, and which row of it.
 struct Place {
   int64_t entry, row;
@@ -119,12 +113,26 @@ static bool page_exists(Problem& p, int64_t batch, int32_t key) {
   return false;
 }
 
-static Tile tile_of(const Problem& p, const char* x, const Strides& at, int64_t channels, int64_t batch, int64_t head, int32_t key, int64_t count, float* room) {
+// Keys of one tile: where the first begins, and from one to the next in bytes.
+struct Tile {
+  const char* at;
+  int64_t step;
+  Tile behind(int64_t skipped) const { return {at + skipped * step, step}; }
+  const float* numbers(int64_t key = 0) const { return (const float*)(at + key * step); }
+};
+
+INLINE const char* begin_of(const Problem& p, const char* x, const Strides& at, int64_t batch, int64_t head, int32_t key) {
   const Place place = place_of(p, batch, key);
-  const char* begin = x + (place.entry * at.batch + head * at.head + place.row * at.row) * size_of(p.type);
-  if (p.type == FP32) return {(const float*)begin, at.row};
-  for (int64_t i = 0; i < count; i++) widen(room + i * channels, begin + i * at.row * size_of(p.type), p.type, channels);
-  return {room, channels};
+  return x + (place.entry * at.batch + head * at.head + place.row * at.row) * size_of(p.type);
+}
+
+// Keys as fp32: where they lie if they are, else widened.
+static Tile tile_of(const Problem& p, const char* x, const Strides& at, int64_t channels, int64_t batch, int64_t head, int32_t key, int64_t count, float* room) {
+  const char* begin = begin_of(p, x, at, batch, head, key);
+  const int64_t step = at.row * size_of(p.type);
+  if (p.type == FP32) return {begin, step};
+  for (int64_t i = 0; i < count; i++) widen(room + i * channels, begin + i * step, p.type, channels);
+  return {(const char*)room, channels * (int64_t)sizeof(float)};
 }
 
 // The end of the tile that begins at `key`: at the end of the run, of the tile, or of the page.

@@ -26,6 +26,7 @@ COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
 FLAGS = (
     *("-x", "c++", "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread"),
     *("-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
+    "-ffp-contract=off",  # what is to be fused says so; then all compilers give the same bits
 )
 LIBRARIES = ("-lm",) if platform.system() == "Darwin" else ("-Wl,--as-needed", "-lm")
 TIMEOUT_S = 300

@@ -33,6 +33,7 @@ class Variant:
 VARIANTS = {
     variant.name: variant
     for variant in (  # the best first
+        Variant("avx512_bf16", ("-march=x86-64-v4", "-mavx512bf16"), "avx512_bf16"),
         Variant("avx512", ("-march=x86-64-v4",), "avx512"),
         Variant("avx2", ("-march=x86-64-v3",), "avx2"),
     )

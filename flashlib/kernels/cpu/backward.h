@@ -4,7 +4,7 @@
 // units in a second step, always in the same order. Five products, all by the one that stays in registers: scores and dP have rows as
 // lanes, as does dQ; dK and dV have channels as lanes.
 #pragma once
-#include "forward.h"
+#include "pairs.h"
 
 constexpr int64_t CHUNK = 512;      // keys whose dK and dV are summed together: what the second cache level holds
 constexpr int64_t DELTA_ROWS = 64;  // rows of a unit of work that only prepares or adds up rows
@@ -48,13 +48,13 @@ struct BackwardPanel {
 };
 
 // Weights P^T and what the gradients of scores are multiplied by to become those of products q k, [key][row].
-template <bool SHAPED, bool MASKED>
+template <class Form, bool SHAPED, bool MASKED>
 static void weights(float* weight, float* slope, const BackwardPanel& panel, const Scoring& how, const Tile& k, int32_t key, int64_t count, int64_t channels) {
   const vec base_2 = all(how.to_base_2());
   in_blocks(count, [&](auto size, int64_t j) {
     vec acc[size.value][2];
     clear(acc);
-    Widened::multiply(acc, k, j, panel.q, channels);
+    Form::multiply(acc, k, j, panel.q, channels);
     for (int m = 0; m < size.value; m++)
       for (int half = 0; half < 2; half++) {
         const int64_t at = (j + m) * WIDTH + half * LANES;
@@ -70,12 +70,12 @@ static void weights(float* weight, float* slope, const BackwardPanel& panel, con
 }
 
 // dS^T = P^T (dP^T - delta), times what `weights` left.
-template <bool SHAPED>
+template <class Form, bool SHAPED>
 static void score_gradients(float* ds, const float* weight, const float* slope, const BackwardPanel& panel, float scale, const Tile& v, int64_t count, int64_t channels) {
   in_blocks(count, [&](auto size, int64_t j) {
     vec acc[size.value][2];
     clear(acc);
-    Widened::multiply(acc, v, j, panel.grad, channels);
+    Form::multiply(acc, v, j, panel.grad, channels);
     for (int m = 0; m < size.value; m++)
       for (int half = 0; half < 2; half++) {
         const int64_t at = (j + m) * WIDTH + half * LANES;
@@ -96,17 +96,19 @@ struct KeySums {  // dK and dV of the keys from `first` on, [key][padded channel
   int32_t first;
 };
 
-static void visit_backward(BackwardPanel& panel, const KeySums& sums, float* weight, float* ds, float* slope, const Tile& k, const Tile& v, int32_t key, int64_t count, const Problem& p) {
+// `k` and `v` as `Form` takes them, and the keys in fp32.
+template <class Form>
+static void visit_backward(BackwardPanel& panel, const KeySums& sums, float* weight, float* ds, float* slope, const Tile& k, const Tile& v, const Tile& wide_k, int32_t key, int64_t count, const Problem& p) {
   const Scoring how = scoring_of(p);
   const bool masked = key < panel.rows.all_from || key + count > panel.rows.all_to, plain = how.plain();
-  const auto form = plain ? (masked ? weights<false, true> : weights<false, false>) : (masked ? weights<true, true> : weights<true, false>);
+  const auto form = plain ? (masked ? weights<Form, false, true> : weights<Form, false, false>) : (masked ? weights<Form, true, true> : weights<Form, true, false>);
   form(weight, slope, panel, how, k, key, count, p.head_dim);
-  (plain ? score_gradients<false> : score_gradients<true>)(ds, weight, slope, panel, how.scale, v, count, p.v_head_dim);
+  (plain ? score_gradients<Form, false> : score_gradients<Form, true>)(ds, weight, slope, panel, how.scale, v, count, p.v_head_dim);
   const int64_t at = key - sums.first, width = padded(p.head_dim), v_width = padded(p.v_head_dim);
   add_to_keys(sums.dv + at * v_width, weight, panel.grad_rows, v_width, count, panel.rows.count);
   add_to_keys(sums.dk + at * width, ds, panel.q_rows, width, count, panel.rows.count);
   const vec one[2] = {all(1), all(1)};
-  add_product<M_CONTIGUOUS>(panel.dq, WIDTH, k.numbers(), k.step / (int64_t)sizeof(float), ds, WIDTH, p.head_dim, count, one);
+  add_product<M_CONTIGUOUS>(panel.dq, WIDTH, wide_k.numbers(), wide_k.step / (int64_t)sizeof(float), ds, WIDTH, p.head_dim, count, one);
 }
 
 // The panel's rows of x twice: by rows, widened and padded with zeros, and with rows as lanes. Rows that see nothing are 0.
@@ -126,9 +128,11 @@ static void read_rows(float* by_rows, float* as_lanes, const Problem& p, const P
   }
 }
 
+template <class Form>
 static void read(BackwardPanel& panel, const Problem& p, int64_t batch) {
   read_rows(panel.q_rows, panel.q, p, panel.rows, p.q, p.q_at, batch, p.head_dim);
   read_rows(panel.grad_rows, panel.grad, p, panel.rows, p.grad_out, p.grad_out_at, batch, p.v_head_dim);
+  Form::lace(panel.q, p.head_dim), Form::lace(panel.grad, p.v_head_dim);
   memset(panel.dq, 0, WIDTH * p.head_dim * sizeof(float));
   for (int64_t i = 0; i < WIDTH; i++) {
     const int64_t index = row_index(p, batch, panel.rows.head[i], panel.rows.row[i]);
@@ -155,6 +159,7 @@ static void add_dq(const BackwardPanel& panel, const Problem& p, int64_t batch, 
 }
 
 // dK, dV and this part's share of dQ, of the keys [from, to) of one KV head: at most CHUNK.
+template <class Form>
 static void backward_chunk(Problem& p, int64_t batch, int64_t kv_head, int64_t part, int32_t from, int32_t to, bool first) {
   const int64_t width = padded(p.head_dim), v_width = padded(p.v_head_dim), both = p.head_dim + p.v_head_dim, keys = to - from;
   const bool wide = p.type != FP32;
@@ -167,22 +172,23 @@ static void backward_chunk(Problem& p, int64_t batch, int64_t kv_head, int64_t p
   BackwardPanel panel;
   panel.q = cut(WIDTH * p.head_dim), panel.dq = cut(WIDTH * p.head_dim), panel.grad = cut(WIDTH * p.v_head_dim);
   panel.q_rows = cut(WIDTH * width), panel.grad_rows = cut(WIDTH * v_width);
-  Tile k = {nullptr, 0}, v = {nullptr, 0};
+  Tile k = {nullptr, 0}, v = k, wide_k = k;
   if (keys > 0) {
     float* widened = wide ? cut(CHUNK * both) : nullptr;
-    k = tile_of(p, p.k, p.k_at, p.head_dim, batch, kv_head, from, keys, widened);
-    v = tile_of(p, p.v, p.v_at, p.v_head_dim, batch, kv_head, from, keys, wide ? widened + CHUNK * p.head_dim : nullptr);
+    wide_k = Widened::keys(p, batch, kv_head, from, keys, widened);
+    k = Form::PAIRS ? Form::keys(p, batch, kv_head, from, keys, nullptr) : wide_k;
+    v = Form::value_rows(p, batch, kv_head, from, keys, wide ? widened + CHUNK * p.head_dim : nullptr);
   }
   memset(sums.dk, 0, keys * width * sizeof(float)), memset(sums.dv, 0, keys * v_width * sizeof(float));
   for (int64_t number = row_blocks(p, WIDTH); number-- > 0;) {
     fill(&panel.rows, p, block_of(p, batch, kv_head, number, WIDTH), 0);
     if (!first && most(from, panel.rows.lowest) >= least(to, panel.rows.highest)) continue;
-    read(panel, p, batch);
+    read<Form>(panel, p, batch);
     for (Run run = next_run(&panel.rows, 1, from); run.from < to; run = next_run(&panel.rows, 1, run.to)) {
       for (int32_t key = run.from, end = least(run.to, to), next; key < end; key = next) {
         next = least(end, key + KEYS);
         const int64_t at = key - from;
-        visit_backward(panel, sums, weight, ds, slope, k.behind(at), v.behind(at), key, next - key, p);
+        visit_backward<Form>(panel, sums, weight, ds, slope, k.behind(at), v.behind(at), wide_k.behind(at), key, next - key, p);
       }
       if (run.to >= to) break;
     }
@@ -195,12 +201,13 @@ static void backward_chunk(Problem& p, int64_t batch, int64_t kv_head, int64_t p
   }
 }
 
+template <class Form>
 static void backward_unit(void* call, int64_t unit) {
   Problem& p = *(Problem*)call;
   const int64_t part = unit % p.parts, pair = unit / p.parts, keys = ceil_div(p.kv_len, p.parts);
   const int32_t begin = (int32_t)(part * keys), end = (int32_t)(begin + keys < p.kv_len ? begin + keys : p.kv_len);
   for (int32_t from = begin; from == begin || from < end; from += CHUNK)
-    backward_chunk(p, pair / p.kv_heads, pair % p.kv_heads, part, from, most(from, least(end, from + CHUNK)), from == begin);
+    backward_chunk<Form>(p, pair / p.kv_heads, pair % p.kv_heads, part, from, most(from, least(end, from + CHUNK)), from == begin);
 }
 
 static void dq_unit(void* call, int64_t unit) {
@@ -221,6 +228,11 @@ static void dq_unit(void* call, int64_t unit) {
 static void backward(Problem& p) {
   const int64_t row_units = ceil_div(rows_of(p), DELTA_ROWS);
   share(delta_unit, &p, row_units, p.threads);
-  share(backward_unit, &p, p.batch * p.kv_heads * p.parts, p.threads);
+  const int64_t units = p.batch * p.kv_heads * p.parts;
+#if defined(__AVX512BF16__)
+  if (Pairs::takes(p) && p.v_head_dim % 2 == 0) share(backward_unit<Pairs>, &p, units, p.threads);
+  else
+#endif
+    share(backward_unit<Widened>, &p, units, p.threads);
   if (!sums_in_place(p)) share(dq_unit, &p, row_units, p.threads);
 }

@@ -21,6 +21,7 @@ struct Softmax {
 
 // How the products of a tile are formed. This is the way that every type can go: in fp32, to which shorter types are widened.
 struct Widened {
+  static constexpr bool PAIRS = false;
   static constexpr int64_t TOGETHER = 1;  // keys that cannot be parted
 
   static void read_queries(float* q, const Problem& p, const Panel& rows, int64_t batch, float* room) {
@@ -32,6 +33,11 @@ struct Widened {
   static Tile values(const Problem& p, int64_t batch, int64_t head, int32_t key, int64_t count, float* room) {
     return tile_of(p, p.v, p.v_at, p.v_head_dim, batch, head, key, count, room);
   }
+  // Values as keys are taken, and lanes as `multiply` takes them: for the backward, where rows of V are multiplied by rows of dO.
+  static Tile value_rows(const Problem& p, int64_t batch, int64_t head, int32_t key, int64_t count, float* room) {
+    return values(p, batch, head, key, count, room);
+  }
+  static void lace(float*, int64_t) {}
 
   // acc[m] += products of key j + m with the panel's queries.
   template <int M>

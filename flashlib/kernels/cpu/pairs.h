@@ -10,7 +10,7 @@
 INLINE vec dot(vec acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 
 // (even, odd) of each lane as a pair of bf16, rounded to the nearest.
-INLINE __m512i lace(vec even, vec odd) {
+INLINE __m512i lace_pair(vec even, vec odd) {
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even)), high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
@@ -36,24 +36,29 @@ INLINE void multiply_pairs(vec (&acc)[M][2], const uint16_t* a, int64_t a_step, 
   }
 }
 
-// Rows as lanes, [channel][row], to pairs of channels, [channel / 2][row], in place.
-static void lace_channels(float* x, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += 2)
-    for (int half = 0; half < 2; half++) {
-      const float* at = x + c * WIDTH + half * LANES;
-      store(x + c / 2 * WIDTH + half * LANES, lace(load(at), load(at + WIDTH)));
-    }
-}
-
 // A way to form the products of a tile, as `Widened` in forward.h.
 struct Pairs {
+  static constexpr bool PAIRS = true;
   static constexpr int64_t TOGETHER = 2;
 
   static bool takes(const Problem& p) { return p.type == BF16 && p.head_dim % 2 == 0; }
 
   static void read_queries(float* q, const Problem& p, const Panel& rows, int64_t batch, float* room) {
     transpose_rows(q, p, rows, p.q, p.q_at, batch, p.head_dim, room);
-    lace_channels(q, p.head_dim);
+    lace(q, p.head_dim);
+  }
+
+  // Rows as lanes, [channel][row], to pairs of channels, [channel / 2][row], in place.
+  static void lace(float* x, int64_t channels) {
+    for (int64_t c = 0; c < channels; c += 2)
+      for (int half = 0; half < 2; half++) {
+        const float* at = x + c * WIDTH + half * LANES;
+        store(x + c / 2 * WIDTH + half * LANES, lace_pair(load(at), load(at + WIDTH)));
+      }
+  }
+
+  static Tile value_rows(const Problem& p, int64_t batch, int64_t head, int32_t key, int64_t, float*) {
+    return {begin_of(p, p.v, p.v_at, batch, head, key), p.v_at.row * 2};
   }
 
   static Tile keys(const Problem& p, int64_t batch, int64_t head, int32_t key, int64_t, float*) {
@@ -90,7 +95,7 @@ struct Pairs {
       const vec even = exp2(fma(load(s + j * WIDTH), base_2, from));
       const vec odd = j + 1 < count ? exp2(fma(load(s + (j + 1) * WIDTH), base_2, from)) : zero();
       sum = add(sum, add(even, odd));
-      store(s + j / 2 * WIDTH, lace(even, odd));
+      store(s + j / 2 * WIDTH, lace_pair(even, odd));
     }
     return sum;
   }

@@ -204,6 +204,8 @@ BAD = [
     (lambda: decode_attention(Q, K, K, num_splits=2, split_size=64), ValueError, "give num_splits or split_size, not both"),
     (lambda: decode_attention(Q, K, K, backend="quick"), ValueError, "backend must be one of auto, triton, cpu, torch; got 'quick'"),
     (lambda: decode_attention(Q, K, K, backend="triton"), BackendUnavailableError, "the kernels run on cuda here; the tensors are on cpu"),
+    (lambda: decode_attention(Q.double(), K.double(), K.double(), backend="cpu"), BackendUnavailableError, "got torch.float64"),
+    (lambda: decode_attention(Q.clone().requires_grad_(), K, K, backend="cpu"), BackendUnavailableError, "has no gradient"),
     (lambda: decode_attention(Q.double(), K.double(), K.double(), backend="triton"), BackendUnavailableError, "got torch.float64"),
     (lambda: split_ranges(-1, num_splits=2), ValueError, "length must be at least 0; got -1"),
     (lambda: split_ranges(9), ValueError, "give num_splits or split_size, one of them; got num_splits=0, split_size=None"),

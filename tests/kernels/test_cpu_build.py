@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from flashlib.backends import BACKENDS
+from flashlib.launch.cpu.build import find_compiler
 
 CALL = """
 import torch
 from flashlib import attention
 from flashlib.backends import BACKENDS
+from flashlib.launch.cpu.build import find_compiler
 from flashlib.reference import assert_within_budget
 q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
 missing = BACKENDS["cpu"].missing()
@@ -89,3 +91,27 @@ def test_a_variant_that_does_not_exist_is_refused(compiler, tmp_path):
     assert "there is no variant 'avx1024' (in FLASHLIB_CPU); variants are" in said(
         started(tmp_path, FLASHLIB_CPU="avx1024")
     )
+
+
+def sanitized(variant: str, what: str, cache: Path) -> subprocess.CompletedProcess:
+    """What the sanitizers say of a variant, over so many random problems or of a planted fault."""
+    if BACKENDS["cpu"].missing() or sys.platform != "linux":
+        pytest.skip(BACKENDS["cpu"].missing() or "how the sanitizer is loaded is known for Linux alone")
+    found = subprocess.run(
+        [*find_compiler().command, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
+    )
+    preload = found.stdout.strip()
+    if not os.path.isabs(preload):
+        pytest.skip("the compiler comes without the library of its address sanitizer")
+    environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    environment["FLASHLIB_CACHE"] = str(cache)
+    command = [sys.executable, str(Path(__file__).with_name("sanitized_cpu.py")), variant, what]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+
+
+def test_the_sanitizers_find_nothing(tmp_path):
+    """Few problems here; 300 of each variant take minutes: `python tests/kernels/sanitized_cpu.py` says how."""
+    run = sanitized("avx2", "12", tmp_path)
+    assert run.returncode == 0 and "12 problems without a complaint" in run.stdout, run.stdout + run.stderr[-2000:]
+    run = sanitized("avx2", "planted", tmp_path)
+    assert run.returncode != 0 and "heap-buffer-overflow" in run.stderr, run.stderr[-2000:]

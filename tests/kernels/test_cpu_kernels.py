@@ -9,12 +9,15 @@ import threading
 
 import pytest
 import torch
+from decode_problems import random_decode_problem
 from problems import Problem, random_problem
 
 from flashlib import BackendUnavailableError, attention, masks
 from flashlib.backends import BACKENDS
 from flashlib.config import FlashAttentionConfig
+from flashlib.inference.decode import decode_attention
 from flashlib.kernels.launch import KernelOptions
+from flashlib.launch.cpu import operators
 from flashlib.launch.cpu.build import BuildError
 from flashlib.launch.cpu.library import VARIANTS, Library, load
 from flashlib.launch.cpu.operators import attention_backward, attention_forward, run_backward, run_forward
@@ -68,7 +71,7 @@ def backward(problem: Problem, library: Library, out, lse, grad_out, grad_lse):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_problems(library, dtype, rng):
     """Every mask, GQA, ALiBi, softcap, lengths that differ, any strides; NaN and inf wherever no row looks."""
-    for _ in range(40):
+    for _ in range(15):
         problem = drawn(rng, dtypes=(dtype,))
         out, lse = forward(problem, library)
         comparison = check(out, lse, problem.q, problem.k, problem.v, **problem.options)
@@ -176,6 +179,59 @@ def test_a_forked_process_goes_on(library, two_threads):
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(forward(problem, library)[0], expected[0])
+
+
+def test_decoding(library, rng, monkeypatch):
+    """Ragged lengths, windows, contiguous and paged caches, splits of every kind; NaN in all that is not to be read."""
+    monkeypatch.setattr(operators, "library", lambda: library)
+    for _ in range(25):
+        problem = random_decode_problem(rng, dtypes=DTYPES, capacities=(1, 2, 33, 64, 100, 300))
+        result = decode_attention(problem.q, problem.k, problem.v, **problem.options, return_lse=True, backend="cpu")
+        comparison = check(*result, *problem.oracle, **problem.oracle_options)
+        assert comparison.passed, f"{problem}: {comparison.message}"
+
+
+def test_long_caches_are_split_and_merged(library, monkeypatch, rng):
+    """With few rows, many, and heads that share a panel; through attention, where no split is asked for, and through decoding."""
+    monkeypatch.setattr(operators, "library", lambda: library)
+    for q_len, heads in ((1, 3), (5, 4), (12, 3)):
+        q, k, v = torch.randn(1, heads, q_len, 16), torch.randn(1, 1, 2500, 16), torch.randn(1, 1, 2500, 16)
+        out, lse = attention(q, k, v, causal=True, return_lse=True, backend="cpu")
+        assert_within_budget(out, q, k, v, lse=lse, causal=True)
+        assert torch.equal(decode_attention(q, k, v, backend="cpu"), out)
+        one_split = decode_attention(q, k, v, split_size=2500, backend="cpu")
+        assert_within_budget(one_split, q, k, v, causal=True)
+        assert not torch.equal(one_split, out)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_request_gives_the_same_bits_in_every_batch(library, monkeypatch, paged):
+    monkeypatch.setattr(operators, "library", lambda: library)
+    q, k, v = torch.randn(4, 4, 2, 16), torch.randn(4, 2, 96, 16), torch.randn(4, 2, 96, 16)
+    lengths, table = torch.tensor([96, 3, 50, 77]), None
+    if paged:
+        table = torch.arange(4 * 6, dtype=torch.int32).view(4, 6)
+        k, v = (x.unflatten(2, (6, 16)).transpose(1, 2).flatten(0, 1).contiguous() for x in (k, v))
+
+    def decode(some: slice):
+        cache = (k, v) if paged else (k[some], v[some])
+        options = {"lengths": lengths[some], "block_table": table[some] if paged else None, "split_size": 32}
+        return decode_attention(q[some], *cache, **options, backend="cpu")
+
+    whole = decode(slice(0, 4))
+    for n in range(4):
+        assert torch.equal(decode(slice(n, n + 1))[0], whole[n])
+
+
+def test_pages_that_do_not_exist_are_refused(library, monkeypatch):
+    monkeypatch.setattr(operators, "library", lambda: library)
+    q, pages = torch.randn(2, 4, 1, 8), torch.randn(6, 2, 4, 8)
+    table = torch.tensor([[0, 1], [2, 6]], dtype=torch.int32)
+    for rows in (q, q.expand(-1, -1, 20, -1)):
+        with pytest.raises(ValueError, match="a page outside of 0 to 5 for request 1"):
+            decode_attention(rows, pages, pages, block_table=table, causal=False, backend="cpu")
+    lengths = torch.tensor([8, 4])  # the entry that is wrong is not looked at
+    assert decode_attention(q, pages, pages, block_table=table, lengths=lengths, backend="cpu").isfinite().all()
 
 
 def options_of(q, k, v, **options) -> tuple:

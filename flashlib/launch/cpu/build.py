@@ -152,10 +152,14 @@ def _digest(source: str, flags: tuple[str, ...]) -> str:
 
 def _cache_folder() -> Path:
     """``$FLASHLIB_CACHE/cpu`` if that is set, else in the user's cache folder."""
-    import platformdirs
-
     override = os.environ.get("FLASHLIB_CACHE")
-    return (Path(override).expanduser() if override else platformdirs.user_cache_path("flashlib")) / "cpu"
+    if override:
+        return Path(override).expanduser() / "cpu"
+    try:
+        import platformdirs
+    except ImportError:  # the library alone, brought to a machine by hand
+        return _private_folder()
+    return platformdirs.user_cache_path("flashlib") / "cpu"
 
 
 @cache

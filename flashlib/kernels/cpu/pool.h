@@ -4,7 +4,6 @@
 // as a short call. A forked process begins with an empty pool. Of two calls at once, the second does its work alone.
 #pragma once
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -19,7 +18,7 @@ constexpr int WANTED_BITS = 16;
 
 struct Pool {
   pthread_mutex_t lock;
-  pthread_cond_t wake;
+  pthread_cond_t wake, done;
   int busy;         // whether a call is using the threads
   int64_t threads;  // that were started; the caller is one more
   int64_t round;    // how many calls there were, and in the low bits how many threads the last one wants. One word, so that a thread
@@ -29,7 +28,7 @@ struct Pool {
   Work work;
   void* call;
 };
-static Pool pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, 0, 0, 0, 0, nullptr, nullptr};
+static Pool pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, 0, 0, 0, 0, nullptr, nullptr};
 
 INLINE void rest() { __builtin_ia32_pause(); }
 
@@ -63,7 +62,10 @@ static void* stand_by(void* argument) {
     seen = round_after(seen);
     if (number >= (seen & ((1 << WANTED_BITS) - 1))) continue;
     take_units();
-    __atomic_fetch_sub(&pool.working, 1, __ATOMIC_RELEASE);
+    if (__atomic_sub_fetch(&pool.working, 1, __ATOMIC_ACQ_REL) > 0) continue;
+    pthread_mutex_lock(&pool.lock);
+    pthread_cond_signal(&pool.done);
+    pthread_mutex_unlock(&pool.lock);
   }
   return nullptr;
 }
@@ -99,16 +101,19 @@ static void share(Work work, void* call, int64_t units, int64_t threads) {
   pthread_cond_broadcast(&pool.wake);
   pthread_mutex_unlock(&pool.lock);
   take_units();
-  for (int64_t spin = 0; __atomic_load_n(&pool.working, __ATOMIC_ACQUIRE) > 0; spin++) {
-    if (spin < SPINS) rest();
-    else sched_yield();
+  const auto working = [] { return __atomic_load_n(&pool.working, __ATOMIC_ACQUIRE) > 0; };
+  for (int spin = 0; spin < SPINS && working(); spin++) rest();
+  if (helpers > 0) {
+    pthread_mutex_lock(&pool.lock);
+    while (working()) pthread_cond_wait(&pool.done, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
   }
   __atomic_store_n(&pool.busy, 0, __ATOMIC_RELEASE);
 }
 
 static void begin_after_fork() {
   // The child has none of the threads, and the parent may have been in the middle of a call.
-  pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, 0, 0, 0, 0, nullptr, nullptr};
+  pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, 0, 0, 0, 0, nullptr, nullptr};
 }
 
 __attribute__((constructor)) static void expect_forks() { pthread_atfork(nullptr, nullptr, begin_after_fork); }

@@ -71,7 +71,7 @@ def backward(problem: Problem, library: Library, out, lse, grad_out, grad_lse):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_problems(library, dtype, rng):
     """Every mask, GQA, ALiBi, softcap, lengths that differ, any strides; NaN and inf wherever no row looks."""
-    for _ in range(15):
+    for _ in range(14 if dtype == torch.float32 else 6):  # the best variant has 300 more in test_backends_agree
         problem = drawn(rng, dtypes=(dtype,))
         out, lse = forward(problem, library)
         comparison = check(out, lse, problem.q, problem.k, problem.v, **problem.options)
@@ -184,7 +184,7 @@ def test_a_forked_process_goes_on(library, two_threads):
 def test_decoding(library, rng, monkeypatch):
     """Ragged lengths, windows, contiguous and paged caches, splits of every kind; NaN in all that is not to be read."""
     monkeypatch.setattr(operators, "library", lambda: library)
-    for _ in range(25):
+    for _ in range(15):
         problem = random_decode_problem(rng, dtypes=DTYPES, capacities=(1, 2, 33, 64, 100, 300))
         result = decode_attention(problem.q, problem.k, problem.v, **problem.options, return_lse=True, backend="cpu")
         comparison = check(*result, *problem.oracle, **problem.oracle_options)

@@ -16,7 +16,7 @@ from flashlib.backends.base import Backend, BackendUnavailableError
 from flashlib.backends.cpu import CPUBackend
 from flashlib.backends.flash_attn import FlashAttention2, FlashAttention3
 from flashlib.backends.pytorch import ReferenceBackend, TiledBackend
-from flashlib.backends.torch_sdpa import SDPACudnn, SDPAEfficient, SDPAFlash, SDPAMath
+from flashlib.backends.torch_sdpa import SDPACudnn, SDPAEfficient, SDPAFlash, SDPAMath, needs_dense_mask
 from flashlib.backends.triton import TritonBackend
 from flashlib.config import FlashAttentionConfig, current_config
 from flashlib.spec import AttentionSpec
@@ -76,6 +76,10 @@ PREFERENCES: tuple[Preference, ...] = (
 )
 
 
+# Multiply-adds of Q K^T. One call of the CPU kernels costs 31 us before they begin, one of PyTorch's own 10, on an AMD EPYC.
+LEAST_CPU_PRODUCTS = 2**18
+
+
 def check_name(argument: str, name: str) -> str:
     """Return ``name`` if there is such a backend; else ValueError naming ``argument`` and the backends there are."""
     if name not in BACKENDS:
@@ -111,7 +115,7 @@ def choose(spec: AttentionSpec, backend: str = "auto", config: FlashAttentionCon
             raise BackendUnavailableError(f"backend {backend!r} cannot run this: {reason}")
         return chosen
     for name in order_of_choice(config, spec.device):
-        if BACKENDS[name].why_not(spec, config) is None:
+        if BACKENDS[name].why_not(spec, config) is None and _passed_over(name, spec, config) is None:
             return BACKENDS[name]
     raise BackendUnavailableError(f"no backend in the order of choice can run this:\n{explain(spec, config)}")
 
@@ -128,9 +132,10 @@ def explain(spec: AttentionSpec, config: FlashAttentionConfig | None = None) -> 
     rows, chosen = [], None
     for name in order_of_choice(config, spec.device):
         obstacle = BACKENDS[name].why_not(spec, config)
-        if obstacle is None and chosen is None:
+        passed_over = None if obstacle else _passed_over(name, spec, config)
+        if obstacle is None and passed_over is None and chosen is None:
             chosen = name
-        rows.append((name, obstacle is None, obstacle or reasons[name]))
+        rows.append((name, obstacle is None, obstacle or passed_over or reasons[name]))
     return Explanation(tuple(rows), chosen)
 
 
@@ -160,6 +165,18 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         return self._table("html")
+
+
+def _passed_over(name: str, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:
+    """Why ``"auto"`` goes on to the next backend although this one runs the problem; None where it does not. A configured order is kept."""
+    if name != "cpu" or config.order:
+        return None
+    products = spec.batch * spec.q_heads * spec.q_len * spec.kv_len * spec.head_dim
+    if products >= LEAST_CPU_PRODUCTS or needs_dense_mask(spec):
+        return None
+    if BACKENDS["torch_sdpa_flash"].why_not(spec, config) is not None:
+        return None
+    return "runs it, but of problems this small PyTorch's own kernel makes quicker work: calling ours costs more"
 
 
 def _check_spec(spec: AttentionSpec) -> None:

@@ -154,8 +154,7 @@ def test_explain_lists_every_backend_once_and_marks_what_auto_runs():
     explanation = explain(spec)
     assert sorted(row[0] for row in explanation.rows) == sorted(BACKENDS)
     assert [row[0] for row in explanation.rows] == order_of_choice(current_config(), spec.device)
-    expected = "torch_sdpa_flash" if BACKENDS["cpu"].missing() else "cpu"  # which a machine without a compiler lacks
-    assert explanation.chosen == choose(spec).name == expected
+    assert explanation.chosen == choose(spec).name == "torch_sdpa_flash"
     assert f"->  {explanation.chosen}" in str(explanation)
     assert "<table>" in explanation._repr_html_()
     for name, runs, reason in explanation.rows:
@@ -172,6 +171,23 @@ def test_our_kernels_come_first_on_a_gpu_and_behind_compiled_ones_on_a_cpu():
     assert on_cpu.index("torch_sdpa_flash") < on_cpu.index("triton") < on_cpu.index("tiled")
     asked = FlashAttentionConfig(order=["tiled", "triton"])
     assert order_of_choice(asked, torch.device("cpu")) == ["tiled", "triton"]
+
+
+def test_the_cpu_kernels_come_first_on_a_cpu_but_for_problems_too_small_for_their_call():
+    if BACKENDS["cpu"].missing():
+        pytest.skip(BACKENDS["cpu"].missing())
+    large, small = (torch.randn(1, 2, length, 64) for length in (256, 8))
+    assert choose(AttentionSpec.from_tensors(large, large, large)).name == "cpu"
+    told = {name: (runs, reason) for name, runs, reason in explain(AttentionSpec.from_tensors(*[small] * 3)).rows}
+    assert told["cpu"][0] and "calling ours costs more" in told["cpu"][1]
+    for options in (
+        {"return_lse": True},
+        {"softcap": 2.0},
+        {"mask": masks.KeyLengths([5])},
+    ):  # not for SDPA, or a matrix
+        assert choose(AttentionSpec.from_tensors(*[small] * 3, **options)).name == "cpu"
+    only = FlashAttentionConfig(order=["cpu", "torch_sdpa_flash"])
+    assert choose(AttentionSpec.from_tensors(*[small] * 3), config=only).name == "cpu"
 
 
 def test_auto_falls_through_with_a_reason():

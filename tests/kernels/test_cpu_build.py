@@ -35,7 +35,12 @@ def compiler() -> None:
 
 
 def started(cache: Path, **environment: str) -> subprocess.Popen:
-    environment = {**os.environ, "FLASHLIB_CACHE": str(cache), "OMP_NUM_THREADS": "1", **environment}
+    shared = {
+        "FLASHLIB_CACHE": str(cache),
+        "FLASHLIB_CPU": "avx2",
+        "OMP_NUM_THREADS": "1",
+    }  # avx2 is the quickest to compile
+    environment = {**os.environ, **shared, **environment}
     return subprocess.Popen([sys.executable, "-c", CALL], env=environment, stdout=subprocess.PIPE, text=True)
 
 

@@ -80,8 +80,8 @@ def sources_hash(sources: Iterable[str]) -> str:
 
 
 def _cpp_alone(text: str) -> str:
-    """C++ of our own without comments, which all begin with ``//``, and with one blank where there are any."""
-    return " ".join(" ".join(line.partition("//")[0].split()) for line in text.splitlines())
+    """The words of C++ of our own, without comments, which all begin with ``//``."""
+    return " ".join(word for line in text.splitlines() for word in line.partition("//")[0].split())
 
 
 def _code_alone(text: str) -> str:

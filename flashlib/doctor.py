@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashlib import backends
+from flashlib.launch.cpu.library import library, why_missing
 
 PACKAGES = ("flashlib", "torch", "triton", "numpy", "transformers", "jupyterlab", "flash-attn", "flash-attn-3")
 # Vector and matrix instructions that attention kernels use, as PyTorch names them (x86 first, then ARM).
@@ -40,6 +41,7 @@ class Report:
     Attributes:
         system: Python and operating system.
         cpu_features: those of :data:`CPU_FEATURES` that this processor has.
+        cpu_kernels: the instructions for which our own kernels for processors were compiled, or None; ``backends`` says why.
         memory: bytes of main memory.
         driver: version of the NVIDIA driver; None where there is none.
         packages: installed version by name; None if not installed.
@@ -53,6 +55,7 @@ class Report:
     logical_cores: int | None
     torch_threads: int
     cpu_features: tuple[str, ...]
+    cpu_kernels: str | None
     memory: int
     gpus: tuple[GPU, ...]
     driver: str | None
@@ -66,7 +69,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at this machine. Takes seconds where a GPU has to be woken; changes nothing, fetches nothing."""
+    """Look at this machine. Takes seconds where a GPU has to be woken or the CPU kernels have not been compiled yet; fetches nothing."""
     from flashlib.course.weights import find_weights
 
     capabilities = torch.cpu.get_capabilities()
@@ -78,6 +81,7 @@ def examine() -> Report:
         logical_cores=psutil.cpu_count(),
         torch_threads=torch.get_num_threads(),
         cpu_features=tuple(name for name in CPU_FEATURES if capabilities.get(name)),
+        cpu_kernels=None if why_missing() else library().variant.name,
         memory=psutil.virtual_memory().total,
         gpus=_gpus(),
         driver=_driver(),
@@ -106,6 +110,9 @@ def _machine_table(report: Report) -> Table:
         f"{report.torch_threads} used by PyTorch",
     )
     table.add_row("CPU features", ", ".join(report.cpu_features) or "none that attention kernels use")
+    table.add_row(
+        "CPU kernels", f"compiled for {report.cpu_kernels}" if report.cpu_kernels else "none; see backend cpu below"
+    )
     table.add_row("Memory", f"{report.memory / 2**30:.1f} GiB")
     for gpu in report.gpus:
         table.add_row("GPU", f"{gpu.name}, capability {gpu.capability}, {gpu.memory / 2**30:.1f} GiB")

@@ -100,7 +100,37 @@ class TritonEngine:
         return KernelOptions.from_spec(spec, self.precision, self.autotune)
 
 
-_ENGINES = {"tiled": TiledEngine, "triton": TritonEngine}
+@dataclass(frozen=True)
+class CPUEngine:
+    """Our kernels for processors (:mod:`flashlib.kernels.cpu`)."""
+
+    def __str__(self) -> str:
+        return "cpu"
+
+    @classmethod
+    def from_words(cls) -> CPUEngine:
+        return cls()
+
+    def forward(self, q, k, v, spec):
+        from flashlib.kernels.launch import KernelOptions
+        from flashlib.launch.cpu import operators
+
+        return operators.run_forward(q, k, v, KernelOptions.from_spec(spec), operators.library())
+
+    def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
+        from flashlib.kernels.launch import KernelOptions
+        from flashlib.launch.cpu import operators
+
+        options = KernelOptions.from_spec(spec)
+        return operators.run_backward(q, k, v, out, lse, grad_out, grad_lse, options, operators.library())
+
+    def empty_results(self, q, v, spec):
+        from flashlib.kernels.launch import empty_results
+
+        return empty_results(q, v)
+
+
+_ENGINES = {"tiled": TiledEngine, "triton": TritonEngine, "cpu": CPUEngine}
 
 
 def engine_named(words: str) -> Engine:

@@ -13,9 +13,10 @@ import torch
 from tabulate import tabulate
 
 from flashlib.backends.base import Backend, BackendUnavailableError
+from flashlib.backends.cpu import CPUBackend
 from flashlib.backends.flash_attn import FlashAttention2, FlashAttention3
 from flashlib.backends.pytorch import ReferenceBackend, TiledBackend
-from flashlib.backends.torch_sdpa import SDPACudnn, SDPAEfficient, SDPAFlash, SDPAMath
+from flashlib.backends.torch_sdpa import SDPACudnn, SDPAEfficient, SDPAFlash, SDPAMath, needs_dense_mask
 from flashlib.backends.triton import TritonBackend
 from flashlib.config import FlashAttentionConfig, current_config
 from flashlib.spec import AttentionSpec
@@ -42,6 +43,7 @@ BACKENDS: dict[str, Backend] = {
         SDPAEfficient(),
         SDPAFlash(),
         SDPACudnn(),
+        CPUBackend(),
         TritonBackend(),
         FlashAttention2(),
         FlashAttention3(),
@@ -63,6 +65,7 @@ PREFERENCES: tuple[Preference, ...] = (
     Preference("flash_attn_3", "written for Hopper; the published figures lead on that GPU"),
     Preference("torch_sdpa_cudnn", "comes with PyTorch; 605 / 553 TFLOP/s on an H200, 1.7x FlashAttention-2"),
     Preference("flash_attn_2", "FlashAttention-2 with windows, softcap and LSE, which PyTorch's copy does not offer"),
+    Preference("cpu", "our own kernels for processors: any mask, the LSE and its gradient, deterministic"),
     Preference(
         "torch_sdpa_flash", "FlashAttention-2 inside PyTorch: 340 / 318 TFLOP/s on an H200; the fused kernel on CPUs"
     ),
@@ -71,6 +74,10 @@ PREFERENCES: tuple[Preference, ...] = (
     Preference("torch_sdpa_math", "PyTorch's unfused formula: makes the N x N matrix, so only when asked for"),
     Preference("reference", "the formula itself, for comparison"),
 )
+
+
+# Multiply-adds of Q K^T. One call of the CPU kernels costs 31 us before they begin, one of PyTorch's own 10, on an AMD EPYC.
+LEAST_CPU_PRODUCTS = 2**18
 
 
 def check_name(argument: str, name: str) -> str:
@@ -108,7 +115,7 @@ def choose(spec: AttentionSpec, backend: str = "auto", config: FlashAttentionCon
             raise BackendUnavailableError(f"backend {backend!r} cannot run this: {reason}")
         return chosen
     for name in order_of_choice(config, spec.device):
-        if BACKENDS[name].why_not(spec, config) is None:
+        if BACKENDS[name].why_not(spec, config) is None and _passed_over(name, spec, config) is None:
             return BACKENDS[name]
     raise BackendUnavailableError(f"no backend in the order of choice can run this:\n{explain(spec, config)}")
 
@@ -125,9 +132,10 @@ def explain(spec: AttentionSpec, config: FlashAttentionConfig | None = None) -> 
     rows, chosen = [], None
     for name in order_of_choice(config, spec.device):
         obstacle = BACKENDS[name].why_not(spec, config)
-        if obstacle is None and chosen is None:
+        passed_over = None if obstacle else _passed_over(name, spec, config)
+        if obstacle is None and passed_over is None and chosen is None:
             chosen = name
-        rows.append((name, obstacle is None, obstacle or reasons[name]))
+        rows.append((name, obstacle is None, obstacle or passed_over or reasons[name]))
     return Explanation(tuple(rows), chosen)
 
 
@@ -159,6 +167,18 @@ class Explanation:
         return self._table("html")
 
 
+def _passed_over(name: str, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:
+    """Why ``"auto"`` goes on to the next backend although this one runs the problem; None where it does not. A configured order is kept."""
+    if name != "cpu" or config.order:
+        return None
+    products = spec.batch * spec.q_heads * spec.q_len * spec.kv_len * spec.head_dim
+    if products >= LEAST_CPU_PRODUCTS or needs_dense_mask(spec):
+        return None
+    if BACKENDS["torch_sdpa_flash"].why_not(spec, config) is not None:
+        return None
+    return "runs it, but of problems this small PyTorch's own kernel makes quicker work: calling ours costs more"
+
+
 def _check_spec(spec: AttentionSpec) -> None:
     if not isinstance(spec, AttentionSpec):
         hint = "AttentionSpec.from_tensors(q, k, v, ...) makes one"
@@ -168,7 +188,7 @@ def _check_spec(spec: AttentionSpec) -> None:
 def order_of_choice(config: FlashAttentionConfig, device: torch.device) -> list[str]:
     """The backends that ``"auto"`` tries for tensors on ``device``: those of ``config.order``, or else of :data:`PREFERENCES`.
 
-    On a CPU, where our kernels run in Triton's interpreter if at all, they come after everything that is compiled.
+    On a CPU our Triton kernels, which run in Triton's interpreter if at all, come after everything that is compiled.
     """
     if config.order:
         return list(config.order)

@@ -20,7 +20,7 @@ from flashlib.reference import hide_unseen
 from flashlib.spec import AttentionSpec
 from flashlib.values import has_values
 
-__all__ = ["SDPACudnn", "SDPAEfficient", "SDPAFlash", "SDPAMath"]
+__all__ = ["SDPACudnn", "SDPAEfficient", "SDPAFlash", "SDPAMath", "needs_dense_mask"]
 
 
 class _SDPA(Backend):
@@ -97,7 +97,8 @@ def _is_square_causal(spec: AttentionSpec) -> bool:
     return spec.mask.band() == (None, 0) and spec.q_len == spec.kv_len
 
 
-def _needs_dense_mask(spec: AttentionSpec) -> bool:
+def needs_dense_mask(spec: AttentionSpec) -> bool:
+    """Whether SDPA must be given the mask as a matrix of Sq x Sk booleans."""
     return not (_is_plain(spec) or _is_square_causal(spec))
 
 
@@ -134,7 +135,7 @@ class SDPAFlash(_SDPA):
             return f"the kernel needs v's head_dim to equal q's; got {spec.v_head_dim} and {spec.head_dim}"
         if spec.device.type == "cpu":
             return None
-        if _needs_dense_mask(spec):
+        if needs_dense_mask(spec):
             return "the CUDA kernel takes no mask but causal with as many queries as keys"
         return _cuda_limits(self.kernel, spec)
 
@@ -167,7 +168,7 @@ class SDPACudnn(_CUDAOnly):
     kernel = SDPBackend.CUDNN_ATTENTION
 
     def _kernel_limits(self, spec):
-        if _needs_dense_mask(spec):
+        if needs_dense_mask(spec):
             return "its gradient under a dense mask is not to be trusted: infinite dq seen on an H200 with torch 2.11"
         return super()._kernel_limits(spec)
 
@@ -196,7 +197,7 @@ def _cuda_limits(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
         min(spec.kv_len, _STAND_IN_TOKENS),
         spec.head_dim,
         spec.v_head_dim,
-        _needs_dense_mask(spec),
+        needs_dense_mask(spec),
         _is_square_causal(spec),
         spec.needs_grad,
     )

@@ -10,7 +10,7 @@ Source: Dao, Haziza, Massa and Sizov 2023, Flash-Decoding for long-context infer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from numbers import Real
@@ -29,7 +29,7 @@ from flashlib.values import has_data, has_tangent, has_values, may_read
 
 __all__ = ["choose_num_splits", "combine_splits", "decode_attention", "split_partials", "split_ranges"]
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "cpu", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TILE = 64  # keys; where the tile is not the kernel's own
 SPLIT_COST = 2  # tiles; what a split costs beside the tiles it holds
@@ -81,8 +81,8 @@ def decode_attention(
         split_size: cut at multiples of this many keys instead. What a request gives is then bitwise the same whatever batch it is in,
             and however much room its cache has. Multiples of 128 leave no tile of keys cut.
         return_lse: also return the log-sum-exp of each row's scores.
-        backend: "triton"; "torch", the same algorithm in plain PyTorch, for reading and for CPUs (the host reads lengths, once a call, and it
-            can be differentiated); "auto" takes triton where it runs.
+        backend: "triton"; "cpu", our kernels for processors; "torch", the same algorithm in plain PyTorch, for reading (it reads lengths
+            and block_table on the host, once a call, and can be differentiated); "auto" takes the first of them that runs.
 
     Returns:
         out ``[B, Hq, Sq, Dv]``, dtype of q. With ``return_lse``, ``(out, lse)``: lse ``[B, Hq, Sq]``, natural logarithm, fp32 (fp64 for
@@ -99,8 +99,9 @@ def decode_attention(
     """
     q, k, v = autocast_inputs(q, k, v)
     problem = Problem.checked(q, k, v, lengths, block_table, causal, window, scale, softcap, num_splits, split_size)
+    why_not = {"triton": problem.triton_why_not, "cpu": problem.cpu_why_not}
     with autocast_off(q.device):
-        out, lse = _RUN[_pick(backend, problem.triton_why_not())](problem)
+        out, lse = _RUN[_pick(backend, why_not)](problem)
     return (out, lse) if return_lse else out
 
 
@@ -249,7 +250,8 @@ def combine_splits(
             f"{tuple(lse.shape)}"
         )
     dtype = dtype or torch.float32
-    if _pick(backend, no_combine_kernel(out, lse)) == "torch":
+    why_not = {"triton": lambda: no_combine_kernel(out, lse), "cpu": lambda: "merges only what it has split itself"}
+    if _pick(backend, why_not) == "torch":
         # Merging with nothing hides what the out of a lone split may hold where its lse is -inf.
         nothing = Partial.identity(*out.shape[1:], device=out.device)
         merged = fold([nothing, *(Partial(o, l) for o, l in zip(out, lse, strict=True))])
@@ -342,6 +344,18 @@ class Problem:
         if has_data(*tensors) and not has_values(*tensors):
             return "does not go through the transforms of torch.func; backend 'torch' does"
         return _no_triton(self.q.device) or _too_wide(max(self.q.shape[3], self.v.shape[3])) or _needs_grad(*tensors)
+
+    def cpu_why_not(self) -> str | None:
+        from flashlib.launch.cpu.library import why_missing
+
+        if self.q.device.type != "cpu":
+            return f"the kernels run on the CPU; the tensors are on {self.q.device}"
+        if self.q.dtype == torch.float64:
+            return "takes fp16, bf16 and fp32; got torch.float64"
+        tensors = (self.q, self.k, self.v)
+        if has_data(*tensors) and not has_values(*tensors):
+            return "does not go through the transforms of torch.func; backend 'torch' does"
+        return _too_wide(max(self.q.shape[3], self.v.shape[3])) or _needs_grad(*tensors) or why_missing()
 
     def _check_lengths(self) -> None:
         lengths, batch = self.lengths, self.q.shape[0]
@@ -455,6 +469,14 @@ def run_triton(problem: Problem, precision: str) -> tuple[Tensor, Tensor]:
     return launch_decode(problem.q, problem.k, problem.v, options)
 
 
+def _cpu(problem: Problem) -> tuple[Tensor, Tensor]:
+    from flashlib.launch.cpu.operators import decode
+
+    size = problem.split_size or (_blocks(problem.capacity, problem.num_splits) if problem.num_splits else 0)
+    caches = (problem.q, problem.k, problem.v, problem.lengths, problem.block_table)
+    return decode(*caches, problem.left, problem.right, problem.scale, problem.softcap, size)
+
+
 def _splits(problem: Problem) -> tuple[int, int]:
     """How many splits to launch for each request and KV head, and into how many a short request is cut at least.
 
@@ -483,16 +505,21 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-_RUN = {"torch": _torch, "triton": _triton}
+_RUN = {"torch": _torch, "cpu": _cpu, "triton": _triton}
 
 
-def _pick(backend: str, triton_why_not: str | None) -> str:
+def _pick(backend: str, why_not: dict[str, Callable[[], str | None]]) -> str:
+    """The way to run: ``backend``, or the first that has nothing against it. ``why_not``: by name, in order; "torch" always runs."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend == "triton" and triton_why_not:
-        raise BackendUnavailableError(f"backend 'triton' cannot run this: {triton_why_not}")
     if backend == "auto":
-        return "torch" if triton_why_not else "triton"
+        for name, asked in why_not.items():
+            if asked() is None:
+                return name
+        return "torch"
+    obstacle = why_not[backend]() if backend in why_not else None
+    if obstacle:
+        raise BackendUnavailableError(f"backend {backend!r} cannot run this: {obstacle}")
     return backend
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from flashlib.launch.cpu.library import library, why_missing
 from flashlib.measure.cases import PRESETS, Case, parse_grid, short_labels
 from flashlib.measure.contender import Contender, DecodeWitness, Inputs, Witness, draw_inputs, inputs_for, witness_of
 from flashlib.measure.decoding import DECODE_PRESETS, DecodeCase, decode_cases, decode_peers
@@ -31,7 +32,18 @@ from flashlib.measure.record import PACKAGE, Record, new_record, save_record
 from flashlib.measure.tables import Table, format_bytes, format_number, table
 from flashlib.measure.timing import Timing, time_in_turns
 
-__all__ = ["Plan", "compile_ahead", "decode_sources", "kernel_sources", "plan", "race", "run", "summary", "told"]
+__all__ = [
+    "Plan",
+    "compile_ahead",
+    "cpu_sources",
+    "decode_sources",
+    "kernel_sources",
+    "plan",
+    "race",
+    "run",
+    "summary",
+    "told",
+]
 
 NOTES = (
     "Peers take turns in shuffled order. GPU time by device events around CUDA graphs, with enough input sets to miss the L2 "
@@ -45,6 +57,14 @@ DECODE_NOTES = (
     "over the time. cache_bytes: of K and V as the peer holds them, which a memory has in the host's RAM; peak_bytes: the most that one "
     "call needs beside them and its queries. Every result was within the error budget against float64 on sampled requests."
 )
+CPU_NOTES = (
+    "Peers take turns in shuffled order, at first untimed, on one set of inputs; median of the rounds, 20th and 80th percentile. {clock} "
+    "TFLOP/s and GB/s are counted as in the records of GPUs. Every result was within the error budget against float64 on sampled rows."
+)
+CPU_CLOCKS = {
+    True: "Processor time of one thread, which other processes on the machine do not add to.",
+    False: "Time by the clock.",
+}
 MEMORY_NOTES = (
     "Peak memory of one forward and backward, beyond q, k, v and the gradient of out, as the allocator counts it."
 )
@@ -180,10 +200,30 @@ def run(plan: Plan, out: Path, report: Report = lambda case, rows: None) -> Reco
 def _record(plan: Plan, rows: list[dict], machine: dict, *, complete: bool) -> Record:
     extra = {"complete": complete, "cases": len(plan.cases), "seed": plan.seed, "device": plan.device, **machine}
     notes = MEMORY_NOTES if plan.memory else DECODE_NOTES if plan.decodes else NOTES
+    if plan.device == "cpu" and not plan.memory:
+        notes, extra = CPU_NOTES.format(clock=CPU_CLOCKS[_one_thread()]), extra | _processor()
     return new_record(plan.topic, rows, _sources(plan), notes, **extra)
 
 
+def _one_thread() -> bool:
+    return torch.get_num_threads() == 1
+
+
+def _clock(device: str) -> Callable[[], float]:
+    """What is read around calls on a CPU: the processor's time, where one thread spends it."""
+    return time.process_time if device == "cpu" and _one_thread() else time.perf_counter
+
+
+def _processor() -> dict[str, str | int | None]:
+    """What a record of a processor says of it: name, threads that PyTorch uses, and the instructions that our kernels use."""
+    name = torch.cpu.get_capabilities().get("cpu_name", "unknown")
+    variant = None if why_missing() else library().variant.name
+    return {"cpu": name, "threads": torch.get_num_threads(), "cpu_kernels": variant}
+
+
 def _sources(plan: Plan) -> list[str]:
+    if plan.device == "cpu":
+        return cpu_sources(decoding=plan.decodes)
     if not plan.decodes:
         return kernel_sources()
     if any(case.about_memory for case in plan.cases):
@@ -198,6 +238,13 @@ def kernel_sources() -> list[str]:
     return sorted(str(path.relative_to(PACKAGE)) for path in [*kernels, PACKAGE / "backends" / "triton.py"])
 
 
+def cpu_sources(*, decoding: bool = False) -> list[str]:
+    """The same for attention on a CPU, or for decoding there."""
+    kernels = [path for path in (PACKAGE / "kernels" / "cpu").iterdir() if path.suffix in (".h", ".cpp")]
+    found = [*kernels, *(PACKAGE / "launch" / "cpu").glob("*.py"), PACKAGE / "backends" / "cpu.py"]
+    return sorted([*(str(path.relative_to(PACKAGE)) for path in found), *(["inference/decode.py"] if decoding else [])])
+
+
 def decode_sources() -> list[str]:
     """The same for decoding."""
     return sorted([*(f"kernels/{name}.py" for name in (*DECODING, "common", "launch", "tiles")), "inference/decode.py"])
@@ -207,9 +254,10 @@ def ceilings(device: str) -> dict[str, float]:
     """What this machine can do at best, in the same run: a large matrix product, and memory read and written."""
     matmul, stream = (8192, 2**32) if device == "cuda" else (1024, 2**26)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    clock = _clock(device)
     return {
-        "matmul_flops_per_s": matmul_flops_per_s(matmul, dtype=dtype, device=device),
-        "stream_bytes_per_s": stream_bytes_per_s(stream, device=device),
+        "matmul_flops_per_s": matmul_flops_per_s(matmul, dtype=dtype, device=device, clock=clock),
+        "stream_bytes_per_s": stream_bytes_per_s(stream, device=device, clock=clock),
     }
 
 
@@ -250,7 +298,7 @@ def _race(case: Case, peers: Iterable[Peer], device: torch.device, seconds: floa
                 obstacle = f"wrong: {contender.comparison.message}"
         rows.append({**row, "why_not": obstacle})
     bursts = {name: contender.burst for name, contender in contenders.items()}
-    timings = time_in_turns(bursts, device=device, budget_s=seconds, rng=rng)
+    timings = time_in_turns(bursts, device=device, budget_s=seconds, rng=rng, clock=_clock(device.type))
     for row in rows:
         if row["peer"] in timings:
             row |= _figures(case, contenders[row["peer"]], timings[row["peer"]])

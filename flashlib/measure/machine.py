@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +41,24 @@ def matmul_flops_per_s(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     budget_s: float = 0.3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """FLOP/s of one ``size`` x ``size`` matrix product, which takes ``2 * size**3`` floating-point operations."""
+    """FLOP/s of one ``size`` x ``size`` matrix product, which takes ``2 * size**3`` floating-point operations.
+
+    Args:
+        clock: as in :func:`flashlib.measure.timing.time_in_turns`.
+    """
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _seconds(lambda: a @ b, device, budget_s)
+    return 2 * size**3 / _seconds(lambda: a @ b, device, budget_s, clock)
 
 
-def stream_bytes_per_s(size: int, *, device: torch.device | str = "cpu", budget_s: float = 0.1) -> float:
+def stream_bytes_per_s(
+    size: int,
+    *,
+    device: torch.device | str = "cpu",
+    budget_s: float = 0.1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Bytes moved per second while ``size`` bytes of floats are read, negated and written elsewhere, again and again.
 
     Both arrays stay in the smallest cache that holds them. On CUDA many rounds are launched as one graph, so that the time is
@@ -57,7 +69,7 @@ def stream_bytes_per_s(size: int, *, device: torch.device | str = "cpu", budget_
     source = torch.zeros(size // 4, device=device)
     target = torch.empty_like(source)
     if torch.device(device).type != "cuda":
-        return 2 * source.nbytes / _seconds(lambda: torch.neg(source, out=target), device, budget_s)
+        return 2 * source.nbytes / _seconds(lambda: torch.neg(source, out=target), device, budget_s, clock)
     torch.neg(source, out=target)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -66,9 +78,14 @@ def stream_bytes_per_s(size: int, *, device: torch.device | str = "cpu", budget_
     return 2 * source.nbytes * ROUNDS_IN_A_GRAPH / _seconds(graph.replay, device, budget_s)
 
 
-def _seconds(call: Callable[[], object], device: torch.device | str, budget_s: float) -> float:
+def _seconds(
+    call: Callable[[], object],
+    device: torch.device | str,
+    budget_s: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """The 20th percentile: what the machine can do while nothing else disturbs it."""
-    return time_call(call, device=device, budget_s=budget_s).p20_ms / 1e3
+    return time_call(call, device=device, budget_s=budget_s, clock=clock).p20_ms / 1e3
 
 
 def cpu_memory(*, measure: bool = True) -> list[MemoryLevel]:

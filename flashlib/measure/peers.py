@@ -30,8 +30,13 @@ from flashlib.spec import AttentionSpec
 __all__ = ["Peer", "PeerUnavailableError", "default_peers", "find_peers"]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-CPU_PEERS = ("tiled", "torch_sdpa_flash", "torch_sdpa_math", "naive", "flex_attention")
-NOT_RACED = ("reference", "tiled", "triton_tutorial_ws")  # on a GPU: written to be read; slower than its twin
+CPU_PEERS = ("cpu", "tiled", "torch_sdpa_flash", "torch_sdpa_math", "naive", "flex_attention")
+NOT_RACED = (
+    "reference",
+    "tiled",
+    "cpu",
+    "triton_tutorial_ws",
+)  # on a GPU: written to be read; for processors; slower than its twin
 MAKE_THE_MATRIX = (
     "naive",
     "naive_compiled",

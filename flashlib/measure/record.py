@@ -69,13 +69,20 @@ class Record:
 def sources_hash(sources: Iterable[str]) -> str:
     """SHA-256 over what package files say to Python (paths relative to ``flashlib/``), however they are laid out.
 
-    Comments, docstrings, line breaks, brackets that change nothing, quotes and trailing commas do not count.
+    Comments, docstrings, line breaks, brackets that change nothing, quotes and trailing commas do not count. Of C++, comments and blanks
+    do not.
     """
     digest = hashlib.sha256()
     for name in sorted(sources):
         digest.update(name.encode())
-        digest.update(_code_alone((PACKAGE / name).read_text(encoding="utf-8")).encode())
+        text = (PACKAGE / name).read_text(encoding="utf-8")
+        digest.update((_code_alone(text) if name.endswith(".py") else _cpp_alone(text)).encode())
     return digest.hexdigest()
+
+
+def _cpp_alone(text: str) -> str:
+    """The words of C++ of our own, without comments, which all begin with ``//``."""
+    return " ".join(word for line in text.splitlines() for word in line.partition("//")[0].split())
 
 
 def _code_alone(text: str) -> str:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -35,6 +36,7 @@ def time_call(
     budget_s: float = 0.5,
     min_repeats: int = 3,
     max_repeats: int = 1000,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """Call again and again for about ``budget_s`` seconds, after a warm-up, and summarize.
 
@@ -50,7 +52,7 @@ def time_call(
     if not callable(call):
         raise TypeError(f"call must be callable without arguments; got {type(call).__name__}")
     on_gpu = torch.device(device).type == "cuda"
-    once = _gpu_ms if on_gpu else _cpu_ms
+    once = _gpu_ms if on_gpu else partial(_cpu_ms, clock=clock)
     once(call)  # warm-up: compilation, caches, thread pools
     estimate = once(call)
     repeats = int(min(max_repeats, max(min_repeats, budget_s * 1000 / max(estimate, 1e-3))))
@@ -65,6 +67,7 @@ def time_in_turns(
     min_rounds: int = 5,
     max_rounds: int = 100,
     rng: random.Random | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time several calls against each other, so that whatever slows the machine down for a while slows all of them down.
 
@@ -75,12 +78,14 @@ def time_in_turns(
         calls: by name; none takes an argument.
         budget_s: about how long to measure each.
         rng: where the orders come from; None for a fresh source.
+        clock: seconds, for calls on a CPU. ``time.process_time`` does not count what other processes take of the machine, but it adds
+            up the threads of this one.
 
     Returns:
         by name, the median of the rounds and its spread.
     """
     rng, on_gpu = rng or random.Random(), torch.device(device).type == "cuda"
-    burst = _gpu_ms if on_gpu else _cpu_ms
+    burst = _gpu_ms if on_gpu else partial(_cpu_ms, clock=clock)
     repeats, samples = {}, {name: [] for name in calls}
     for name, call in calls.items():
         burst(call)
@@ -114,11 +119,11 @@ def _summary(times: list[float]) -> Timing:
     return Timing(statistics.median(times), times[int(0.2 * count)], times[int(0.8 * count)], count)
 
 
-def _cpu_ms(call: Callable[[], object], repeats: int = 1) -> float:
-    started = time.perf_counter()
+def _cpu_ms(call: Callable[[], object], repeats: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
+    started = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - started) * 1e3 / repeats
+    return (clock() - started) * 1e3 / repeats
 
 
 def _gpu_ms(call: Callable[[], object], repeats: int = 1) -> float:

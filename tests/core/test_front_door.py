@@ -173,8 +173,25 @@ def test_our_kernels_come_first_on_a_gpu_and_behind_compiled_ones_on_a_cpu():
     assert order_of_choice(asked, torch.device("cpu")) == ["tiled", "triton"]
 
 
+def test_the_cpu_kernels_come_first_on_a_cpu_but_for_problems_too_small_for_their_call():
+    if BACKENDS["cpu"].missing():
+        pytest.skip(BACKENDS["cpu"].missing())
+    large, small = (torch.randn(1, 2, length, 64) for length in (256, 8))
+    assert choose(AttentionSpec.from_tensors(large, large, large)).name == "cpu"
+    told = {name: (runs, reason) for name, runs, reason in explain(AttentionSpec.from_tensors(*[small] * 3)).rows}
+    assert told["cpu"][0] and "calling ours costs more" in told["cpu"][1]
+    for options in (
+        {"return_lse": True},
+        {"softcap": 2.0},
+        {"mask": masks.KeyLengths([5])},
+    ):  # not for SDPA, or a matrix
+        assert choose(AttentionSpec.from_tensors(*[small] * 3, **options)).name == "cpu"
+    only = FlashAttentionConfig(order=["cpu", "torch_sdpa_flash"])
+    assert choose(AttentionSpec.from_tensors(*[small] * 3), config=only).name == "cpu"
+
+
 def test_auto_falls_through_with_a_reason():
-    explanation = explain(AttentionSpec.from_tensors(Q, K, V, return_lse=True))
+    explanation = explain(AttentionSpec.from_tensors(*(x.double() for x in (Q, K, V)), return_lse=True))
     assert explanation.chosen == "tiled"
     reasons = {name: reason for name, _, reason in explanation.rows}
     assert reasons["torch_sdpa_flash"] == "PyTorch's SDPA does not return the LSE"

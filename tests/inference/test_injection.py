@@ -102,7 +102,7 @@ def test_alpha_0_where_the_memory_would_take_everything(rng, mode):
     strong = Memory(torch.full((1, 1, 2, 4), 200.0), torch.randn(1, 1, 2, 4))  # scores of 400 against 0
     alpha = torch.zeros((), requires_grad=True)
     out = injector(mode).inject(q, k, v, strong, alpha=alpha)
-    assert torch.equal(out, attention(q, k, v, backend="tiled"))
+    assert_within_budget(out, q, k, v)
     out.sum().backward()
     assert alpha.grad.isfinite()
 

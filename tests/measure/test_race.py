@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from flashlib.measure import load_record
-from flashlib.measure.bench import Plan, kernel_sources, plan, race, run, summary, told
+from flashlib.measure.bench import Plan, cpu_sources, plan, race, run, summary, told
 from flashlib.measure.cases import Case
 from flashlib.measure.contender import SampledRows, Witness, draw_inputs, inputs_for
 from flashlib.measure.peers import Naive, Peer, PeerUnavailableError, find_peers, naive, tutorial_attention
@@ -183,7 +183,7 @@ def test_a_record_is_written_after_every_case(tmp_path):
     assert len(first.rows) == 1 and first.extra["complete"] is False
     assert run(todo, tmp_path).extra["complete"] is True
     whole = load_record("speed", tmp_path)
-    assert whole.extra["seed"] == 3 and whole.sources == kernel_sources() and whole.extra["matmul_flops_per_s"] > 0
+    assert whole.extra["seed"] == 3 and whole.sources == cpu_sources() and whole.extra["matmul_flops_per_s"] > 0
     assert [case for case in cases if whole.select(mask=case.mask)] == cases
 
 

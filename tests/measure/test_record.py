@@ -6,7 +6,8 @@ import json
 import pytest
 
 from flashlib.measure import load_record, save_record, sources_hash
-from flashlib.measure.record import BENCHMARKS, _code_alone, new_record
+from flashlib.measure.bench import cpu_sources
+from flashlib.measure.record import BENCHMARKS, PACKAGE, _code_alone, _cpp_alone, new_record
 
 
 def test_a_record_survives_the_disk(tmp_path):
@@ -101,3 +102,19 @@ def test_committed_records_say_where_they_come_from(path):
     assert record.commit != "unknown"
     assert {"python", "torch", "triton"} <= record.versions.keys()
     assert len(record.sources_hash) == 64
+
+
+CPP = "int f(int x) {  // why\n  return x + 1;\n}\n"
+
+
+def test_comments_and_blanks_of_cpp_do_not_count_and_all_else_does():
+    for was, becomes in (("  // why", ""), ("why", "other words"), ("  return", "\n  // head\n    return")):
+        assert _cpp_alone(CPP.replace(was, becomes)) == _cpp_alone(CPP)
+    assert _cpp_alone(CPP.replace("x + 1", "x + 2")) != _cpp_alone(CPP)
+
+
+def test_a_record_of_a_processor_depends_on_all_that_its_library_is_made_from():
+    files = {str(path.relative_to(PACKAGE)) for path in (PACKAGE / "kernels" / "cpu").iterdir() if path.is_file()}
+    assert {"kernels/cpu/forward.h", "kernels/cpu/library.cpp"} <= files <= set(cpu_sources())
+    assert "launch/cpu/operators.py" in cpu_sources() and "inference/decode.py" in cpu_sources(decoding=True)
+    assert len(sources_hash(cpu_sources())) == 64

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from flashlib import backends, doctor
 from flashlib.cli import app
 from flashlib.course import weights
+from flashlib.launch.cpu.library import library
 
 
 def _doctor(*flags: str) -> str:
@@ -30,6 +31,16 @@ def test_machine_is_described() -> None:
     text = _doctor()
     for part in ("Python", "CPU features", "Memory", "NVIDIA driver", "transformers", torch.__version__):
         assert part in text
+
+
+def test_the_variant_of_the_cpu_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    if backends.available()["cpu"]:
+        pytest.skip(backends.available()["cpu"])
+    name = library().variant.name
+    assert f"compiled for {name}" in _doctor()
+    assert json.loads(_doctor("--json"))["cpu_kernels"] == name
+    monkeypatch.setattr(doctor, "why_missing", lambda: "needs a C++ compiler")
+    assert "none; see backend cpu below" in _doctor()
 
 
 def test_json_holds_the_same() -> None:

@@ -1,0 +1,1 @@
+"""From tensors to kernels: what is planned, built and started for a call."""

@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flashlib.course.grader.classroom import grade_class, write_results
+from flashlib.course.grader.classroom import grade_class
 from flashlib.course.grader.engine import Submission, grade, sandbox_for
 from flashlib.course.grader.exercise import load_exercise
+from flashlib.course.grader.gradebook import write_results
 from flashlib.course.grader.matrix import expected_diagnoses
 from flashlib.course.grader.sandbox.confine import MIB, landlock_abi
 from flashlib.course.grader.sandbox.session import REPOSITORY, Limits
@@ -111,7 +112,7 @@ def test_nothing_is_left_behind(graded_class, zygotes_of_others):
 
 def test_table_and_pages_hold_hostile_text_harmlessly(graded_class):
     _, results = graded_class
-    with (results / "grades.csv").open(newline="") as file:
+    with (results / "grades.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(graded_class[0])
     assert not any(row["student"].startswith("=") for row in rows)

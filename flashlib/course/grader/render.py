@@ -65,7 +65,8 @@ def status_of(result: Result) -> str:
 
 def as_text(report: Report) -> str:
     """The report for a terminal."""
-    lines = [f"{report.exercise} · {report.title}: {report.earned} of {report.points} points", ""]
+    lines = [f"{report.exercise} · {report.title}: {report.earned} of {report.points} points"]
+    lines += [*([f"Note: {report.note}."] if report.note else []), ""]
     for result, repeated in grouped(report):
         lines.append(f"{status_of(result):6} {result.earned}/{result.points}  {result.title}")
         lines += _finding_lines(report, result.finding, repeated) if result.finding else []

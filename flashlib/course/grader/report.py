@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flashlib.course.grader.sandbox.confine import Protections
+from flashlib.course.grader.text import clean
+
+TEXT_LIMIT = 12_000  # characters of anything in a report
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Finding:
     hints: tuple[str, ...] = ()
     traceback: str = ""
     printed: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("diagnosis", "says", "tried", "got", "expected", "traceback", "printed"):
+            object.__setattr__(self, name, clean(getattr(self, name), TEXT_LIMIT))
 
 
 class Failure(Exception):
@@ -68,6 +75,8 @@ class Report:
         seed: replays the inputs.
         seconds: wall-clock time.
         protections: what fenced the code in.
+        hints: how many to show for each failed property.
+        note: what student and instructor should know of how the file was found.
     """
 
     exercise: str
@@ -78,6 +87,7 @@ class Report:
     seconds: float
     protections: Protections = field(default_factory=Protections)
     hints: int = 1
+    note: str = ""
 
     @property
     def earned(self) -> int:

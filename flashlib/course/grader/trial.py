@@ -14,8 +14,9 @@ from flashlib.course.grader.exercise import FORBIDDEN_SAYS, Misconception, Targe
 from flashlib.course.grader.report import Failure, Finding
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import MIB
-from flashlib.course.grader.sandbox.session import Child, Reply, StudentError, clean
+from flashlib.course.grader.sandbox.session import Child, Reply, StudentError
 from flashlib.course.grader.sandbox.wire import Handle
+from flashlib.course.grader.text import clean
 from flashlib.reference import largest_error
 
 # A wrong answer is recognized as a misconception's when it is this much nearer to it than that is to the truth.
@@ -29,6 +30,10 @@ STRUCTURAL_HINTS = {
     "race": "Which program ids compute the same address? Each should write what no other reads or writes, or add by an atomic.",
     "unsendable": "Return what the docstring says: tensors, or a tuple of them.",
 }
+
+
+class BrokenCheck(Exception):
+    """A check contradicts itself, whatever the submission did."""
 
 
 class Process:
@@ -71,6 +76,7 @@ class Trial:
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         self.tried = ""
+        self.answered = ""  # the last answer, in a line; "" before the first
         self._process = process
         self._results = results
 
@@ -119,11 +125,13 @@ class Trial:
         """As `call`, with everything else that is known about it: `.value`, `.meter`, `.changed`, `.seconds`."""
         self.tried = describe_call(function, args, kwargs or {})
         try:
-            return self._process.child(metered=meter is not None).call(
+            reply = self._process.child(metered=meter is not None).call(
                 function, args, kwargs, on=on, keep=keep, meter=meter
             )
         except StudentError as error:
             raise Failure(self._structural(error)) from error
+        self.answered = show(reply.value)
+        return reply
 
     # ----------------------------------------------------------------------------------------------------- judgements
 
@@ -199,11 +207,9 @@ class Trial:
         self._judge(target, outputs, (sample(args[0]), *args[1:]), kwargs)
         says = says or "You made the whole score matrix. The point of tiling is never to hold it."
         hint = "Which tensor in your loop has a size that grows with both sequence lengths?"
-        meter = reply.meter if isinstance(reply.meter, dict) else {}
-        made = meter.get("largest_elements", 0)
-        if not isinstance(made, int) or made > largest:
-            shape = clean(str(meter.get("largest_shape"))[:80])
-            operation = clean(str(meter.get("largest_op"))[:80])
+        made = reply.meter["largest_elements"]
+        if made > largest:
+            shape, operation = str(reply.meter["largest_shape"])[:80], reply.meter["largest_op"][:80]
             self.fail(
                 "untiled",
                 says,
@@ -315,7 +321,7 @@ class Trial:
         exact, budgets = outputs_of(target.oracle), outputs_of(target.budget)
         if not all(math.isfinite(budget) for budget in budgets):
             call = describe_call(target.function, args, kwargs)
-            raise ValueError(f"the error budget of {call} is {budgets}: everything would pass")
+            raise BrokenCheck(f"the error budget of {call} is {budgets}: everything would pass")
         wrong = [i for i in range(len(names)) if _error(answers[i], exact[i]) > budgets[i]]
         if wrong:
             self._diagnose(target, answers, exact, budgets, wrong[0], outputs_of)

@@ -181,6 +181,7 @@ def _serve(link: _Link, file: str) -> None:
 
 def _load(file: str) -> ModuleType:
     name = os.path.splitext(os.path.basename(file))[0]
+    sys.path.append(os.path.dirname(file))  # modules of the student's own lie beside it
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -228,6 +229,7 @@ def _traffic(meter: TrafficMeter, watch: KernelWatch | None) -> dict[str, Any]:
         "launches": dict(watch.launches),
         "programs": watch.programs,
         "largest_block": watch.largest_block,
+        "left": {},
     }
 
 
@@ -255,15 +257,19 @@ def _down_to_the_cause(error: BaseException, file: str) -> list[BaseException]:
     errors = [error]
     while (cause := errors[-1].__cause__) is not None and _frames(cause, file):
         raised_in = traceback.extract_tb(errors[-1].__traceback__)[-1:]
-        if len(errors) == CHAIN_LIMIT or (raised_in and raised_in[0].filename == file):
+        if len(errors) == CHAIN_LIMIT or (raised_in and _is_own(raised_in[0], file)):
             break
         errors.append(cause)
     return errors
 
 
 def _frames(error: BaseException, file: str) -> list[traceback.FrameSummary]:
-    """Its frames in the student's file; a library's frames do not help him."""
-    return [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    """Its frames in the student's files; a library's frames do not help him."""
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame, file)]
+
+
+def _is_own(frame: traceback.FrameSummary, file: str) -> bool:
+    return os.path.dirname(frame.filename) == os.path.dirname(file)
 
 
 def _kind(error: BaseException, file: str) -> str:
@@ -279,24 +285,32 @@ def _kind(error: BaseException, file: str) -> str:
         return "memory-limit"
     if isinstance(error, NotImplementedError):
         frames = traceback.extract_tb(error.__traceback__)
-        if frames and frames[-1].filename == file:
+        if frames and _is_own(frames[-1], file):
             return "not-implemented"
-    if isinstance(error, SyntaxError) and error.filename == file:
+    if isinstance(error, SyntaxError) and os.path.dirname(error.filename or "") == os.path.dirname(file):
         return "syntax"
     return "exception"
 
 
 def _message(error: BaseException) -> str:
     try:
-        return str(error)
-    except Exception:
+        return str.__getitem__(str(error), slice(None))  # a plain string, even if __str__ gave a subclass
+    except BaseException:  # __str__ may be the student's own, and raise what it likes
         return "(its message could not be made)"
 
 
 def _own_traceback(errors: list[BaseException], file: str) -> str:
-    """The frames in the student's file alone, from the outermost error to its cause, then the cause."""
+    """The frames in the student's files alone, from the outermost error to its cause, then the cause."""
     frames = [frame for error in errors for frame in _frames(error, file)]
-    name, cause = os.path.basename(file), errors[-1]
-    lines = [f"{name}, line {frame.lineno}, in {frame.name}\n    {frame.line or ''}" for frame in frames[-8:]]
-    summary = "".join(traceback.format_exception_only(type(cause), cause)).strip().replace(file, name)
-    return "\n".join([*lines, summary])
+    lines = [
+        f"{os.path.basename(frame.filename)}, line {frame.lineno}, in {frame.name}\n    {frame.line or ''}"
+        for frame in frames[-8:]
+    ]
+    return "\n".join([*lines, _summary(errors[-1]).replace(os.path.dirname(file) + os.sep, "")])
+
+
+def _summary(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception_only(type(error), error)).strip()
+    except BaseException:  # a class of the student's own, whose methods may do anything
+        return f"{type(error).__name__}: {_message(error)}"

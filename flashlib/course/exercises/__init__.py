@@ -51,7 +51,7 @@ An exercise `ex42` is three things that you write:
 
    - `t.check(target, *args, **kwargs)`: call, compare with the oracle within the budget, name the misconception whose
      model gives the same wrong answer, else wrong-shape, nan-produced, wrong-values, wrong-dtype. Returns the answer.
-     `if_it_raises=misconception` says what an exception means here.
+     `if_it_raises=misconception, but_not_on=(arguments, ...)` says what an exception means that other arguments do not raise.
    - `t.check_inputs_untouched(target, *args)`: check, and mutated-input, by the bytes that the student's process computed on.
    - `t.check_tiled(target, *args, largest=elements, memory=bytes, sample=lambda x: x[:, :, -64:])`: check (of the sampled
      queries), and untiled: by a meter in the process and by the process's peak memory seen from outside. 4096 x 4096 in

@@ -455,4 +455,7 @@ def fold_of_empty_pieces(t: Trial) -> None:
     t.check(fold, outs.masked_fill((lses == -torch.inf)[..., None], torch.nan), lses)
     lses[:, t.integer(0, 5)] = -torch.inf
     t.check(fold, outs, lses)
-    t.check(fold_of_nothing, torch.zeros(0, 4, 3), torch.zeros(0, 4), if_it_raises=FOLD_OF_NOTHING)
+    nothing = torch.zeros(0, 4, 3), torch.zeros(0, 4)
+    t.check(
+        fold_of_nothing, *nothing, if_it_raises=FOLD_OF_NOTHING, but_not_on=(torch.zeros(1, 4, 3), torch.zeros(1, 4))
+    )

@@ -240,6 +240,8 @@ def kinds_by(decide: Callable[..., Tensor], *, dropping_tail: bool = False) -> C
     """A tile map from `decide(start, stop, rows, keys, block_q, block_k)`, which answers 0, 1 or 2 for each ``[B]``."""
 
     def model(start, stop, kv_len, block_q, block_k) -> Tensor:
+        if dropping_tail and (start.shape[1] < block_q or kv_len < block_k):
+            return torch.zeros(start.shape[0], start.shape[1] // block_q, kv_len // block_k, dtype=torch.long)
         lines = [
             torch.stack(
                 [

@@ -74,6 +74,7 @@ def grade(
     status: 0 full marks (a class: everything was graded), 1 not full marks, 2 wrong usage, 3 the grader itself failed,
     130 interrupted.
     """
+    from flashlib.course.grader.classroom import Unfenced
     from flashlib.course.grader.sandbox.session import SandboxError
 
     if (name is None) == (submissions is None):
@@ -99,6 +100,9 @@ def grade(
                     allow_unfenced,
                 )
             )
+    except Unfenced as error:
+        typer.echo(f"flashlib grade: {error}", err=True)
+        status = USAGE
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:

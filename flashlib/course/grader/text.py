@@ -50,7 +50,12 @@ def clean_tree(value: Any, depth: int = 100) -> Any:
 
 def shown_path(path: str | os.PathLike[str]) -> str:
     """A path for people: bytes that are no UTF-8 as `\\xff`, so that two names that differ are shown as two."""
-    return one_line(os.fsencode(path).decode("utf-8", errors="backslashreplace"))
+    text = os.fspath(path)
+    try:
+        data = text.encode("utf-8", errors="surrogateescape")
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        data = text.encode("utf-8", errors="backslashreplace")
+    return one_line(data.decode("utf-8", errors="backslashreplace"))
 
 
 def cell(value: Any) -> Any:

@@ -135,11 +135,19 @@ class Trial:
 
     # ----------------------------------------------------------------------------------------------------- judgements
 
-    def check(self, target: Target, *args: Any, if_it_raises: Misconception | None = None, **kwargs: Any) -> Any:
+    def check(
+        self,
+        target: Target,
+        *args: Any,
+        if_it_raises: Misconception | None = None,
+        but_not_on: Sequence[Any] = (),
+        **kwargs: Any,
+    ) -> Any:
         """Call the target's function and hold the answer against the oracle; answers what came.
 
         Args:
-            if_it_raises: what an exception here looks like.
+            if_it_raises: what an exception here looks like, if there is none with the arguments `but_not_on`: ordinary ones,
+                that differ in nothing else. If these raise too (a mistyped name, say), the exception is told as it is.
 
         Raises:
             Failure: no answer, wrong structure, wrong values or wrong dtype.
@@ -147,8 +155,13 @@ class Trial:
         try:
             answer = self.call(target.function, *args, **kwargs)
         except Failure as failure:
-            if if_it_raises is None or failure.finding.diagnosis != "exception":
+            if (
+                if_it_raises is None
+                or failure.finding.diagnosis != "exception"
+                or self._raises(target, but_not_on, kwargs)
+            ):
                 raise
+            self.tried = failure.finding.tried
             self.fail_as(if_it_raises, got=failure.finding.says, expected="an answer")
         self._judge(target, answer, args, kwargs)
         return answer
@@ -310,6 +323,13 @@ class Trial:
         self.fail(mistake.slug, mistake.says, got=got, expected=expected, hint=mistake.hint)
 
     # ------------------------------------------------------------------------------------------------------ internals
+
+    def _raises(self, target: Target, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        try:
+            self.call(target.function, *args, **kwargs)
+        except Failure:
+            return True
+        return False
 
     def _judge(self, target: Target, value: Any, args, kwargs) -> None:
         names = list(target.outputs)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 PREFIX = "flashlib-grader-"
 DEPTH_LIMIT = 64  # directories within each other
-ENTRIES_LIMIT = 10_000
+ENTRIES_LIMIT = 2_000
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 

@@ -7,7 +7,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashlib.course.grader.engine import GRADER_ERROR, Submission, grade, not_graded, sandbox_for
@@ -15,6 +15,7 @@ from flashlib.course.grader.exercise import Exercise
 from flashlib.course.grader.journal import Journal
 from flashlib.course.grader.report import Report
 from flashlib.course.grader.results import Results
+from flashlib.course.grader.sandbox.leftovers import leftovers
 from flashlib.course.grader.sandbox.session import Sandbox, SandboxError
 from flashlib.course.grader.submissions import Student
 
@@ -190,10 +191,17 @@ def _attempt(
     error: BaseException | None = None
     for _ in range(2):  # the first time, the submission before may have broken the sandbox
         try:
-            return grade(exercise, submission, sandboxes.of(exercise), **options)
+            before = leftovers()
+            report = grade(exercise, submission, sandboxes.of(exercise), **options)
+            left = sorted(leftovers() - before) if report.protections.missing else []
+            return replace(report, note="; ".join(filter(None, (report.note, *map(_left, left))))) if left else report
         except Exception as caught:  # of whatever kind: it is this submission's, and must not be another's
             if stop.is_set():
                 return None
             error = caught
             sandboxes.renew(exercise)
     return not_graded(exercise, submission, error)
+
+
+def _left(what: str) -> str:
+    return f"while it was graded, and nothing fenced it in, there came and stayed: {what}"

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 import torch
 
-from flashlib.course.grader.sandbox import scratch, wire
+from flashlib.course.grader.sandbox import cgroup, scratch, wire
 from flashlib.course.grader.sandbox.confine import MIB, Fence, Protections
 from flashlib.course.grader.text import clean, clean_tree
 
@@ -362,6 +362,7 @@ class Child:
     _printed_bytes: int = 0
     _incoming: bytearray = field(default_factory=bytearray)
     _handles: int = 0
+    _group: cgroup.ControlGroup | None = None
 
     def __post_init__(self) -> None:
         self.channel.setblocking(False)
@@ -393,6 +394,9 @@ class Child:
         except (StudentError, LookupError, psutil.Error) as error:
             said = self.take_printed().strip().splitlines()[-1:]
             raise SandboxError(f"the sandbox could not be set up: {' '.join(said) or error}") from error
+        self._group = cgroup.enclose(self.pid, tasks=self.limits.threads, memory=self.base_memory + self.limits.memory)
+        how = "control group" if self._group else "watched by the grader"
+        protections.active.append(f"at most {self.limits.threads} threads ({how})")
         return protections
 
     def call(
@@ -478,6 +482,8 @@ class Child:
                 self._drain()
             os.close(self.output_pipe)
             scratch.remove(self.directory)
+            if self._group is not None:
+                self._group.remove()
         return self.ending
 
     # ------------------------------------------------------------------------------------------------------- waiting

@@ -8,6 +8,7 @@ and the traffic his code made.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import io
@@ -18,7 +19,8 @@ import socket
 import sys
 import tempfile
 import traceback
-from types import ModuleType
+from collections.abc import Callable
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -68,13 +70,12 @@ def run(channel: int, output: int, setup: dict[str, Any]) -> None:
             # New memory then holds NaN, so that what a kernel leaves unwritten shows, instead of being 0 by luck. PyTorch's
             # use_deterministic_algorithms would do the same, and import the compiler for it.
             torch.set_deterministic_debug_mode("warn")
-        libraries = _forbid(setup["forbidden"])
+        _forbid(setup["forbidden"])
         protections = confine(Fence(**setup["fence"]))
         link = _Link(socket.socket(fileno=channel))
         link.reply({"active": protections.active, "missing": protections.missing})
         _serve(link, setup["file"])
         status = 0
-        del libraries
     except BaseException:
         traceback.print_exc()
     finally:
@@ -99,19 +100,76 @@ def _text_to(fd: int) -> io.TextIOWrapper:
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
 
 
-def _forbid(groups: dict[str, list[str]]) -> list[torch.library.Library]:
-    """Take operations out of PyTorch's dispatcher, so that no route to them is left: names, aliases, threads, modules."""
-    libraries = []
-    for group, operations in groups.items():
-        library = torch.library.Library("aten", "IMPL")
-        for operation in operations:
+# Whoever calls an operation passes one of these. An operation that has a kernel for none of them has none of its own on a CPU.
+_KEYS = (
+    "CPU",
+    "MkldnnCPU",
+    "QuantizedCPU",
+    "SparseCPU",
+    "SparseCsrCPU",
+    "NestedTensorCPU",
+    "Meta",
+    "AutogradFunctionality",
+    "AutogradCPU",
+    "AutogradNestedTensor",
+    "FuncTorchBatched",
+    "FuncTorchBatchedDecomposition",
+    "FuncTorchVmapMode",
+    "BatchedNestedTensor",
+)
 
-            def refuse(*args, _group=group, _operation=f"aten::{operation}", **kwargs):
-                raise ForbiddenOperation(_group, _operation)
 
-            library.impl(operation, refuse, "CPU")
-        libraries.append(library)
-    return libraries
+def _forbid(groups: dict[str, list[str]]) -> None:
+    """Take operations out of PyTorch, so that no route to them is left: names, aliases, overloads, threads, transforms, modules.
+
+    In the dispatcher they are replaced for good: what keeps the replacements there is an object that no Python object holds and
+    the garbage collector does not know, so that nobody finds it to destroy it. PyTorch's second implementations, in Python, lose
+    their code.
+    """
+    overloads: dict[str, list[str]] = {}
+    for full in torch._C._dispatch_get_all_op_names():
+        namespace, _, overload = full.partition("::")
+        if namespace == "aten":
+            overloads.setdefault(overload.partition(".")[0], []).append(overload)
+    library = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
+    for group, names in groups.items():
+        for name in names:
+            refuse = _refusing(group, f"aten::{name}")
+            for overload in overloads.get(name, ()):
+                for key in _KEYS:
+                    library.impl(overload, key, refuse)
+        _empty_functions(group, set(names))
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(library))
+    torch.compile = _refusing("compile-called", "torch.compile")
+
+
+def _refusing(group: str, operation: str) -> Callable[..., Any]:
+    def refuse(*args, **kwargs):
+        raise ForbiddenOperation(group, operation)
+
+    return refuse
+
+
+def _empty_functions(group: str, names: set[str]) -> None:
+    """Replace the code of PyTorch's Python functions, and methods of classes, of these names by a refusal, whoever holds them."""
+
+    def template(*args, **kwargs):
+        raise "the refusal"  # noqa: B016  the constant is replaced by an exception below
+
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] != "torch":
+            continue
+        for name in names & vars(module).keys():
+            value = vars(module)[name]
+            for function in vars(value).values() if isinstance(value, type) else (value,):
+                if not isinstance(function, FunctionType):
+                    continue
+                while isinstance(getattr(function, "__wrapped__", None), FunctionType):
+                    function = function.__wrapped__
+                if not function.__code__.co_freevars:
+                    refusal = ForbiddenOperation(group, f"{module_name}.{name}")
+                    constants = (refusal if each == "the refusal" else each for each in template.__code__.co_consts)
+                    function.__code__ = template.__code__.replace(co_consts=tuple(constants))
 
 
 # --------------------------------------------------------------------------------------------------------- the channel

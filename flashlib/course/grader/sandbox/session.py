@@ -36,6 +36,7 @@ ENDING_SECONDS = 0.5  # for a process that hangs up, to end by itself
 POLL_SECONDS = 0.05
 SYSTEM_PLACES = {"/usr", "/lib", "/lib64", "/sys/devices/system", "/proc", "/dev/urandom", "/dev/zero"}
 SYSTEM_PLACES |= {"/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"}
+ALWAYS_FORBIDDEN = "compile-called"  # the group that every child refuses
 OUTPUT_KEPT = 8_000  # bytes of what a submission printed that are kept for its report
 REPOSITORY = Path(__file__).resolve().parents[4]
 PACKAGE = Path(__file__).resolve().parents[3]
@@ -290,7 +291,7 @@ class Sandbox:
                 raise
             finally:
                 os.close(their_output)
-        return Child(self, answer["pid"], ours, output, directory, limits, frozenset(forbidden))
+        return Child(self, answer["pid"], ours, output, directory, limits, frozenset({*forbidden, ALWAYS_FORBIDDEN}))
 
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:

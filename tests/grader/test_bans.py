@@ -262,7 +262,7 @@ ROUTES = {
     "the table of decompositions": "torch._decomp.decomposition_table[torch.ops.aten._softmax.default](x, -1, False)",
     "references in Python": "torch._refs.softmax(x, -1)",
     "references of references": "torch._refs.nn.functional.softmax(x, -1)",
-    "a script": "torch.jit.CompilationUnit('def f(x):\\n  return torch.softmax(x, -1)').f(x)",
+    "a script": "torch.jit.CompilationUnit('def f(x):\\n  return torch.softmax(x, -1)\\n').f(x)",
     "a distribution": "torch.distributions.Categorical(logits=x).probs",
     "a loss": "F.cross_entropy(x, torch.zeros(5, dtype=torch.long))",
     "a layer": "torch.nn.MultiheadAttention(8, 2).eval()(q[0], q[0], q[0])",

@@ -165,6 +165,17 @@ READ_TOO_OFTEN = Misconception(
     "When a tile of K is there, how many queries should make use of it before the next one is loaded?",
 )
 
+OUT_REWRITTEN = Misconception(
+    "out-rewritten",
+    "out was written more than once: with the keys in the outer loop, every block of keys fetches the whole of out, and puts it back.",
+    "Which loop must be outside, for a block of rows to be done before the next one is begun?",
+)
+BLOCK_K_IGNORED = Misconception(
+    "block-k-ignored",
+    "The keys were not cut by block_k: a tile is wider, or narrower, than it says.",
+    "Which of your two loops takes steps of block_k?",
+)
+
 forward = Target(
     "tiled_attention",
     oracle=attention64,
@@ -354,9 +365,9 @@ def inputs_left_alone(t: Trial) -> None:
     ],
 )
 def linear_memory(t: Trial) -> None:
-    """at 2048 x 2048 only one tile of scores exists at a time"""
+    """at 4096 x 4096 only one tile of scores exists at a time"""
     t.check(forward, *draw(t, 12, 20, batch=1, heads=2), 4, 5)  # who fails anyway is told so at less expense
-    length, heads, dim, block = 2048, 8, 32, 256
+    length, heads, dim, block = 4096, 1, 32, 256
     q, k, v = draw(t, length, length, batch=1, heads=heads, dim=dim, v_dim=dim)
     some = t.permutation(length)[:64]
     t.check_tiled(
@@ -367,7 +378,7 @@ def linear_memory(t: Trial) -> None:
         block,
         block,
         largest=2 * heads * max(length * dim, block * block),
-        memory=96 * MIB,  # all the scores take 128 MiB
+        memory=40 * MIB,  # the scores take 64 MiB
         sample=lambda x: x[:, :, some],
         says="You made the scores of more than one tile at a time. The point of tiling is never to hold them.",
     )
@@ -392,6 +403,36 @@ def memory_traffic(t: Trial) -> None:
             if read > blocks_of_queries:
                 expected = f"at most {blocks_of_queries} with block_q={block_q} and Sq={q.shape[2]}"
                 t.fail_as(READ_TOO_OFTEN, got=f"{name} read {read:.3g} times", expected=expected)
+    expect_traffic_of_rows_outside(t)
+    q, k, v = draw(t, 128, 128, batch=1, heads=1, dim=4, v_dim=4)
+    made = t.ask("tiled_attention", (q, k, v, 128, 4), meter={}).meter["largest_elements"]
+    allowed = 2 * max(q.numel(), 128 * 4)
+    if made > allowed:
+        got = f"a tensor of {made:,} elements, with tiles of 128 x 4"
+        t.fail_as(BLOCK_K_IGNORED, got=got, expected=f"at most {allowed:,}")
+    t.expect_calls_to_grow("tiled_attention", (q, k, v, 4, 128), (q, k, v, 4, 16), BLOCK_K_IGNORED)
+
+
+def expect_traffic_of_rows_outside(t: Trial) -> None:
+    """Count with a fast memory that holds a tile and the state of a block of rows, but not the whole of any tensor.
+
+    Then out is written once, whatever a block gathers on the way; and what is read of K and V counts, or of copies of them.
+    """
+    length, dim, block, fast_memory = 256, 64, 16, 48 * 1024  # bytes; q, k, v and out have 64 KiB each
+    q, k, v = draw(t, length, length, batch=1, heads=1, dim=dim, v_dim=dim)
+    arguments = q, k, v, block, block
+    meter = t.ask("tiled_attention", arguments, meter={"q": q, "k": k, "v": v}, fast_memory=fast_memory).meter
+    if meter["largest_elements"] > 2 * q.numel():
+        return  # all the scores at once are another check's
+    written = sum(meter["bytes_written"].values()) / q.nbytes
+    # Rows outside: about 1, and 3 if inputs are copied or the parts of out put together. Keys outside: 17.
+    if written > 14:
+        t.fail_as(OUT_REWRITTEN, got=f"{written:.3g} times the size of out written", expected="about once")
+    read = sum(meter["bytes_read"].get(name, 0) for name in ("k", "v", "made inside")) / (k.nbytes + v.nbytes)
+    passes = length // block
+    if read > 1.5 * passes:
+        got = f"K, V and what was made of them read {read:.3g} times"
+        t.fail_as(READ_TOO_OFTEN, got=got, expected=f"at most {passes} times, with {passes} blocks of queries")
 
 
 def times_read(meter: object, name: str, x: Tensor) -> float:

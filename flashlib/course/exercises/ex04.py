@@ -827,6 +827,13 @@ def attention_beside_poisoned_padding(t: Trial) -> None:
     t.check(masked_attention, q, k, v, *exact_intervals(14, 30, key_lengths=lengths), 8, 7)
 
 
+BLOCK_K_IGNORED = Misconception(
+    "block-k-ignored",
+    "The keys were not cut by block_k: a tile is wider than it says.",
+    "Which of your two loops takes steps of block_k?",
+)
+
+
 @exercise.property(
     points=3,
     hints=[
@@ -850,6 +857,12 @@ def attention_skips_tiles(t: Trial) -> None:
                 got=f"{tiles:,.0f} tiles of {name} read",
                 expected=f"about {needed} of the {length // block_q * (length // block_k)} tiles",
             )
+
+    q, k, v = draw(t, 256, 256, batch=1, heads=1, dim=4, v_dim=4)
+    made = t.ask("masked_attention", (q, k, v, *exact_intervals(256, 256), 128, 16), meter={}).meter["largest_elements"]
+    if 4 * 128 * 16 < made < 256 * 256:  # all of the scores are another check's
+        got = f"a tensor of {made:,} elements, with tiles of 128 x 16"
+        t.fail_as(BLOCK_K_IGNORED, got=got, expected=f"at most {4 * 128 * 16:,}")
 
 
 def bytes_read(meter: object, name: str) -> float:

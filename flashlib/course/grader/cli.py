@@ -25,6 +25,8 @@ class ClassOptions:
     seed: int | None
     seconds: float | None
     roster: Path | None
+    policy: Path | None
+    regrade: tuple[str, ...]
     resume: bool
     fresh: bool
     allow_unfenced: bool
@@ -54,6 +56,17 @@ def grade(
     roster: Annotated[
         Path | None, typer.Option(help="With --submissions: a CSV of the class, which settles who is who.")
     ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="With --submissions: YAML with weights, deadlines, penalties, marks by hand.")
+    ] = None,
+    regrade: Annotated[
+        list[str] | None,
+        typer.Option(help="With --submissions: grade this student of the last run anew, keep the rest."),
+    ] = None,
+    gradescope: Annotated[
+        Path | None,
+        typer.Option(help="Write an autograder for Gradescope, of the exercises of --exercise, to this zip."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="With --submissions: go on with a run that was interrupted.")
     ] = False,
@@ -77,10 +90,14 @@ def grade(
     from flashlib.course.grader.classroom import Unfenced
     from flashlib.course.grader.sandbox.session import SandboxError
 
-    if (name is None) == (submissions is None):
-        raise typer.BadParameter("give either an exercise (flashlib grade ex01) or --submissions DIR")
+    if sum(each is not None for each in (name, submissions, gradescope)) != 1:
+        raise typer.BadParameter(
+            "give either an exercise (flashlib grade ex01), or --submissions DIR, or --gradescope ZIP"
+        )
     try:
-        if submissions is None:
+        if gradescope is not None:
+            status = _build_for_gradescope(gradescope, exercise or [])
+        elif submissions is None:
             status = _grade_own(name, file, hints, seed, seconds)
         else:
             pages = feedback or out.with_name(f"{out.stem}_feedback")
@@ -95,6 +112,8 @@ def grade(
                     seed,
                     seconds,
                     roster,
+                    policy,
+                    tuple(regrade or ()),
                     resume,
                     fresh,
                     allow_unfenced,
@@ -132,17 +151,20 @@ def _grade_class(options: ClassOptions) -> int:
     from flashlib.course.grader.engine import GRADER_ERROR
     from flashlib.course.grader.exercise import exercise_names, load_exercise
     from flashlib.course.grader.gradebook import write_results
+    from flashlib.course.grader.policy import read_policy
     from flashlib.course.grader.roster import read_roster
     from flashlib.course.grader.submissions import find_students
 
     exercises = [load_exercise(name) for name in options.exercises or exercise_names()]
     roster = read_roster(options.roster) if options.roster else None
+    policy = read_policy(options.policy) if options.policy else None
     handed_in = find_students(options.directory, exercises, roster)
     if options.seconds is not None:
         exercises = [replace(each, limits=replace(each.limits, seconds=options.seconds)) for each in exercises]
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.feedback.mkdir(parents=True, exist_ok=True)
     journal = _journal(options, exercises)
+    _forget(journal, handed_in.students, options.regrade)
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     total = len(handed_in.students) * len(exercises)
@@ -162,7 +184,7 @@ def _grade_class(options: ClassOptions) -> int:
         except KeyboardInterrupt:
             typer.echo(f"Interrupted. {len(journal.known)} of {total} are graded; go on with --resume.", err=True)
             raise
-        failed = write_results(graded, exercises, options.table, options.feedback)
+        failed = write_results(graded, exercises, options.table, options.feedback, policy)
         errors = any(GRADER_ERROR in one.diagnoses for one in graded)
         if not errors:
             journal.finish()
@@ -176,11 +198,30 @@ def _journal(options: ClassOptions, exercises):
     from flashlib.course.grader.classroom import fresh_seed
     from flashlib.course.grader.journal import Terms, begin, go_on, read_terms
 
-    if options.resume:
+    if options.resume or options.regrade:
         seed = read_terms(options.journal).seed if options.seed is None else options.seed
         return go_on(options.journal, Terms.of(exercises, seed=seed, hints=options.hints))
     seed = fresh_seed() if options.seed is None else options.seed
     return begin(options.journal, Terms.of(exercises, seed=seed, hints=options.hints), fresh=options.fresh)
+
+
+def _forget(journal, students, names: tuple[str, ...]) -> None:
+    for name in names:
+        keys = {student.key for student in students if student.name == name}
+        if not keys:
+            raise ValueError(f"--regrade: there is no student {name!r}; names are those of the table")
+        for entry in [entry for entry in journal.known if entry[0] in keys]:
+            del journal.known[entry]
+
+
+def _build_for_gradescope(file: Path, names: list[str]) -> int:
+    from flashlib.course.grader.autograder import build
+
+    if not names:
+        raise ValueError("say with --exercise which exercises the assignment asks for")
+    build(file, names)
+    typer.echo(f"{file}: upload it as the autograder of an assignment that asks for {', '.join(names)}")
+    return FULL_MARKS
 
 
 def _print_summary(graded, exercises, options: ClassOptions) -> None:

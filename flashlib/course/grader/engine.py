@@ -165,8 +165,12 @@ class _Run:
         self.deadline = time.monotonic() + self.limits.total_seconds
 
     def result(self, prop: Property) -> Result:
-        finding = self.hopeless or self._out_of_time() or self._try(prop)
-        return Result(prop.name, prop.title, prop.points, finding)
+        finding = self.hopeless or self._out_of_time()
+        if finding is not None:
+            return Result(prop.name, prop.title, prop.points, finding)
+        trial = Trial(prop.name, self.seed, self.process, self.results)
+        finding = self._try(prop, trial)
+        return Result(prop.name, prop.title, prop.points, finding, trial.own_word)
 
     def _out_of_time(self) -> Finding | None:
         if time.monotonic() < self.deadline:
@@ -174,9 +178,8 @@ class _Run:
         allowed = self.limits.total_seconds
         return Finding("not-run", f"Not tried: the {allowed:g} s for the whole submission were used up.")
 
-    def _try(self, prop: Property) -> Finding | None:
+    def _try(self, prop: Property, trial: Trial) -> Finding | None:
         finding = None
-        trial = Trial(prop.name, self.seed, self.process, self.results)
         try:
             prop.run(trial)
         except Failure as failure:

@@ -48,12 +48,18 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """One property: its points if `finding` is None, and none otherwise."""
+    """One property: its points if `finding` is None, and none otherwise.
+
+    Attributes:
+        own_word: it rests on what the student's process says of itself, such as a count of the bytes that it read. Code that
+            reaches into its own process can make that up, so an instructor is told ("unverified").
+    """
 
     name: str
     title: str
     points: int
     finding: Finding | None
+    own_word: bool = False
 
     @property
     def passed(self) -> bool:
@@ -96,6 +102,11 @@ class Report:
     @property
     def points(self) -> int:
         return sum(result.points for result in self.results)
+
+    @property
+    def unverified(self) -> int:
+        """Points earned on the student's process's own word."""
+        return sum(result.earned for result in self.results if result.own_word)
 
     @property
     def passed(self) -> bool:

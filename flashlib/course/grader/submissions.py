@@ -102,6 +102,13 @@ def read_submission(student: str, file: Path) -> Submission:
     return _read(student, node, beside)
 
 
+def read_student(folder: Path, name: str, exercises: Sequence[Exercise]) -> Student:
+    """All that one student handed in, if `folder` is his alone, as an autograder has it; or one file."""
+    node = _on_disk(folder, folder.name) or _Node(folder.name, "folder")
+    claim = _Claim(node, name, file=folder.name if node.kind == "file" else "")
+    return _student("name", name, [claim], exercises, None)
+
+
 def read_folder(directory: Path, exercises: Sequence[Exercise], roster: Roster | None = None) -> list[Student]:
     """The students of `find_students`."""
     return list(find_students(directory, exercises, roster).students)

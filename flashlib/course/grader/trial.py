@@ -77,6 +77,7 @@ class Trial:
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         self.tried = ""
         self.answered = ""  # the last answer, in a line; "" before the first
+        self.own_word = False  # whether it rests on what the student's process counted itself
         self._process = process
         self._results = results
 
@@ -121,16 +122,32 @@ class Trial:
         on: Handle | None = None,
         keep: bool = False,
         meter: dict[str, Tensor] | None = None,
+        fast_memory: int = 0,
     ) -> Reply:
-        """As `call`, with everything else that is known about it: `.value`, `.meter`, `.changed`, `.seconds`."""
+        """As `call`, with everything else that is known about it: `.value`, `.meter`, `.changed`, `.seconds`.
+
+        Args:
+            meter, fast_memory: as in `Child.call`.
+        """
         self.tried = describe_call(function, args, kwargs or {})
         try:
             reply = self._process.child(metered=meter is not None).call(
-                function, args, kwargs, on=on, keep=keep, meter=meter
+                function, args, kwargs, on=on, keep=keep, meter=meter, fast_memory=fast_memory
             )
         except StudentError as error:
             raise Failure(self._structural(error)) from error
         self.answered = show(reply.value)
+        if reply.meter is not None:
+            self.own_word = True
+            if reply.meter["left"]:
+                self.fail(
+                    "leaves-pytorch",
+                    "Your code takes numbers out of PyTorch's tensors, to where nothing of what it reads and makes is counted. "
+                    "This check counts: compute with PyTorch's operations.",
+                    got=", ".join(sorted(reply.meter["left"]))[:200],
+                    expected="tensors that stay tensors",
+                    hint="Look for .numpy(), .tolist() and data_ptr() on tensors of floating-point numbers.",
+                )
         return reply
 
     # ----------------------------------------------------------------------------------------------------- judgements
@@ -240,6 +257,32 @@ class Trial:
                 hint=hint,
             )
         return reply
+
+    def expect_calls_to_grow(
+        self,
+        function: str,
+        few: Sequence[Any],
+        many: Sequence[Any],
+        mistake: Misconception,
+        *,
+        factor: float = 2.0,
+    ) -> None:
+        """A call that has to take many steps runs more operations than one that has to take few: it uses the size it was given.
+
+        Args:
+            few, many: arguments that differ in the size of a step alone.
+            mistake: what it is, if the second does not run `factor` times as many operations as the first.
+
+        Raises:
+            Failure: it does not.
+        """
+        counts = [sum(self.ask(function, args, meter={}).meter["calls"].values()) for args in (few, many)]
+        if counts[1] < factor * counts[0]:
+            self.fail_as(
+                mistake,
+                got=f"{counts[0]:,} operations in few steps, {counts[1]:,} in many",
+                expected=f"at least {factor:g} times as many in many steps",
+            )
 
     def results_on(self, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], tuple[Any, ...]]:
         """What gives, for an oracle, a budget or a model, its outputs on these arguments, and computes them once.

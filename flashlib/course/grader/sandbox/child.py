@@ -19,11 +19,13 @@ import socket
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from flashlib.course.grader.sandbox import wire
 from flashlib.course.grader.sandbox.confine import Fence, confine, die_with_parent
@@ -255,15 +257,16 @@ def _call(
     args = wire.from_json(header["args"], tensors, objects)
     kwargs = wire.from_json(header["kwargs"], tensors, objects)
     owner = module if header["on"] is None else objects[header["on"]]
-    function = getattr(owner, header["function"], None)
-    if function is None:
-        return {"error": {"kind": "missing", "message": header["function"]}}, []
     operands = {name: tensors[index] for name, index in (header["meter"] or {}).items()}
-    meter = TrafficMeter(**operands) if header["meter"] is not None else None
+    meter = TrafficMeter(fast_memory=header["fast_memory"], **operands) if header["meter"] is not None else None
     watch = KernelWatch(**operands) if interpreting() else None
-    with meter or contextlib.nullcontext(), watch or contextlib.nullcontext():
+    leaving = _Leaving(operands) if meter else None
+    with meter or contextlib.nullcontext(), watch or contextlib.nullcontext(), leaving or contextlib.nullcontext():
+        function = getattr(owner, header["function"], None)  # a property computes here
+        if function is None:
+            return {"error": {"kind": "missing", "message": header["function"]}}, []
         value = function(*args, **kwargs) if callable(function) else function
-    answer = {"meter": _traffic(meter, watch) if meter else None}
+    answer = {"meter": _traffic(meter, watch, leaving) if meter else None}
     if header["keep"] is not None:
         objects[header["keep"]] = value
         return answer, []
@@ -272,8 +275,8 @@ def _call(
     return answer, results
 
 
-def _traffic(meter: TrafficMeter, watch: KernelWatch | None) -> dict[str, Any]:
-    """What PyTorch's operations moved, and Triton's kernels in the interpreter."""
+def _traffic(meter: TrafficMeter, watch: KernelWatch | None, leaving: _Leaving) -> dict[str, Any]:
+    """What PyTorch's operations moved, and Triton's kernels in the interpreter, and what left for where nobody counts."""
     watch = watch or KernelWatch()
     largest = meter.largest
     return {
@@ -281,14 +284,65 @@ def _traffic(meter: TrafficMeter, watch: KernelWatch | None) -> dict[str, Any]:
         "largest_shape": list(largest.shape),
         "largest_op": largest.op,
         "peak_bytes": meter.peak_bytes,
-        "bytes_read": dict(meter.bytes_read + watch.bytes_read),
+        "bytes_read": dict(meter.bytes_read + watch.bytes_read + leaving.bytes_read),
         "bytes_written": dict(meter.bytes_written + watch.bytes_written),
         "calls": dict(meter.calls),
         "launches": dict(watch.launches),
         "programs": watch.programs,
         "largest_block": watch.largest_block,
-        "left": {},
+        "left": dict(leaving.left),
     }
+
+
+# By these the elements of a tensor reach code that no operation of PyTorch runs, where nothing counts what is read.
+_EXITS = (
+    "numpy",
+    "__array__",
+    "tolist",
+    "data_ptr",
+    "untyped_storage",
+    "storage",
+    "_typed_storage",
+    "__dlpack__",
+    "__reduce_ex__",
+)
+
+
+class _Leaving(TorchFunctionMode):
+    """Note which of the floating-point tensors leave PyTorch in a `with` block, and how. Tensors of integers may: they are no data.
+
+    Attributes:
+        left: how often, by the name of the way.
+        bytes_read: of each operand that left, all of its bytes each time: whoever has it may have read it.
+    """
+
+    def __init__(self, operands: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.left: Counter[str] = Counter()
+        self.bytes_read: Counter[str] = Counter()
+        self._owners = {x.untyped_storage()._cdata: (name, x.nbytes) for name, x in operands.items()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in _EXITS and args and isinstance(args[0], torch.Tensor) and not self._is_librarys_own():
+            with torch._C.DisableTorchFunction():
+                self._note(name, args[0])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_floating_point() or tensor.numel() <= 1:
+            return
+        self.left[name] += 1
+        owner, size = self._owners.get(tensor.untyped_storage()._cdata, ("elsewhere", tensor.nbytes))
+        self.bytes_read[owner] += size
+
+    @staticmethod
+    def _is_librarys_own() -> bool:
+        """Whether PyTorch or Triton asked, for their own ends: Triton's interpreter takes the addresses of a kernel's arguments."""
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+            frame = frame.f_back
+        return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("triton", "flashlib")
 
 
 # ----------------------------------------------------------------------------------------------------------- explaining

@@ -409,6 +409,7 @@ class Child:
         on: wire.Handle | None = None,
         keep: bool = False,
         meter: dict[str, torch.Tensor] | None = None,
+        fast_memory: int = 0,
         seconds: float | None = None,
     ) -> Reply:
         """Run `function(*args, **kwargs)` of the student's file, or of the object `on`, in the child.
@@ -416,6 +417,7 @@ class Child:
         Args:
             keep: leave the result in the child and answer with a `Handle` to it.
             meter: count tensors made and bytes moved; names and tensors (among the arguments) to follow.
+            fast_memory: of the meter, in bytes: what is still in it is not moved again.
 
         Raises:
             StudentError: there was no usable answer.
@@ -428,6 +430,7 @@ class Child:
             "on": on.number if on else None,
             "args": wire.to_json(list(args), tensors),
             "kwargs": {"dict": {name: wire.to_json(value, tensors) for name, value in kwargs.items()}},
+            "fast_memory": fast_memory,
             "meter": None if meter is None else {name: _position(tensor, tensors) for name, tensor in meter.items()},
         }
         if keep:

@@ -87,7 +87,6 @@ _ATTRIBUTES = {
         "get_referents",
         "data_ptr",
         "numpy",
-        "tolist",
         "untyped_storage",
         "from_address",
     ),

@@ -269,6 +269,11 @@ MISTAKES = (
         model=contiguous_reads,
     ),
 )
+ROUNDED_TO_TF32 = Misconception(
+    "rounded-to-tf32",
+    "On a GPU tl.dot would round float32 inputs to TF32, which has ten bits after the point. The interpreter does not show it.",
+    "Which argument of tl.dot says how float32 is multiplied?",
+)
 NOT_IN_A_KERNEL = Misconception(
     "not-in-a-kernel",
     "PyTorch's operations read q, k or v. This exercise is to do it in a Triton kernel.",
@@ -522,6 +527,18 @@ def tiled_in_the_kernel(t: Trial) -> None:
             expected=f"at most {block_n} keys x {q.shape[-1]}",
             hint="Which of your blocks has a size that comes from kv_len?",
         )
+
+    expect_compiled(t)
+
+
+def expect_compiled(t: Trial) -> None:
+    """A GPU's compiler takes the kernel, and multiplies float32 in float32."""
+    kernels = t.compile("attention_forward", *draw(t, 20, 40, dim=32), None, 32, 32)
+    if not kernels:
+        t.fail_as(NOT_IN_A_KERNEL, got="no kernel was launched", expected="a Triton kernel that computes out and lse")
+    rounded = {precision for dots in kernels.values() for precision, dtype in dots if dtype == "f32"} - {"ieee"}
+    if rounded:
+        t.fail_as(ROUNDED_TO_TF32, got=f"tl.dot with {', '.join(sorted(rounded))}", expected='input_precision="ieee"')
 
 
 def torch_calls(meter: dict) -> list[str]:

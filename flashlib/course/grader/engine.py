@@ -106,6 +106,7 @@ def grade(
             outcomes = tuple(run.result(prop) for prop in exercise.properties)
     finally:
         run.process.end()
+        run.compiler.end()
     return Report(
         exercise=exercise.name,
         title=exercise.title,
@@ -161,14 +162,15 @@ class _Run:
         self.protections = Protections()
         self.hopeless = submission.problem  # a finding that holds for every property from here on
         self.strikes = 0
-        self.process = Process(self._start_child)
+        self.process = Process(lambda metered: self._start_child(self.sandbox, metered))
+        self.compiler = Process(lambda metered: self._start_child(self.sandbox.for_compiling(), metered))
         self.deadline = time.monotonic() + self.limits.total_seconds
 
     def result(self, prop: Property) -> Result:
         finding = self.hopeless or self._out_of_time()
         if finding is not None:
             return Result(prop.name, prop.title, prop.points, finding)
-        trial = Trial(prop.name, self.seed, self.process, self.results)
+        trial = Trial(prop.name, self.seed, self.process, self.results, self.compiler)
         finding = self._try(prop, trial)
         return Result(prop.name, prop.title, prop.points, finding, trial.own_word)
 
@@ -188,7 +190,7 @@ class _Run:
             raise
         except Exception as error:
             finding = self._broken(error, trial)
-        printed = self.process.take_printed()
+        printed = self.process.take_printed() + self.compiler.take_printed()
         if finding is None or finding is self.hopeless:
             return finding
         if finding.diagnosis in COSTLY:
@@ -214,15 +216,16 @@ class _Run:
 
     def _strike(self, finding: Finding) -> None:
         self.process.end()
+        self.compiler.end()
         self.strikes += 1
         if self.strikes == STRIKES:
             says = f"Not tried: the process had to be stopped {STRIKES} times before (last: {finding.diagnosis})."
             self.hopeless = Finding("not-run", says)
 
-    def _start_child(self, metered: bool) -> Child:
+    def _start_child(self, sandbox: Sandbox, metered: bool) -> Child:
         source, forbidden = self.submission.source, dict(self.exercise.forbidden)
         files = {**self.submission.beside, self.exercise.file: source}
-        child = self.sandbox.open_child(files, self.exercise.file, self.limits, forbidden, metered=metered)
+        child = sandbox.open_child(files, self.exercise.file, self.limits, forbidden, metered=metered)
         try:
             self.protections = child.load()
         except StudentError as error:

@@ -28,6 +28,7 @@ STRUCTURAL_HINTS = {
     "out-of-bounds-load": "Each lane of a block has an address. Which lanes have one that is not theirs, and what masks them?",
     "out-of-bounds-store": "Each lane of a block has an address. Which lanes have one that is not theirs, and what masks them?",
     "race": "Which program ids compute the same address? Each should write what no other reads or writes, or add by an atomic.",
+    "compile-error": "The interpreter runs any Python. A GPU's kernel has numbers, blocks, tl's functions and constexprs, and no more.",
     "unsendable": "Return what the docstring says: tensors, or a tuple of them.",
 }
 
@@ -72,13 +73,15 @@ class Trial:
         generator: the source of this trial's inputs; its seed comes from the run's seed and the property's name.
     """
 
-    def __init__(self, name: str, seed: int, process: Process, results: Results) -> None:
+    def __init__(
+        self, name: str, seed: int, process: Process, results: Results, compiler: Process | None = None
+    ) -> None:
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         self.tried = ""
         self.answered = ""  # the last answer, in a line; "" before the first
         self.own_word = False  # whether it rests on what the student's process counted itself
-        self._process = process
+        self._process, self._compiler = process, compiler
         self._results = results
 
     # --------------------------------------------------------------------------------------------------------- inputs
@@ -149,6 +152,21 @@ class Trial:
                     hint="Look for .numpy(), .tolist() and data_ptr() on tensors of floating-point numbers.",
                 )
         return reply
+
+    def compile(self, function: str, *args: Any, **kwargs: Any) -> dict[str, list[tuple[str, str]]]:
+        """Call the student's function where each launch of a Triton kernel is compiled for sm_80 and sm_90 instead.
+
+        Returns:
+            for each kernel that was launched, by name, how it multiplies tiles and of which type: `("ieee", "f32")`, say.
+
+        Raises:
+            Failure: `"compile-error"`, at the line of the kernel that the compiler refuses; or no usable answer.
+        """
+        self.tried = f"{describe_call(function, args, kwargs)}, compiled for sm_80 and sm_90"
+        try:
+            return self._compiler.child(metered=False).call(function, args, kwargs).compiled or {}
+        except StudentError as error:
+            raise Failure(self._structural(error)) from error
 
     # ----------------------------------------------------------------------------------------------------- judgements
 

@@ -37,6 +37,9 @@ CHAIN_LIMIT = 20  # errors wrapped in each other
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 
 
+compiler: type | None = None  # what compiles launches in place of running them, in a zygote that was started for that
+
+
 class ForbiddenOperation(RuntimeError):
     """A student's code reached an operation that its exercise forbids."""
 
@@ -261,12 +264,16 @@ def _call(
     meter = TrafficMeter(fast_memory=header["fast_memory"], **operands) if header["meter"] is not None else None
     watch = KernelWatch(**operands) if interpreting() else None
     leaving = _Leaving(operands) if meter else None
-    with meter or contextlib.nullcontext(), watch or contextlib.nullcontext(), leaving or contextlib.nullcontext():
+    compiled = compiler() if compiler is not None else None
+    with contextlib.ExitStack() as entered:
+        for each in (meter, watch, leaving, compiled):
+            entered.enter_context(each or contextlib.nullcontext())
         function = getattr(owner, header["function"], None)  # a property computes here
         if function is None:
             return {"error": {"kind": "missing", "message": header["function"]}}, []
         value = function(*args, **kwargs) if callable(function) else function
     answer = {"meter": _traffic(meter, watch, leaving) if meter else None}
+    answer["compiled"] = compiled.kernels if compiled else None
     if header["keep"] is not None:
         objects[header["keep"]] = value
         return answer, []
@@ -351,12 +358,28 @@ class _Leaving(TorchFunctionMode):
 def _explain(error: BaseException, file: str) -> dict[str, str]:
     errors = _down_to_the_cause(error, file)
     cause = errors[-1]
+    if _kind(cause, file) == "compile-error":
+        return _explain_compilation(cause)
     return {
         "kind": _kind(cause, file),
         "type": type(cause).__name__[:100],
         "message": _message(cause)[:TEXT_LIMIT],
         "group": getattr(cause, "group", "") if isinstance(cause, ForbiddenOperation) else "",
         "traceback": _own_traceback(errors, file)[-TEXT_LIMIT:],
+    }
+
+
+def _explain_compilation(error: BaseException) -> dict[str, str]:
+    """Triton's message shows the kernel down to the line that it refuses, with a mark under the place, and then says why."""
+    lines = _message(error).splitlines()
+    marked = max((at for at, line in enumerate(lines) if line.strip() == "^"), default=len(lines) - 1)
+    reason = " ".join(line.strip() for line in lines[marked + 1 :]) or "It is not part of the language of kernels"
+    shown = "\n".join(lines[max(0, marked - 5) : marked + 1])
+    return {
+        "kind": "compile-error",
+        "type": "CompilationError",
+        "message": reason[:TEXT_LIMIT],
+        "traceback": shown[-TEXT_LIMIT:],
     }
 
 
@@ -389,6 +412,8 @@ def _kind(error: BaseException, file: str) -> str:
         return "forbidden"
     if isinstance(error, KernelFault):
         return error.kind
+    if compiler is not None and type(error).__name__ == "CompilationError":
+        return "compile-error"
     if isinstance(error, wire.NotSendable):
         return "unsendable"
     if isinstance(error, SystemExit):

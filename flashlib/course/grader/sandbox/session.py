@@ -91,12 +91,17 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Reply:
-    """What one call gave: the value, its traffic if metered, the arguments it changed, and seconds."""
+    """What one call gave: the value, its traffic if metered, the arguments it changed, seconds, and kernels that were compiled.
+
+    `compiled` is None but in a sandbox for compiling. There it holds, by the name of each kernel that was launched, how it
+    multiplies tiles: pairs such as `("ieee", "f32")`.
+    """
 
     value: Any
     meter: dict[str, Any] | None
     changed: tuple[str, ...]
     seconds: float
+    compiled: dict[str, list[tuple[str, str]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,7 @@ class Sandbox:
         hidden: files and directories that no child may read.
         kernel_fences: use Landlock and seccomp where there are; False stands for a system without, in tests.
         must_fence: run nobody's code where a fence is missing.
+        compiles: launches of Triton kernels are compiled for GPUs in place of run; not in the interpreter.
 
     Raises:
         SandboxError: this system cannot fork, or the zygote did not start.
@@ -182,11 +188,13 @@ class Sandbox:
         hidden: Sequence[Path] = (),
         kernel_fences: bool = True,
         must_fence: bool = False,
+        compiles: bool = False,
     ) -> None:
         if not hasattr(os, "fork"):
             raise SandboxError("the grader needs Linux or macOS (on Windows, run it under WSL): it forks processes")
         self.preload = tuple(preload)
-        self.kernel_fences, self.must_fence = kernel_fences, must_fence
+        self.kernel_fences, self.must_fence, self.compiles = kernel_fences, must_fence, compiles
+        self._hidden, self._compiling = tuple(hidden), None
         self.environment = {
             "PATH": os.defpath,
             "LANG": "C.UTF-8",
@@ -206,9 +214,25 @@ class Sandbox:
     def __exit__(self, *exc) -> None:
         self.close()
 
+    def for_compiling(self) -> Sandbox:
+        """The sandbox beside this one in which launches are compiled; it is started when it is needed, and closed with this one."""
+        if self._compiling is None:
+            environment = {name: value for name, value in self.environment.items() if name != "TRITON_INTERPRET"}
+            self._compiling = Sandbox(
+                preload=self.preload,
+                environment=environment,
+                hidden=self._hidden,
+                kernel_fences=self.kernel_fences,
+                must_fence=self.must_fence,
+                compiles=True,
+            )
+        return self._compiling
+
     def close(self) -> None:
         """End the zygote and everything under it. It forks no more children."""
         self._closed = True
+        if self._compiling is not None:
+            self._compiling.close()
         self._stop()
 
     def fences(self) -> Protections:
@@ -309,7 +333,12 @@ class Sandbox:
                 env=self.environment,
                 start_new_session=True,
             )
-        setup = {"sys_path": _import_path(), "package": str(PACKAGE), "preload": self.preload}
+        setup = {
+            "sys_path": _import_path(),
+            "package": str(PACKAGE),
+            "preload": self.preload,
+            "compiles": self.compiles,
+        }
         self._ask({**setup, "environment": self.environment}, ZYGOTE_START_SECONDS)
 
     def _ask(self, order: dict[str, Any], seconds: float, fds: Sequence[int] = ()) -> dict[str, Any]:
@@ -449,7 +478,7 @@ class Child:
             value = wire.from_json(answer.get("value"), results, {})
         except wire.WireError as error:
             raise _tampered(error) from error
-        return Reply(value, traffic, changed, elapsed)
+        return Reply(value, traffic, changed, elapsed, _kernels(answer.get("compiled")))
 
     def take_printed(self) -> str:
         """What it printed since the last time this was asked, cut to size and cleaned."""
@@ -681,6 +710,19 @@ def _traffic(meter: Any) -> dict[str, Any]:
     return {name: meter[name] for name in (*COUNTS, *COUNTERS, "largest_op", "largest_shape")}
 
 
+def _kernels(compiled: Any) -> dict[str, list[tuple[str, str]]] | None:
+    """What a child says that it compiled, if it is of the form that an honest child sends."""
+    if compiled is None:
+        return None
+    if not isinstance(compiled, dict) or not all(
+        isinstance(dots, list)
+        and all(isinstance(dot, list) and len(dot) == 2 and all(isinstance(word, str) for word in dot) for dot in dots)
+        for dots in compiled.values()
+    ):
+        raise StudentError("tampered", "A malformed list of kernels was written on the grader's channel.")
+    return {name: [tuple(dot) for dot in dots] for name, dots in compiled.items()}
+
+
 def _reported(error: Any, groups: frozenset[str]) -> StudentError:
     """What the child says went wrong. It is the student's word: text, cut to size, and no more."""
     if not isinstance(error, dict):
@@ -697,6 +739,7 @@ def _reported(error: Any, groups: frozenset[str]) -> StudentError:
         "exception": f"It raised {said['type']}: {said['message']}",
         "out-of-bounds-load": f"A kernel loads from memory it was not given. {said['message']}.",
         "out-of-bounds-store": f"A kernel stores to memory it was not given. {said['message']}.",
+        "compile-error": f"The compiler for GPUs refuses a kernel: {said['message']}",
         "race": f"Two programs of a kernel race. {said['message']}.",
     }
     if said["kind"] not in messages or (said["kind"] == "forbidden" and said["group"] not in groups):

@@ -31,6 +31,8 @@ def main() -> None:
         importlib.import_module(name)
     child = importlib.import_module("flashlib.course.grader.sandbox.child")
     confine = importlib.import_module("flashlib.course.grader.sandbox.confine")
+    if setup["compiles"]:
+        child.compiler = importlib.import_module("flashlib.course.grader.sandbox.compiling").Compiled
     if child.interpreting():
         importlib.import_module("flashlib.course.grader.sandbox.rehearsal").rehearse_kernel()
     scratch = importlib.import_module("flashlib.course.grader.sandbox.scratch")

@@ -23,7 +23,7 @@ LAB_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install weights lab test test-gpu sanitize-gpu lint unit nbcheck format exercises notebooks pins clean
+.PHONY: help install weights lab test test-long test-gpu sanitize-gpu lint unit nbcheck format exercises notebooks pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ lab: install ## Open the course in JupyterLab, at chapter 00
 
 test: weights ## Run every check: lint, tests, notebooks. All three run; any failure fails the whole
 	@$(MAKE) --no-print-directory --keep-going lint unit nbcheck
+
+test-long: install ## The tests of the grader that draw, each over 20 rounds, and a class of 200 (an hour)
+	FLASHLIB_ROUNDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n 2 --dist loadfile --timeout 7200 tests/grader
 
 test-gpu: install ## Check the kernels on this machine's GPU and write what came out to GPU_RESULTS (results/)
 	@echo "== Tests on the GPU: pytest"

@@ -370,7 +370,12 @@ def _explain(error: BaseException, file: str) -> dict[str, str]:
 
 
 def _explain_compilation(error: BaseException) -> dict[str, str]:
-    """Triton's message shows the kernel down to the line that it refuses, with a mark under the place, and then says why."""
+    """Triton's message shows the kernel down to the line that it refuses, with a mark under the place, and then says why.
+
+    An error in a function that a kernel calls comes wrapped in one for the call.
+    """
+    while _is_compilers(error.__cause__):
+        error = error.__cause__
     lines = _message(error).splitlines()
     marked = max((at for at, line in enumerate(lines) if line.strip() == "^"), default=len(lines) - 1)
     reason = " ".join(line.strip() for line in lines[marked + 1 :]) or "It is not part of the language of kernels"
@@ -381,6 +386,11 @@ def _explain_compilation(error: BaseException) -> dict[str, str]:
         "message": reason[:TEXT_LIMIT],
         "traceback": shown[-TEXT_LIMIT:],
     }
+
+
+def _is_compilers(error: BaseException | None) -> bool:
+    """Whether Triton's compiler refused a kernel; never in the interpreter."""
+    return compiler is not None and any(kind.__name__ == "CompilationError" for kind in type(error).__mro__)
 
 
 def _down_to_the_cause(error: BaseException, file: str) -> list[BaseException]:
@@ -412,7 +422,7 @@ def _kind(error: BaseException, file: str) -> str:
         return "forbidden"
     if isinstance(error, KernelFault):
         return error.kind
-    if compiler is not None and type(error).__name__ == "CompilationError":
+    if _is_compilers(error):
         return "compile-error"
     if isinstance(error, wire.NotSendable):
         return "unsendable"

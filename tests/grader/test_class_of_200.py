@@ -86,11 +86,11 @@ def write(file: bytes, content: bytes, age: float = 0.0) -> None:
 
 
 def memory_of(process: psutil.Process) -> int:
-    """Bytes of it and all below it, pages that several share counted once for each."""
+    """Bytes of it and all below it; what several share counts once, in parts (proportional set size)."""
     total = 0
     try:
         for each in [process, *process.children(recursive=True)]:
-            total += each.memory_info().rss
+            total += each.memory_full_info().pss
     except psutil.Error:
         pass
     return total
@@ -126,7 +126,7 @@ def test_a_class_of_200_stopped_five_times_loses_and_swaps_nothing(tmp_path, cap
                 stops += 1
                 process.send_signal(rng.choice([signal.SIGINT, signal.SIGKILL]))
                 process.wait(timeout=60)
-            time.sleep(0.1)
+            time.sleep(0.3)
         done = process.returncode in (0, 3)
         assert done or process.returncode in (130, -signal.SIGKILL, -signal.SIGINT), process.stderr.read().decode()
     took = time.monotonic() - began

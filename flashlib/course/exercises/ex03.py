@@ -87,13 +87,25 @@ def tiles_stacked(q, k, v, block_q, block_k, scale=None):
     return tuple(torch.stack(x.split(block_q, 2)).reshape(x.shape) for x in (out, lse))
 
 
-def rounding_sums(*, l_too: bool, acc_too: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """l, acc or both rounded to the inputs' dtype after every step."""
+def scaled_by(size: Callable[[Tensor, Tensor, Tensor], int]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Attention scaled by one over the root of some size, where the caller gave no scale."""
+
+    def model(q, k, v, block_q, block_k, scale=None):
+        return reference.oracle(q, k, v, scale=1 / math.sqrt(size(q, k, v)) if scale is None else scale)
+
+    return model
+
+
+def rounding_sums(
+    *, l_too: bool, acc_too: bool, dtype: torch.dtype | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """l, acc or both rounded after every step: to `dtype`, or to the inputs' own."""
 
     def model(q, k, v, block_q, block_k, scale=None):
         def rounding_step(*args: Tensor) -> State:
             m, l, acc = step(*args)
-            return m, l.to(q.dtype).float() if l_too else l, acc.to(q.dtype).float() if acc_too else acc
+            kept = dtype or q.dtype
+            return m, l.to(kept).float() if l_too else l, acc.to(kept).float() if acc_too else acc
 
         def attend(scores, v, block):
             return finish(*run(scores, v, block, one_step=rounding_step))
@@ -150,6 +162,29 @@ MISTAKES = (
             "l or acc was kept in 16 bits. float16 ends at 65504, and a sum of that many weights does not fit.",
             "Which dtype do your running sums have after the first tile? Print it.",
             rounding_sums(l_too=l_too, acc_too=acc_too),
+        )
+        for l_too, acc_too in ((True, True), (True, False), (False, True))
+    ),
+    *(
+        Misconception(
+            "scaled-by-another-size",
+            "The scores were scaled by one over the root of another size than the head dimension of q and k.",
+            "Write the shapes of q, k and v down, and find D among the axes. Which one does your scale take?",
+            scaled_by(size),
+        )
+        for size in (
+            lambda q, k, v: v.shape[-1],
+            lambda q, k, v: k.shape[-2],
+            lambda q, k, v: q.shape[-2],
+            lambda q, k, v: q.shape[1],
+        )
+    ),
+    *(
+        Misconception(
+            "summed-in-half",
+            "l or acc was kept in float16 even for float32 inputs: eleven bits of a sum are too few.",
+            "Which dtype do your running sums have after the first tile, if q is float32?",
+            rounding_sums(l_too=l_too, acc_too=acc_too, dtype=torch.float16),
         )
         for l_too, acc_too in ((True, True), (True, False), (False, True))
     ),

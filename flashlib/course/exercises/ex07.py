@@ -145,13 +145,25 @@ def _elements_from(x: Tensor) -> int:
     return x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
 
 
-def rounding_sums(*, l_too: bool, acc_too: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """l, acc or both rounded to the inputs' dtype after every step."""
+def scaled_by(size: Callable[[Tensor, Tensor, Tensor], int]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Attention scaled by one over the root of some size, where the caller gave no scale."""
+
+    def model(q, k, v, scale=None, block_m=64, block_n=32):
+        return reference.oracle(q, k, v, scale=1 / math.sqrt(size(q, k, v)) if scale is None else scale)
+
+    return model
+
+
+def rounding_sums(
+    *, l_too: bool, acc_too: bool, dtype: torch.dtype | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """l, acc or both rounded after every step: to `dtype`, or to the inputs' own."""
 
     def model(q, k, v, scale=None, block_m=64, block_n=32):
         def rounding_step(*args: Tensor) -> State:
             m, l, acc = step(*args)
-            return m, l.to(q.dtype).float() if l_too else l, acc.to(q.dtype).float() if acc_too else acc
+            kept = dtype or q.dtype
+            return m, l.to(kept).float() if l_too else l, acc.to(kept).float() if acc_too else acc
 
         def attend(scores, v, block):
             return finish(*run(scores, v, block, one_step=rounding_step))
@@ -259,6 +271,29 @@ MISTAKES = (
             "l or acc was kept in float16. It ends at 65504, and has 11 bits: a sum of many weights does not fit.",
             "With which dtype do your running sums start, and with which do they come out of the loop?",
             rounding_sums(l_too=l_too, acc_too=acc_too),
+        )
+        for l_too, acc_too in ((True, True), (True, False), (False, True))
+    ),
+    *(
+        Misconception(
+            "scaled-by-another-size",
+            "The scores were scaled by one over the root of another size than the head dimension of q and k.",
+            "Write the shapes of q, k and v down, and find D among the axes. Which one does your scale take?",
+            scaled_by(size),
+        )
+        for size in (
+            lambda q, k, v: v.shape[-1],
+            lambda q, k, v: k.shape[-2],
+            lambda q, k, v: q.shape[-2],
+            lambda q, k, v: q.shape[1],
+        )
+    ),
+    *(
+        Misconception(
+            "summed-in-half",
+            "l or acc was kept in float16 even for float32 inputs: eleven bits of a sum are too few.",
+            "Which dtype do your running sums have after the first tile, if q is float32?",
+            rounding_sums(l_too=l_too, acc_too=acc_too, dtype=torch.float16),
         )
         for l_too, acc_too in ((True, True), (True, False), (False, True))
     ),
@@ -422,10 +457,11 @@ def rows_of_any_height(t: Trial) -> None:
     """rows of very large, of very negative and of very different scores are all right"""
     q, k, v = draw(t, 6, 32)
     t.check(forward, *with_scores_along(q, k, ramp(32, 200, 202)), v, None, 16, 16)
+    # Then those that tell one maximum for a whole tile from one that starts at 0; in the last check the two are the same.
+    mixed_q, mixed_k = with_scores_along(q, k, ramp(32, 400, 402))
+    mixed_q[..., -1] *= t.permutation(6) - 2.0
+    t.check(forward, mixed_q, mixed_k, v, None, 16, 16)
     t.check(forward, *with_scores_along(q, k, ramp(32, -2000, -2002)), v, None, 16, 16)
-    q, k = with_scores_along(q, k, ramp(32, 400, 402))
-    q[..., -1] *= t.permutation(6) - 2.0
-    t.check(forward, q, k, v, None, 16, 16)
 
 
 @exercise.property(

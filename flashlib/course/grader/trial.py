@@ -126,11 +126,13 @@ class Trial:
         keep: bool = False,
         meter: dict[str, Tensor] | None = None,
         fast_memory: int = 0,
+        leaving_allowed: bool = False,
     ) -> Reply:
         """As `call`, with everything else that is known about it: `.value`, `.meter`, `.changed`, `.seconds`.
 
         Args:
             meter, fast_memory: as in `Child.call`.
+            leaving_allowed: even where numbers leave PyTorch's tensors, to where the meter does not count.
         """
         self.tried = describe_call(function, args, kwargs or {})
         try:
@@ -142,16 +144,20 @@ class Trial:
         self.answered = show(reply.value)
         if reply.meter is not None:
             self.own_word = True
-            if reply.meter["left"]:
-                self.fail(
-                    "leaves-pytorch",
-                    "Your code takes numbers out of PyTorch's tensors, to where nothing of what it reads and makes is counted. "
-                    "This check counts: compute with PyTorch's operations.",
-                    got=", ".join(sorted(reply.meter["left"]))[:200],
-                    expected="tensors that stay tensors",
-                    hint="Look for .numpy(), .tolist() and data_ptr() on tensors of floating-point numbers.",
-                )
+            if not leaving_allowed:
+                self._expect_tensors_to_stay(reply)
         return reply
+
+    def _expect_tensors_to_stay(self, reply: Reply) -> None:
+        if reply.meter["left"]:
+            self.fail(
+                "leaves-pytorch",
+                "Your code takes numbers out of PyTorch's tensors, to where nothing of what it reads and makes is counted. "
+                "This check counts: compute with PyTorch's operations.",
+                got=", ".join(sorted(reply.meter["left"]))[:200],
+                expected="tensors that stay tensors",
+                hint="Look for .numpy(), .tolist() and data_ptr() on tensors of floating-point numbers.",
+            )
 
     def compile(self, function: str, *args: Any, **kwargs: Any) -> dict[str, list[tuple[str, str]]]:
         """Call the student's function where each launch of a Triton kernel is compiled for sm_80 and sm_90 instead.
@@ -250,7 +256,7 @@ class Trial:
             Failure: as `check`; or `"untiled"`.
         """
         self._process.end()
-        reply = self.ask(target.function, args, kwargs, meter={})
+        reply = self.ask(target.function, args, kwargs, meter={}, leaving_allowed=True)
         outputs = tuple(sample(x) if isinstance(x, Tensor) and x.ndim > 2 else x for x in as_tuple(reply.value))
         self._judge(target, outputs, (sample(args[0]), *args[1:]), kwargs)
         says = says or "You made the whole score matrix. The point of tiling is never to hold it."
@@ -274,6 +280,7 @@ class Trial:
                 expected=f"at most {memory // MIB} MiB",
                 hint=hint,
             )
+        self._expect_tensors_to_stay(reply)
         return reply
 
     def expect_calls_to_grow(

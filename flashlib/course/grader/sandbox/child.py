@@ -44,8 +44,13 @@ class ForbiddenOperation(RuntimeError):
     """A student's code reached an operation that its exercise forbids."""
 
     def __init__(self, group: str, operation: str) -> None:
-        super().__init__(f"{operation} is not allowed in this exercise")
+        text = f"{operation} is not allowed in this exercise"
+        super().__init__(text)
         self.group = group
+        _refusals[text] = group
+
+
+_refusals: dict[str, str] = {}  # what was said so far, by its text: TorchScript keeps of an error the text alone
 
 
 ForbiddenOperation.__module__ = "builtins"  # a traceback then shows the bare name
@@ -364,9 +369,17 @@ def _explain(error: BaseException, file: str) -> dict[str, str]:
         "kind": _kind(cause, file),
         "type": type(cause).__name__[:100],
         "message": _message(cause)[:TEXT_LIMIT],
-        "group": getattr(cause, "group", "") if isinstance(cause, ForbiddenOperation) else "",
+        "group": _group_of(cause) or "",
         "traceback": _own_traceback(errors, file)[-TEXT_LIMIT:],
     }
+
+
+def _group_of(error: BaseException) -> str | None:
+    """The group of the forbidden operation that an error is about, or None."""
+    if isinstance(error, ForbiddenOperation):
+        return error.group
+    message = _message(error)
+    return next((group for text, group in list(_refusals.items()) if text in message), None)
 
 
 def _explain_compilation(error: BaseException) -> dict[str, str]:
@@ -418,7 +431,7 @@ def _is_own(frame: traceback.FrameSummary, file: str) -> bool:
 
 
 def _kind(error: BaseException, file: str) -> str:
-    if isinstance(error, ForbiddenOperation):
+    if _group_of(error) is not None:
         return "forbidden"
     if isinstance(error, KernelFault):
         return error.kind

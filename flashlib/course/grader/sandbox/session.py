@@ -620,7 +620,7 @@ class Child:
             raise self._died() from error
         except psutil.AccessDenied:
             return
-        if memory > self.base_memory + self.limits.memory:
+        if self.base_memory and memory > self.base_memory + self.limits.memory:  # before, it is not the student's yet
             raise _out_of_memory(self.limits)
         used = scratch.usage(self.directory)
         if used.bytes + scratch.unlinked_bytes(self.pid) > self.limits.disk:

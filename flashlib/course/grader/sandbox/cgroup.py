@@ -37,7 +37,7 @@ def enclose(pid: int, *, tasks: int, memory: int) -> ControlGroup | None:
     parent = _parent()
     if parent is None:
         return None
-    group = ControlGroup(parent / f"{PREFIX}{secrets.token_hex(6)}")
+    group = ControlGroup(parent / f"{PREFIX}{os.getpid()}-{secrets.token_hex(6)}")
     try:
         group.path.mkdir()
         (group.path / "pids.max").write_text(str(tasks))
@@ -69,8 +69,17 @@ def _parent() -> Path | None:
         else:
             continue
         if os.access(candidate, os.W_OK) and (candidate / "cgroup.procs").exists():
+            _sweep(candidate)
             return candidate
     return None
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the groups of graders that were killed. Those that hold a process cannot be removed, and stay."""
+    for group in parent.glob(f"{PREFIX}*-*"):
+        owner = group.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            ControlGroup(group).remove()
 
 
 def _words(file: Path) -> list[str]:

@@ -25,7 +25,7 @@ LAB_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install weights lab test test-bits test-gpu sanitize-gpu lint unit nbcheck format exercises notebooks pins clean
+.PHONY: help install weights lab test test-bits test-long test-gpu sanitize-gpu lint unit nbcheck format exercises notebooks pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test-bits: install ## Repeat the tests of numbers and grades with the last bits 
 	  PYTHONPATH=tests/perturbed FLASHLIB_PERTURB=$$bits OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile \
 	    tests/core tests/kernels/test_interpreter.py tests/kernels/test_decode_kernels.py tests/inference tests/course tests/grader || exit 1; \
 	done
+
+test-long: install ## The tests of the grader that draw, each over 20 rounds, and a class of 200 (an hour)
+	FLASHLIB_ROUNDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n 2 --dist loadfile --timeout 7200 tests/grader
 
 test-gpu: install ## Check the kernels on this machine's GPU and write what came out to GPU_RESULTS (results/)
 	@echo "== Tests on the GPU: pytest"

@@ -1,6 +1,7 @@
 """Hostile submissions: each ends as a failed check with a clear message, in bounded time, and harms nobody else."""
 
 import csv
+import ctypes
 import json
 import os
 import time
@@ -10,13 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flashlib.course.grader.classroom import grade_class, write_results
+from flashlib.course.grader import classroom
+from flashlib.course.grader.classroom import grade_class
 from flashlib.course.grader.engine import Submission, grade, sandbox_for
 from flashlib.course.grader.exercise import load_exercise
+from flashlib.course.grader.gradebook import write_results
 from flashlib.course.grader.matrix import expected_diagnoses
 from flashlib.course.grader.sandbox.confine import MIB, landlock_abi
+from flashlib.course.grader.sandbox.leftovers import leftovers
 from flashlib.course.grader.sandbox.session import REPOSITORY, Limits
-from flashlib.course.grader.submissions import read_folder
+from flashlib.course.grader.submissions import Student, read_folder
 
 HOSTILE = sorted((Path(__file__).parent / "hostile").glob("*.*"))  # .txt: what no formatter could read
 LIMITS = Limits(seconds=3.0, total_seconds=60.0, memory=128 * MIB)
@@ -68,6 +72,12 @@ def zygotes_of_others():
     return zygotes()
 
 
+def traces() -> dict[str, object]:
+    """What a submission could leave behind in the system, and in this process."""
+    process = psutil.Process()
+    return {"left behind": leftovers(), "descriptors": process.num_fds(), "children": process.children(recursive=True)}
+
+
 @pytest.fixture(scope="module")
 def graded_class(zygotes_of_others, tmp_path_factory):
     folder, results = tmp_path_factory.mktemp("submissions"), tmp_path_factory.mktemp("results")
@@ -75,7 +85,20 @@ def graded_class(zygotes_of_others, tmp_path_factory):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.py")}
     exercise = replace(load_exercise("ex01"), limits=LIMITS)
     students = read_folder(folder, [exercise])
-    graded = grade_class(students, [exercise], jobs=2, hidden=(folder, results))
+    traces_before = traces()
+    after_each: dict[str, frozenset[str]] = {}
+
+    def note_what_is_left(exercise, submission, sandbox, grade=classroom.grade, **options):
+        report = grade(exercise, submission, sandbox, **options)
+        after_each[submission.student] = leftovers() - traces_before["left behind"]
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classroom, "grade", note_what_is_left)
+        graded = grade_class(students, [exercise], jobs=2, hidden=(folder, results))
+    assert set(after_each) == {student.name for student in students}
+    assert {name: left for name, left in after_each.items() if left} == {}
+    assert traces() == traces_before
     write_results(graded, [exercise], results / "grades.csv", results / "feedback")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.py")} == before
     return {one.student: one.reports[0] for one in graded}, results
@@ -111,7 +134,7 @@ def test_nothing_is_left_behind(graded_class, zygotes_of_others):
 
 def test_table_and_pages_hold_hostile_text_harmlessly(graded_class):
     _, results = graded_class
-    with (results / "grades.csv").open(newline="") as file:
+    with (results / "grades.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(graded_class[0])
     assert not any(row["student"].startswith("=") for row in rows)
@@ -129,6 +152,39 @@ def test_gradescope_json_counts_every_check(graded_class):
     answer = json.loads((results / "feedback/zz_good/results.json").read_text())
     assert answer["score"] == sum(test["max_score"] for test in answer["tests"]) == reports["zz_good"].points
     assert {test["status"] for test in answer["tests"]} == {"passed"}
+
+
+LEAVES = {
+    "shared memory of System V": "libc.shmget(0x5EC2E8, 4096, 0o1600)",
+    "message queue of System V": "libc.msgget(0x5EC2E8, 0o1600)",
+    "semaphores of System V": "libc.semget(0x5EC2E8, 1, 0o1600)",
+    "shared memory /dev/shm/": "open('/dev/shm/flashlib-test-left', 'w').close()",
+}
+
+
+@pytest.fixture
+def swept():
+    """Nothing that a test of leftovers made outlives it."""
+    yield
+    libc = ctypes.CDLL(None)
+    libc.shmctl(libc.shmget(0x5EC2E8, 0, 0), 0, None)
+    libc.msgctl(libc.msgget(0x5EC2E8, 0), 0, None)
+    libc.semctl(libc.semget(0x5EC2E8, 0, 0), 0, 0)
+    Path("/dev/shm/flashlib-test-left").unlink(missing_ok=True)
+
+
+def test_what_is_left_behind_where_nothing_fences_it_in_is_seen_and_said(swept):
+    """The same check finds nothing after every hostile submission; this shows that it finds what is there."""
+    exercise = first_property_of_ex01(LIMITS)
+    source = GOOD + b"\nimport ctypes\nlibc = ctypes.CDLL(None)\n"
+    handed_in = [
+        Student(name, name, {"ex01": Submission(name, source + code.encode())}) for name, code in LEAVES.items()
+    ]
+    before = leftovers()
+    graded = grade_class(handed_in, [exercise], kernel_fences=False, allow_unfenced=True)
+    for one, name in zip(graded, LEAVES, strict=True):
+        assert name in one.reports[0].note, (name, one.reports[0].note)
+    assert len(leftovers() - before) == len(LEAVES)
 
 
 def first_property_of_ex01(limits):

@@ -161,3 +161,88 @@ def test_kernels_written_in_a_notebook_are_copied_with_their_decorator():
     names = ["block_softmax", "padded_kernel", "packed_kernel", "ragged_softmax", "packed_softmax"]
     report = check("ex06", functions={name: getattr(written, name) for name in names})
     assert report.passed, report
+
+
+# ------------------------------------------------------------------------------------------------------------- compiling
+
+COMPILED = """import torch
+import triton
+import triton.language as tl
+
+{before}
+
+
+@triton.jit
+def helper(x):
+    {helper}
+    return x
+
+
+@triton.jit
+def kernel(p_x, p_out, scale, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    x = helper(tl.load(p_x + offsets[:, None] * BLOCK + offsets[None, :]))
+    {inside}
+    tl.store(p_out + offsets[:, None] * BLOCK + offsets[None, :], x * scale)
+
+
+def launch(x):
+    out = torch.empty_like(x)
+    kernel[(1,)](x, out, 0.5, BLOCK=x.shape[0])
+    return out
+"""
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    with Sandbox(preload=("triton",), environment={"TRITON_INTERPRET": "1"}) as sandbox:
+        yield sandbox.for_compiling()
+
+
+def compiled(sandbox, dtype=torch.float32, **parts):
+    source = COMPILED.format(**{"before": "", "helper": "pass", "inside": "pass", **parts})
+    child = sandbox.open_child(source.encode(), "ex99_kernels.py", Limits(), {})
+    try:
+        child.load()
+        return child.call("launch", [torch.ones(16, 16, dtype=dtype)]).compiled
+    finally:
+        child.end()
+
+
+@pytest.mark.parametrize(
+    ("inside", "dtype", "dots"),
+    [
+        ("pass", torch.float32, []),
+        ("x = tl.dot(x, x)", torch.float32, [("tf32", "f32")]),
+        ('x = tl.dot(x, x, input_precision="ieee")', torch.float32, [("ieee", "f32")]),
+        ('x = tl.dot(x, x, input_precision="tf32x3")', torch.float32, [("tf32x3", "f32")]),
+        ("x = tl.dot(x.to(tl.float16), x.to(tl.float16)) + tl.dot(x, x, input_precision='ieee')", torch.float32, None),
+    ],
+)
+def test_the_compiler_says_how_tiles_are_multiplied(compiling, inside, dtype, dots):
+    kernels = compiled(compiling, dtype, inside=inside)
+    assert list(kernels) == ["kernel"]
+    if dots is None:
+        assert {kind for _, kind in kernels["kernel"]} == {"f16", "f32"}
+    else:
+        assert kernels["kernel"] == dots
+
+
+@pytest.mark.parametrize(
+    ("parts", "line"),
+    [
+        ({"inside": "x = x * sum([i for i in range(3)])"}, "for i in range(3)"),
+        ({"before": "FACTOR = 2.0", "inside": "x = x * FACTOR"}, "x * FACTOR"),
+        ({"inside": "print(f'{x.foo}')"}, "x.foo"),
+        ({"inside": "try:\n        x = x + 1\n    except ValueError:\n        pass"}, "try:"),
+        ({"inside": "x = x[0, 0]"}, "x[0, 0]"),
+        ({"helper": "x = x + sorted([1, 2])[0]"}, "sorted([1, 2])"),
+        ({"inside": "for row in x:\n        pass"}, "for row in x"),
+        ({"inside": "import math\n    x = x * math.exp(1)"}, "import math"),
+    ],
+)
+def test_what_no_gpu_runs_is_refused_at_its_line(compiling, parts, line):
+    with pytest.raises(StudentError) as caught:
+        compiled(compiling, **parts)
+    assert caught.value.kind == "compile-error", caught.value
+    assert line in caught.value.traceback and "site-packages" not in caught.value.message

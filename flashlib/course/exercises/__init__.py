@@ -51,13 +51,13 @@ An exercise `ex42` is three things that you write:
 
    - `t.check(target, *args, **kwargs)`: call, compare with the oracle within the budget, name the misconception whose
      model gives the same wrong answer, else wrong-shape, nan-produced, wrong-values, wrong-dtype. Returns the answer.
-     `if_it_raises=misconception` says what an exception means here.
+     `if_it_raises=misconception, but_not_on=(arguments, ...)` says what an exception means that other arguments do not raise.
    - `t.check_inputs_untouched(target, *args)`: check, and mutated-input, by the bytes that the student's process computed on.
    - `t.check_tiled(target, *args, largest=elements, memory=bytes, sample=lambda x: x[:, :, -64:])`: check (of the sampled
      queries), and untiled: by a meter in the process and by the process's peak memory seen from outside. 4096 x 4096 in
      float32 is enough to tell. Its result has `.meter` (`bytes_read`, `calls`, ...) if you bound more.
    - `t.expect_tensor(value, what, shape, dtype)`, `t.expect_tuple(value, *names)`: a student may return anything, so look
-     before you compute with what `t.call` gave. An exception in a property is the grader's error, not his.
+     before you compute with what `t.call` gave. An exception in a property earns nothing, and the instructor is told to look.
    - `t.expect_same(a, b, budget, diagnosis=..., says=...)`, `t.expect_equal(got, expected, what, misconceptions, *args)`
      for exact answers, `t.fail(...)` and `t.fail_as(misconception)` for anything else.
    - `t.results_on(*args)(function)`, a tuple: what an oracle, a budget or a model gives on these arguments, where you need it
@@ -66,8 +66,9 @@ An exercise `ex42` is three things that you write:
    `t.call(name, *args)` calls any function of the file and `t.make(name, *args)` keeps an object in the process
    (`cache = t.make("Cache", 2); cache.call("append", k, v)`); `t.ask(...)` tells all about a call. Tensors, numbers,
    strings, dtypes, None, lists, tuples and dicts of them cross; strides do too (`in_poison`, `transposed_in_poison`).
-   A Triton exercise says `preload=("triton",)` and `environment={"TRITON_INTERPRET": "1"}`; one that compiles for a GPU
-   needs `limits=Limits(processes=True)`, because the compiler starts an assembler. Kernels in the interpreter are watched
+   A Triton exercise says `preload=("triton",)` and `environment={"TRITON_INTERPRET": "1"}`. `t.compile(name, *args)` makes the
+   same call where launches are compiled for sm_80 and sm_90 instead: what no GPU runs is `compile-error`, and the answer says how
+   each kernel multiplies tiles (`("ieee", "f32")`). Kernels in the interpreter are watched
    (`flashlib/course/kernel_watch.py`): an address outside of the tensors passed is `out-of-bounds-load` or
    `out-of-bounds-store`, programs that meet in one are `race`, each at the student's line, and `t.ask(..., meter={"k": k}).meter`
    counts their bytes among `bytes_read` and `bytes_written`, with `launches`, `programs` and `largest_block` (in elements).

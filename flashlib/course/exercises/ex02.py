@@ -261,6 +261,18 @@ def online_attention_with_hidden_scores(t: Trial) -> None:
     t.check(online, scores, t.randn(12, 3), 4)
 
 
+TWO_PASSES = Misconception(
+    "keys-looked-at-twice",
+    "The scores were read more than once: first for the maximum of the row, say, and then for the sum. Online means one pass.",
+    "What do you need of the whole row before you can add up its first block? What if that turns out too small later?",
+)
+BLOCK_IGNORED = Misconception(
+    "block-ignored",
+    "The keys were not looked at `block` at a time: your code cuts them by a number of its own.",
+    "Where in your loop does the argument `block` stand?",
+)
+
+
 @exercise.property(
     points=5,
     hints=[
@@ -271,6 +283,16 @@ def online_attention_with_hidden_scores(t: Trial) -> None:
 def online_attention_never_holds_the_row(t: Trial) -> None:
     """online_attention makes no tensor as large as the scores"""
     t.check(online, t.randn(4, 32), t.randn(32, 4), 8)  # who fails anyway is told so at less expense
+    scores, v, block = t.randn(4, 1024), t.randn(1024, 4), 64
+    t.expect_calls_to_grow("online_attention", (scores, v, 1024), (scores, v, block), BLOCK_IGNORED)
+    meter = t.ask("online_attention", (scores, v, block), meter={"scores": scores}, fast_memory=8 * 1024).meter
+    allowed = 4 * block * max(scores.shape[0], v.shape[1])
+    if allowed < meter["largest_elements"] <= scores.numel() // 2:
+        got = f"a tensor of {meter['largest_elements']:,} elements, for blocks of {block} keys"
+        t.fail_as(BLOCK_IGNORED, got=got, expected=f"at most {allowed:,}")
+    passes = meter["bytes_read"].get("scores", 0) / scores.nbytes
+    if meter["largest_elements"] <= allowed and passes > 1.1:
+        t.fail_as(TWO_PASSES, got=f"all the scores read {passes:.3g} times", expected="once")
     scores, v = t.randn(16, 65_536), t.randn(65_536, 4)
     t.check_tiled(
         online,
@@ -455,4 +477,7 @@ def fold_of_empty_pieces(t: Trial) -> None:
     t.check(fold, outs.masked_fill((lses == -torch.inf)[..., None], torch.nan), lses)
     lses[:, t.integer(0, 5)] = -torch.inf
     t.check(fold, outs, lses)
-    t.check(fold_of_nothing, torch.zeros(0, 4, 3), torch.zeros(0, 4), if_it_raises=FOLD_OF_NOTHING)
+    nothing = torch.zeros(0, 4, 3), torch.zeros(0, 4)
+    t.check(
+        fold_of_nothing, *nothing, if_it_raises=FOLD_OF_NOTHING, but_not_on=(torch.zeros(1, 4, 3), torch.zeros(1, 4))
+    )

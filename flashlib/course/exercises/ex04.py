@@ -240,6 +240,8 @@ def kinds_by(decide: Callable[..., Tensor], *, dropping_tail: bool = False) -> C
     """A tile map from `decide(start, stop, rows, keys, block_q, block_k)`, which answers 0, 1 or 2 for each ``[B]``."""
 
     def model(start, stop, kv_len, block_q, block_k) -> Tensor:
+        if dropping_tail and (start.shape[1] < block_q or kv_len < block_k):
+            return torch.zeros(start.shape[0], start.shape[1] // block_q, kv_len // block_k, dtype=torch.long)
         lines = [
             torch.stack(
                 [
@@ -825,6 +827,13 @@ def attention_beside_poisoned_padding(t: Trial) -> None:
     t.check(masked_attention, q, k, v, *exact_intervals(14, 30, key_lengths=lengths), 8, 7)
 
 
+BLOCK_K_IGNORED = Misconception(
+    "block-k-ignored",
+    "The keys were not cut by block_k: a tile is wider than it says.",
+    "Which of your two loops takes steps of block_k?",
+)
+
+
 @exercise.property(
     points=3,
     hints=[
@@ -848,6 +857,12 @@ def attention_skips_tiles(t: Trial) -> None:
                 got=f"{tiles:,.0f} tiles of {name} read",
                 expected=f"about {needed} of the {length // block_q * (length // block_k)} tiles",
             )
+
+    q, k, v = draw(t, 256, 256, batch=1, heads=1, dim=4, v_dim=4)
+    made = t.ask("masked_attention", (q, k, v, *exact_intervals(256, 256), 128, 16), meter={}).meter["largest_elements"]
+    if 4 * 128 * 16 < made < 128 * 256:  # all keys at once are another check's
+        got = f"a tensor of {made:,} elements, with tiles of 128 x 16"
+        t.fail_as(BLOCK_K_IGNORED, got=got, expected=f"at most {4 * 128 * 16:,}")
 
 
 def bytes_read(meter: object, name: str) -> float:

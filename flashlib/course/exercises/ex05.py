@@ -424,8 +424,9 @@ def gqa_does_not_repeat_keys_and_values(t: Trial) -> None:
 def gqa_leaves_its_inputs_alone(t: Trial) -> None:
     """gqa_attention does not change q, k or v, and reads strided inputs right"""
     t.check_inputs_untouched(gqa_attention, *draw(t, 4, 2, 3, 5), causal=True)
-    strided = [transposed_in_poison(x) for x in draw(t, 4, 2, 3, 5)]
-    t.check(gqa_attention, *strided, causal=True, if_it_raises=ASSUMES_CONTIGUOUS)
+    plain = draw(t, 4, 2, 3, 5)
+    strided = [transposed_in_poison(x) for x in plain]
+    t.check(gqa_attention, *strided, causal=True, if_it_raises=ASSUMES_CONTIGUOUS, but_not_on=plain)
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -452,6 +453,16 @@ APPEND_COPIES = Misconception(
     "append-copies-cache",
     "To append one token, the whole cache was copied. Writing n tokens then costs n * n / 2 copies.",
     "torch.cat makes a new tensor each time. What would a write into memory that is there already cost?",
+)
+NOT_RESERVED = Misconception(
+    "memory-not-reserved",
+    "keys or values were put together from their pieces to be looked at, which decoding does for every token.",
+    "Memory for `capacity` tokens is reserved once. What does a slice of it cost?",
+)
+CACHES_SHARE_MEMORY = Misconception(
+    "caches-share-memory",
+    "What was appended to one cache appeared in another of the same size: they have one memory.",
+    "When is a default argument made, or an attribute of a class: once, or for each cache?",
 )
 SILENT_WHEN_FULL = Misconception(
     "silent-when-full",
@@ -529,6 +540,14 @@ def cache_keeps_what_is_appended(t: Trial) -> None:
     for count, (k, v) in enumerate(pieces, start=1):
         cache.call("append", k, v)
         expect_contents(t, cache, pieces[:count])
+    other, others = t.make("KVCache", 2, 2, 16, 4), draw_pieces(t, 2, 3)
+    for k, v in others:
+        other.call("append", k, v)
+    try:
+        expect_contents(t, other, others)
+        expect_contents(t, cache, pieces)
+    except Failure as failure:
+        t.fail_as(CACHES_SHARE_MEMORY, got=failure.finding.got, expected="two caches that know nothing of each other")
 
 
 @exercise.property(
@@ -581,11 +600,19 @@ def cache_appends_without_copying(t: Trial) -> None:
     long, short = t.randn(1, 2, 3000, 16), t.randn(1, 2, 1, 16)
     cache.call("append", long, long)
     meter = t.ask("append", (short, short), on=cache.handle, meter={}).meter
-    made = meter.get("largest_elements") if isinstance(meter, dict) else None
-    if not isinstance(made, int) or made >= long.numel() // 2:
+    made = meter["largest_elements"]
+    if made >= long.numel() // 2:
         t.fail_as(
             APPEND_COPIES, got=f"a tensor of {made} elements", expected=f"no more than the {short.numel()} of a token"
         )
+    for name in ("keys", "values"):
+        meter = t.ask(name, on=cache.handle, meter={}).meter
+        if meter["largest_elements"] >= long.numel() // 2 and meter["largest_op"] != "aten.clone":
+            got = f"a tensor of {meter['largest_elements']} elements, made by {meter['largest_op']}"
+            t.fail_as(NOT_RESERVED, got=got, expected=f"a part of the memory that is there, as {name}")
+    moved = sum(t.ask("append", (short, short), on=cache.handle, meter={}).meter["bytes_written"].values())
+    if moved > long.nbytes // 2:
+        t.fail_as(APPEND_COPIES, got=f"{moved:,} bytes written", expected=f"{2 * short.nbytes:,} for one token")
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding

@@ -145,13 +145,25 @@ def _elements_from(x: Tensor) -> int:
     return x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
 
 
-def rounding_sums(*, l_too: bool, acc_too: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """l, acc or both rounded to the inputs' dtype after every step."""
+def scaled_by(size: Callable[[Tensor, Tensor, Tensor], int]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Attention scaled by one over the root of some size, where the caller gave no scale."""
+
+    def model(q, k, v, scale=None, block_m=64, block_n=32):
+        return reference.oracle(q, k, v, scale=1 / math.sqrt(size(q, k, v)) if scale is None else scale)
+
+    return model
+
+
+def rounding_sums(
+    *, l_too: bool, acc_too: bool, dtype: torch.dtype | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """l, acc or both rounded after every step: to `dtype`, or to the inputs' own."""
 
     def model(q, k, v, scale=None, block_m=64, block_n=32):
         def rounding_step(*args: Tensor) -> State:
             m, l, acc = step(*args)
-            return m, l.to(q.dtype).float() if l_too else l, acc.to(q.dtype).float() if acc_too else acc
+            kept = dtype or q.dtype
+            return m, l.to(kept).float() if l_too else l, acc.to(kept).float() if acc_too else acc
 
         def attend(scores, v, block):
             return finish(*run(scores, v, block, one_step=rounding_step))
@@ -262,12 +274,40 @@ MISTAKES = (
         )
         for l_too, acc_too in ((True, True), (True, False), (False, True))
     ),
+    *(
+        Misconception(
+            "scaled-by-another-size",
+            "The scores were scaled by one over the root of another size than the head dimension of q and k.",
+            "Write the shapes of q, k and v down, and find D among the axes. Which one does your scale take?",
+            scaled_by(size),
+        )
+        for size in (
+            lambda q, k, v: v.shape[-1],
+            lambda q, k, v: k.shape[-2],
+            lambda q, k, v: q.shape[-2],
+            lambda q, k, v: q.shape[1],
+        )
+    ),
+    *(
+        Misconception(
+            "summed-in-half",
+            "l or acc was kept in float16 even for float32 inputs: eleven bits of a sum are too few.",
+            "Which dtype do your running sums have after the first tile, if q is float32?",
+            rounding_sums(l_too=l_too, acc_too=acc_too, dtype=torch.float16),
+        )
+        for l_too, acc_too in ((True, True), (True, False), (False, True))
+    ),
     replace(
         ASSUMES_CONTIGUOUS,
         says="The kernel read memory as if it lay in the order of the axes. A transposed tensor does not.",
         hint="Do all the strides of q, k and v reach the kernel, and is each index multiplied by its own?",
         model=contiguous_reads,
     ),
+)
+ROUNDED_TO_TF32 = Misconception(
+    "rounded-to-tf32",
+    "On a GPU tl.dot would round float32 inputs to TF32, which has ten bits after the point. The interpreter does not show it.",
+    "Which argument of tl.dot says how float32 is multiplied?",
 )
 NOT_IN_A_KERNEL = Misconception(
     "not-in-a-kernel",
@@ -417,10 +457,11 @@ def rows_of_any_height(t: Trial) -> None:
     """rows of very large, of very negative and of very different scores are all right"""
     q, k, v = draw(t, 6, 32)
     t.check(forward, *with_scores_along(q, k, ramp(32, 200, 202)), v, None, 16, 16)
+    # Then those that tell one maximum for a whole tile from one that starts at 0; in the last check the two are the same.
+    mixed_q, mixed_k = with_scores_along(q, k, ramp(32, 400, 402))
+    mixed_q[..., -1] *= t.permutation(6) - 2.0
+    t.check(forward, mixed_q, mixed_k, v, None, 16, 16)
     t.check(forward, *with_scores_along(q, k, ramp(32, -2000, -2002)), v, None, 16, 16)
-    q, k = with_scores_along(q, k, ramp(32, 400, 402))
-    q[..., -1] *= t.permutation(6) - 2.0
-    t.check(forward, q, k, v, None, 16, 16)
 
 
 @exercise.property(
@@ -522,6 +563,18 @@ def tiled_in_the_kernel(t: Trial) -> None:
             expected=f"at most {block_n} keys x {q.shape[-1]}",
             hint="Which of your blocks has a size that comes from kv_len?",
         )
+
+    expect_compiled(t)
+
+
+def expect_compiled(t: Trial) -> None:
+    """A GPU's compiler takes the kernel, and multiplies float32 in float32."""
+    kernels = t.compile("attention_forward", *draw(t, 20, 40, dim=32), None, 32, 32)
+    if not kernels:
+        t.fail_as(NOT_IN_A_KERNEL, got="no kernel was launched", expected="a Triton kernel that computes out and lse")
+    rounded = {precision for dots in kernels.values() for precision, dtype in dots if dtype == "f32"} - {"ieee"}
+    if rounded:
+        t.fail_as(ROUNDED_TO_TF32, got=f"tl.dot with {', '.join(sorted(rounded))}", expected='input_precision="ieee"')
 
 
 def torch_calls(meter: dict) -> list[str]:

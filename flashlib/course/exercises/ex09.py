@@ -16,7 +16,12 @@ from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Targe
 from flashlib.course.grader.inputs import ramp, with_scores_along
 from flashlib.course.grader.trial import Trial
 
-PRODUCTS = {"matmul-called": ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "linear")}
+PRODUCTS = {
+    "matmul-called": (
+        *("mm", "bmm", "addmm", "_addmm_activation", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "linear"),
+        *("matmul", "einsum", "tensordot", "inner", "bilinear", "_trilinear", "convolution", "_convolution"),
+    )
+}
 
 exercise = Exercise(
     name="ex09",

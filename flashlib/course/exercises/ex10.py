@@ -183,7 +183,13 @@ def combine_of_empty_pieces(t: Trial) -> None:
     t.check(combine, outs.masked_fill((lses == -torch.inf)[..., None], torch.nan), lses)
     lses[:, t.integer(0, 5)] = -torch.inf
     t.check(combine, outs, lses)
-    t.check(combine_of_nothing, torch.zeros(0, 4, 3), torch.zeros(0, 4), if_it_raises=COMBINE_OF_NOTHING)
+    nothing = torch.zeros(0, 4, 3), torch.zeros(0, 4)
+    t.check(
+        combine_of_nothing,
+        *nothing,
+        if_it_raises=COMBINE_OF_NOTHING,
+        but_not_on=(torch.zeros(1, 4, 3), torch.zeros(1, 4)),
+    )
 
 
 @exercise.property(
@@ -725,7 +731,8 @@ def decoding_with_empty_splits(t: Trial) -> None:
     """split_decode with more splits than blocks, and with requests that have no key yet"""
     q, k, v = draw(t, 3, 4, 2, 24)
     for lengths, num_splits, block in (([3, 7, 20], 5, 4), ([1, 2, 3], 6, 1), ([9, 0, 20], 3, 8), ([0, 5, 0], 9, 16)):
-        t.check(decode, q, k, v, torch.tensor(lengths), num_splits, block, if_it_raises=EMPTY_SPLIT_RAISES)
+        arguments = q, k, v, torch.tensor(lengths), num_splits, block
+        t.check(decode, *arguments, if_it_raises=EMPTY_SPLIT_RAISES, but_not_on=(q, k, v, torch.tensor([24] * 3), 2, 4))
 
 
 @exercise.property(
@@ -754,8 +761,20 @@ def decoding_leaves_its_inputs_alone(t: Trial) -> None:
     q, k, v = draw(t, 2, 4, 2, 25)
     lengths = torch.tensor([23, 11])
     t.check_inputs_untouched(decode, q, k, v, lengths, 3, 4)
-    k, v = (transposed_in_poison(x) for x in (k, v))
-    t.check(decode, q, k, v, lengths, 3, 4, if_it_raises=ASSUMES_CONTIGUOUS)
+    strided = q, *(transposed_in_poison(x) for x in (k, v)), lengths, 3, 4
+    t.check(decode, *strided, if_it_raises=ASSUMES_CONTIGUOUS, but_not_on=(q, k, v, lengths, 3, 4))
+
+
+SPLITS_IGNORED = Misconception(
+    "num-splits-ignored",
+    "The cache was not cut into num_splits splits: the work is the same for 2 of them as for 16.",
+    "Where does num_splits enter the ranges that your loop runs over?",
+)
+BLOCK_IGNORED = Misconception(
+    "block-ignored",
+    "Blocks of keys were cut apart: the splits do not begin and end where split_ranges says for this `block`.",
+    "Which block does your call of split_ranges get?",
+)
 
 
 @exercise.property(
@@ -774,6 +793,17 @@ def every_split_works_alone(t: Trial) -> None:
     _check_largest(t, NOT_SPLIT, q, k, v, torch.tensor([length]), splits, block, largest=2 * heads * longest * dim)
     q, k, v = draw(t, 1, heads, 1, 2048, dim=16, v_dim=16)
     _check_largest(t, KV_REPEATED, q, k, v, torch.tensor([2048]), 1, 64, largest=2 * k.numel())
+    q, k, v = draw(t, 1, 1, 1, 1024, dim=2, v_dim=2)
+    lengths = torch.tensor([1024])
+    t.expect_calls_to_grow("split_decode", (q, k, v, lengths, 2, 8), (q, k, v, lengths, 16, 8), SPLITS_IGNORED)
+    # 1024 keys in blocks of 1000 are two blocks, so one of two splits gets 1000 keys, and not 512.
+    made = t.ask("split_decode", (q, k, v, lengths, 2, 1000), meter={}).meter["largest_elements"]
+    if made < 1000 and t.call("split_ranges", 1024, 2, 1000) == [(0, 1000), (1000, 1024)]:
+        t.fail_as(
+            BLOCK_IGNORED,
+            got=f"no tensor of more than {made:,} elements, with 1000 keys in a block",
+            expected="the scores of one split: 1000",
+        )
 
 
 def _check_largest(t: Trial, mistake: Misconception, *args, largest: int) -> None:

@@ -46,6 +46,11 @@ PAGE_TOO_MANY = Misconception(
     "A request holds more pages than its tokens need.",
     "A page holds 4 tokens, and so does the request. How many pages does it have, in your code?",
 )
+TABLE_OF_ALL = Misconception(
+    "table-of-all-requests",
+    "The block table of one request is as wide as the longest of all requests in the cache needs it.",
+    "Among which requests is M the largest number of pages: all, or those that were asked for?",
+)
 TABLE_NOT_PADDED = Misconception(
     "table-not-padded",
     "Behind the last page of a request, the block table does not hold -1. Every number from 0 on is the number of a page.",
@@ -186,6 +191,7 @@ class Watched:
         for request, row in zip(requests, rows, strict=True):
             self._expect_row(request, row, pages)
         self._expect_apart(pages)
+        self._expect_width_of_these_alone(requests[needed.index(min(needed))], min(needed))
         return pages
 
     def _expect_row(self, request: int, row: list[int], pages: dict[int, list[int]]) -> None:
@@ -222,6 +228,17 @@ class Watched:
         each = max(sum(-(-n // self.page_size) for n in self.held[request].counts) for request in requests)
         mistake = PAGE_FOR_EACH_APPEND if table.shape[1] == each > needed else PAGE_TOO_MANY
         self.t.fail_as(mistake, got=got, expected=f"{needed}")
+
+    def _expect_width_of_these_alone(self, request: int, needed: int) -> None:
+        """The table of the shortest request is as wide as its own pages take, not as those of all requests."""
+        table = self.cache.call("block_table", [request])
+        if (
+            isinstance(table, Tensor)
+            and table.ndim == 2
+            and table.shape[1] > needed
+            and (table[:, needed:] == -1).all()
+        ):
+            self.t.fail_as(TABLE_OF_ALL, got=f"a block table for {table.shape[1]} pages", expected=f"{needed}")
 
     def expect(self) -> dict[int, list[int]]:
         """Every request must hold what was appended to it. Answers their pages."""

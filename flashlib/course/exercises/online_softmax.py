@@ -243,6 +243,16 @@ LSE_MISTAKES = tuple(
     )
 )
 
+
+def in_base_2(scores: Tensor, v: Tensor, block: int, *, lse_of: Callable[[Tensor, Tensor], Tensor]):
+    """2 to the power of the scores in place of e, with an lse made from the maxima and sums of the rows."""
+    scores = scores.double()
+    m = scores.amax(-1)
+    weights = torch.exp2(scores - finite(m)[..., None])
+    l = weights.sum(-1)
+    return weights @ v.double() / nonzero(l)[..., None], lse_of(m, l)
+
+
 LOOP_MISTAKES = (
     Misconception(
         "masked-row-nan",
@@ -294,6 +304,21 @@ LOOP_MISTAKES = (
         "out was never divided by l: its weights do not sum to 1.",
         "acc is the numerator. What is the denominator?",
         lambda scores, v, block: undivided(*run(scores, v, block)),
+    ),
+    Misconception(
+        "last-block-dropped",
+        "The last block was left out, though it is a whole one.",
+        "What is the last start that your loop over the blocks takes? range ends before its end.",
+        with_keys(lambda count, block: slice(0, (count - 1) // block * block)),
+    ),
+    *(
+        Misconception(
+            "exp2-for-exp",
+            "2 was raised to the scores, not e: a softmax that is too flat.",
+            "e^x = 2^(x * c). What is c? Or which function of torch has the base e?",
+            partial(in_base_2, lse_of=lse_of),
+        )
+        for lse_of in (lambda m, l: m + l.log(), lambda m, l: m + l.log2())
     ),
 )
 

@@ -1,20 +1,21 @@
-"""Grade a class: every submission in a folder, several at a time, each fenced off from the others and from the grader."""
+"""Grade a class: every submission an island. Nothing that one does or holds reaches another, the table, or the run itself."""
 
 from __future__ import annotations
 
-import csv
-import json
-import re
+import contextlib
+import secrets
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flashlib.course.grader.engine import GRADER_ERROR, Submission, grade, sandbox_for
+from flashlib.course.grader.engine import GRADER_ERROR, Submission, grade, not_graded, sandbox_for
 from flashlib.course.grader.exercise import Exercise
-from flashlib.course.grader.render import as_gradescope, as_page
-from flashlib.course.grader.report import Finding, Report, Result
+from flashlib.course.grader.journal import Journal
+from flashlib.course.grader.report import Report
+from flashlib.course.grader.results import Results
+from flashlib.course.grader.sandbox.leftovers import leftovers
 from flashlib.course.grader.sandbox.session import Sandbox, SandboxError
 from flashlib.course.grader.submissions import Student
 
@@ -23,8 +24,12 @@ from flashlib.course.grader.submissions import Student
 class Graded:
     """One student's reports, in the order of the exercises."""
 
-    student: str
+    who: Student
     reports: tuple[Report, ...]
+
+    @property
+    def student(self) -> str:
+        return self.who.name
 
     @property
     def earned(self) -> int:
@@ -39,24 +44,46 @@ class Graded:
         return tuple(dict.fromkeys(diagnosis for report in self.reports for diagnosis in report.diagnoses))
 
 
-class _Sandboxes:
-    """A sandbox for each worker thread and exercise: what descends from a sandbox's zygote is that worker's."""
+class Unfenced(ValueError):
+    """This system lacks fences around the code of strangers, and nobody said that they may do without."""
 
-    def __init__(self, hidden: tuple[Path, ...], kernel_fences: bool) -> None:
-        self._hidden, self._kernel_fences = hidden, kernel_fences
-        self._made: dict[tuple[int, str], Sandbox] = {}
+
+class _Sandboxes:
+    """A sandbox for each worker thread, for exercises that need the same loaded: what descends from it is that worker's."""
+
+    def __init__(self, hidden: tuple[Path, ...], kernel_fences: bool, must_fence: bool) -> None:
+        self._options = {"hidden": hidden, "kernel_fences": kernel_fences, "must_fence": must_fence}
+        self._made: dict[tuple[object, ...], Sandbox] = {}
         self._lock = threading.Lock()
+        self._closed = False
 
     def of(self, exercise: Exercise) -> Sandbox:
-        key = (threading.get_ident(), exercise.name)
+        key = threading.get_ident(), exercise.preload, tuple(exercise.environment.items())
         with self._lock:
+            if self._closed:
+                raise SandboxError("the run was stopped")
             if key not in self._made:
-                self._made[key] = sandbox_for(exercise, hidden=self._hidden, kernel_fences=self._kernel_fences)
+                self._made[key] = sandbox_for(exercise, **self._options)
             return self._made[key]
 
+    def renew(self, exercise: Exercise) -> None:
+        """Whatever state the worker's sandbox is in, the next submission gets another."""
+        key = threading.get_ident(), exercise.preload, tuple(exercise.environment.items())
+        with self._lock:
+            sandbox = self._made.pop(key, None)
+        if sandbox is not None:
+            _quietly(sandbox.close)
+
     def close(self) -> None:
-        for sandbox in self._made.values():
-            sandbox.close()
+        with self._lock:
+            self._closed, made = True, list(self._made.values())
+        for sandbox in made:
+            _quietly(sandbox.close)
+
+
+def _quietly(close: Callable[[], None]) -> None:
+    with contextlib.suppress(Exception):  # it is given up either way; its zygote ends when its socket does
+        close()
 
 
 def grade_class(
@@ -68,83 +95,113 @@ def grade_class(
     seed: int | None = None,
     hints: int = 1,
     kernel_fences: bool = True,
+    allow_unfenced: bool = False,
+    journal: Journal | None = None,
     done: Callable[[], None] = lambda: None,
 ) -> list[Graded]:
     """Grade every student in every exercise.
+
+    Whatever one submission does, the others are graded: each failure, of whatever kind, is that submission's own, after a
+    second try in a sandbox of its own. All get the same inputs, so that what is exact is computed once.
 
     Args:
         students: all their files, already read.
         jobs: submissions graded at the same time.
         hidden: folders that no submission may read: theirs, and that of the results.
-        seed, hints: as in `engine.grade`.
+        seed: of everyone's inputs; the journal's, or a fresh one, if None.
+        hints: as in `engine.grade`.
         kernel_fences: as in `Sandbox`.
+        allow_unfenced: grade even where this system cannot fence in what students hand in.
+        journal: has the reports of an earlier part of the run, and gets each new one at once.
         done: called after each submission.
 
     Returns:
         The outcomes, in the order of `students`. Where the grader itself failed, each property is failed with the
         diagnosis `GRADER_ERROR`.
+
+    Raises:
+        Unfenced: a fence is missing, and `allow_unfenced` is not set. Nothing has run then.
+        KeyboardInterrupt: what was graded by then is in the journal.
     """
-    sandboxes = _Sandboxes(hidden, kernel_fences)
+    if seed is None:
+        seed = journal.terms.seed if journal else fresh_seed()
+    sandboxes = _Sandboxes(hidden, kernel_fences, must_fence=not allow_unfenced)
+    stop = threading.Event()
+    outcomes: dict[tuple[int, int], Report] = {}
 
-    def work(submission: Submission, exercise: Exercise) -> Report:
-        try:
-            return grade(exercise, submission, sandboxes.of(exercise), seed=seed, hints=hints)
-        except SandboxError:  # the first time, a submission may have broken the sandbox; it starts anew
-            pass
-        try:
-            return grade(exercise, submission, sandboxes.of(exercise), seed=seed, hints=hints)
-        except SandboxError as error:
-            return _not_graded(exercise, submission, error)
+    def work(who: int, what: int, results: Results) -> None:
+        student, exercise = students[who], exercises[what]
+        submission = student.submissions[exercise.name]
+        report = None
+        if not stop.is_set():
+            report = _attempt(exercise, submission, sandboxes, stop, seed=seed, hints=hints, results=results)
+        if report is None:
+            return
+        if journal is not None and GRADER_ERROR not in report.diagnoses:
+            journal.add(student.key, submission, report)
+        outcomes[who, what] = report
 
-    try:
-        with ThreadPoolExecutor(jobs) as pool:
-            futures = {
-                (student.name, exercise.name): pool.submit(work, student.submissions[exercise.name], exercise)
-                for student in students
-                for exercise in exercises
-            }
-            for future in as_completed(futures.values()):
-                future.result()
-                done()
-    finally:
-        sandboxes.close()
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            if exercises and not allow_unfenced:
+                _insist_on_fences(sandboxes, exercises[0])
+            for what, exercise in enumerate(exercises):
+                results, started = Results(), []
+                for who, student in enumerate(students):
+                    known = journal.find(student.key, exercise, student.submissions[exercise.name]) if journal else None
+                    if known is not None:
+                        outcomes[who, what] = known
+                        done()
+                    else:
+                        started.append(pool.submit(work, who, what, results))
+                for future in started:
+                    future.result()
+                    done()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            sandboxes.close()
     return [
-        Graded(student.name, tuple(futures[student.name, exercise.name].result() for exercise in exercises))
-        for student in students
+        Graded(student, tuple(outcomes[who, what] for what in range(len(exercises))))
+        for who, student in enumerate(students)
     ]
 
 
-def _not_graded(exercise: Exercise, submission: Submission, error: Exception) -> Report:
-    finding = Finding(GRADER_ERROR, f"The grader failed, not your code: {error}")
-    results = tuple(Result(prop.name, prop.title, prop.points, finding) for prop in exercise.properties)
-    return Report(exercise.name, exercise.title, submission.student, results, seed=0, seconds=0.0)
+def fresh_seed() -> int:
+    """For a run that nobody gave one."""
+    return secrets.randbits(32)
 
 
-def write_results(graded: Sequence[Graded], exercises: Sequence[Exercise], table: Path, feedback: Path) -> None:
-    """A CSV with a row for each student; and for each a folder with `feedback.html` and `results.json`."""
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["student", *(exercise.name for exercise in exercises), "total", "points", "diagnoses"])
-        for one in graded:
-            earned = [report.earned for report in one.reports]
-            writer.writerow([_cell(one.student), *earned, one.earned, one.points, " ".join(one.diagnoses)])
-    taken: set[str] = set()
-    for one in graded:
-        folder = feedback / _folder_name(one.student, taken)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "feedback.html").write_text(as_page(one.student, one.reports), encoding="utf-8")
-        (folder / "results.json").write_text(json.dumps(as_gradescope(one.reports), indent=2), encoding="utf-8")
+def _insist_on_fences(sandboxes: _Sandboxes, exercise: Exercise) -> None:
+    missing = sandboxes.of(exercise).fences().missing
+    if missing:
+        raise Unfenced(
+            f"this system cannot fence in what students hand in: {'; '.join(missing)}. Nothing was run. "
+            "Grade on a Linux with Landlock and seccomp, or say --allow-unfenced, as an ordinary user on a machine that holds "
+            "nothing of value."
+        )
 
 
-def _cell(text: str) -> str:
-    """A spreadsheet takes a cell that begins with one of these for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
+def _attempt(
+    exercise: Exercise, submission: Submission, sandboxes: _Sandboxes, stop: threading.Event, **options
+) -> Report | None:
+    """A report, whatever happens. None if the run was stopped meanwhile."""
+    error: BaseException | None = None
+    for _ in range(2):  # the first time, the submission before may have broken the sandbox
+        try:
+            before = leftovers()
+            report = grade(exercise, submission, sandboxes.of(exercise), **options)
+            left = sorted(leftovers() - before) if report.protections.missing else []
+            return replace(report, note="; ".join(filter(None, (report.note, *map(_left, left))))) if left else report
+        except Exception as caught:  # of whatever kind: it is this submission's, and must not be another's
+            if stop.is_set():
+                return None
+            error = caught
+            sandboxes.renew(exercise)
+    return not_graded(exercise, submission, error)
 
 
-def _folder_name(student: str, taken: set[str]) -> str:
-    plain = re.sub(r"[^\w-]+", "_", student)[:80] or "_"
-    name, number = plain, 2
-    while name.lower() in taken:
-        name, number = f"{plain}_{number}", number + 1
-    taken.add(name.lower())
-    return name
+def _left(what: str) -> str:
+    return f"while it was graded, and nothing fenced it in, there came and stayed: {what}"

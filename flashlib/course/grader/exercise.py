@@ -17,21 +17,60 @@ from flashlib.reference import largest_error, one_rounding
 if TYPE_CHECKING:
     from flashlib.course.grader.trial import Trial
 
+# Names of ATen operators, each standing for all of its overloads, and of functions that PyTorch has in Python for the same. That
+# no operator and no function is left which computes the same is what tests/grader/test_bans.py finds out, by calling all of them.
 SDPA = {
     "sdpa-called": (
         "scaled_dot_product_attention",
         "_scaled_dot_product_attention_math",
-        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_attention_math_for_mps",
         "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "_flash_attention_forward",
+        "_flash_attention_forward_no_dropout_inplace",
+        "_efficient_attention_forward",
+        "_cudnn_attention_forward",
         "_native_multi_head_attention",
+        "_triton_multi_head_attention",
+        "_triton_scaled_dot_attention",
+        "_transformer_encoder_layer_fwd",
+        "flex_attention",
+        "math_attention",
+        "_math_attention_inner",
+        "sdpa_dense",
     )
 }
-SOFTMAX = {"softmax-called": ("_softmax", "_safe_softmax", "_log_softmax", "logsumexp", "_logcumsumexp")}
+SOFTMAX = {
+    "softmax-called": (
+        "softmax",
+        "_softmax",
+        "_safe_softmax",
+        "_masked_softmax",
+        "_sparse_softmax",
+        "_nested_tensor_softmax_with_shape",
+        "special_softmax",
+        "log_softmax",
+        "_log_softmax",
+        "_sparse_log_softmax",
+        "special_log_softmax",
+        "logsumexp",
+        "special_logsumexp",
+        "logcumsumexp",
+        "_logcumsumexp",
+        "_softmax_unbacked_safe_amax",
+        "gumbel_softmax",
+        "SoftmaxTransform",
+    )
+}
 
 FORBIDDEN_SAYS = {
     "sdpa-called": "You called PyTorch's own attention; this exercise is to write it.",
     "softmax-called": "You called PyTorch's own softmax (or log-sum-exp); this exercise is to write it.",
+    "compile-called": "You used torch.compile. It needs a compiler, and processes of its own, which are not there while you are "
+    "graded. Take it off: what is compiled is the same code.",
 }
 
 
@@ -141,7 +180,7 @@ class Exercise:
         difficulty, importance: 1 to 5.
         minutes: how long it takes.
         forbidden: operations taken out of PyTorch: `SDPA`, `SOFTMAX`, or both (`SDPA | SOFTMAX`), or your own mapping
-            from a diagnosis to names of ATen operators.
+            from a diagnosis to names of ATen operators and of PyTorch's own functions.
         limits: time and memory for one submission.
         preload: modules a child should find loaded (`("triton",)`).
         environment: variables set before anything is imported (`{"TRITON_INTERPRET": "1"}`).

@@ -65,7 +65,8 @@ def status_of(result: Result) -> str:
 
 def as_text(report: Report) -> str:
     """The report for a terminal."""
-    lines = [f"{report.exercise} · {report.title}: {report.earned} of {report.points} points", ""]
+    lines = [f"{report.exercise} · {report.title}: {report.earned} of {report.points} points"]
+    lines += [*([f"Note: {report.note}."] if report.note else []), ""]
     for result, repeated in grouped(report):
         lines.append(f"{status_of(result):6} {result.earned}/{result.points}  {result.title}")
         lines += _finding_lines(report, result.finding, repeated) if result.finding else []
@@ -118,6 +119,11 @@ def _templates() -> Environment:
     return environment
 
 
+def template(name: str):
+    """One of the templates beside this module; whatever is put into it is escaped."""
+    return _templates().get_template(name)
+
+
 def as_html_fragment(report: Report) -> str:
     """The report for a notebook."""
     return _templates().get_template("fragment.html").render(reports=[report])
@@ -146,7 +152,9 @@ def as_gradescope(reports: Sequence[Report]) -> dict[str, Any]:
                     "status": "passed" if result.passed else "failed",
                     "output": "\n".join(line.strip() for line in lines) or status_of(result),
                     "output_format": "text",
+                    "tags": [report.exercise, *([result.finding.diagnosis] if result.finding else [])],
                     "visibility": "visible",
+                    "extra_data": {"check": result.name},
                 }
             )
     return {
@@ -156,5 +164,6 @@ def as_gradescope(reports: Sequence[Report]) -> dict[str, Any]:
         "output_format": "text",
         "visibility": "visible",
         "stdout_visibility": "hidden",
+        "extra_data": {"seeds": {report.exercise: report.seed for report in reports}},
         "tests": tests,
     }

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flashlib.course.grader.sandbox.confine import Protections
+from flashlib.course.grader.text import clean
+
+TEXT_LIMIT = 12_000  # characters of anything in a report
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Finding:
     traceback: str = ""
     printed: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("diagnosis", "says", "tried", "got", "expected", "traceback", "printed"):
+            object.__setattr__(self, name, clean(getattr(self, name), TEXT_LIMIT))
+
 
 class Failure(Exception):
     """Raised inside a property's check: the property is not fulfilled."""
@@ -41,12 +48,18 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """One property: its points if `finding` is None, and none otherwise."""
+    """One property: its points if `finding` is None, and none otherwise.
+
+    Attributes:
+        own_word: it rests on what the student's process says of itself, such as a count of the bytes that it read. Code that
+            reaches into its own process can make that up, so an instructor is told ("unverified").
+    """
 
     name: str
     title: str
     points: int
     finding: Finding | None
+    own_word: bool = False
 
     @property
     def passed(self) -> bool:
@@ -68,6 +81,8 @@ class Report:
         seed: replays the inputs.
         seconds: wall-clock time.
         protections: what fenced the code in.
+        hints: how many to show for each failed property.
+        note: what student and instructor should know of how the file was found.
     """
 
     exercise: str
@@ -78,6 +93,7 @@ class Report:
     seconds: float
     protections: Protections = field(default_factory=Protections)
     hints: int = 1
+    note: str = ""
 
     @property
     def earned(self) -> int:
@@ -86,6 +102,11 @@ class Report:
     @property
     def points(self) -> int:
         return sum(result.points for result in self.results)
+
+    @property
+    def unverified(self) -> int:
+        """Points earned on the student's process's own word."""
+        return sum(result.earned for result in self.results if result.own_word)
 
     @property
     def passed(self) -> bool:

@@ -14,8 +14,9 @@ from flashlib.course.grader.exercise import FORBIDDEN_SAYS, Misconception, Targe
 from flashlib.course.grader.report import Failure, Finding
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import MIB
-from flashlib.course.grader.sandbox.session import Child, Reply, StudentError, clean
+from flashlib.course.grader.sandbox.session import Child, Reply, StudentError
 from flashlib.course.grader.sandbox.wire import Handle
+from flashlib.course.grader.text import clean
 from flashlib.reference import largest_error
 
 # A wrong answer is recognized as a misconception's when it is this much nearer to it than that is to the truth.
@@ -27,8 +28,13 @@ STRUCTURAL_HINTS = {
     "out-of-bounds-load": "Each lane of a block has an address. Which lanes have one that is not theirs, and what masks them?",
     "out-of-bounds-store": "Each lane of a block has an address. Which lanes have one that is not theirs, and what masks them?",
     "race": "Which program ids compute the same address? Each should write what no other reads or writes, or add by an atomic.",
+    "compile-error": "The interpreter runs any Python. A GPU's kernel has numbers, blocks, tl's functions and constexprs, and no more.",
     "unsendable": "Return what the docstring says: tensors, or a tuple of them.",
 }
+
+
+class BrokenCheck(Exception):
+    """A check contradicts itself, whatever the submission did."""
 
 
 class Process:
@@ -67,11 +73,15 @@ class Trial:
         generator: the source of this trial's inputs; its seed comes from the run's seed and the property's name.
     """
 
-    def __init__(self, name: str, seed: int, process: Process, results: Results) -> None:
+    def __init__(
+        self, name: str, seed: int, process: Process, results: Results, compiler: Process | None = None
+    ) -> None:
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         self.tried = ""
-        self._process = process
+        self.answered = ""  # the last answer, in a line; "" before the first
+        self.own_word = False  # whether it rests on what the student's process counted itself
+        self._process, self._compiler = process, compiler
         self._results = results
 
     # --------------------------------------------------------------------------------------------------------- inputs
@@ -115,23 +125,70 @@ class Trial:
         on: Handle | None = None,
         keep: bool = False,
         meter: dict[str, Tensor] | None = None,
+        fast_memory: int = 0,
+        leaving_allowed: bool = False,
     ) -> Reply:
-        """As `call`, with everything else that is known about it: `.value`, `.meter`, `.changed`, `.seconds`."""
+        """As `call`, with everything else that is known about it: `.value`, `.meter`, `.changed`, `.seconds`.
+
+        Args:
+            meter, fast_memory: as in `Child.call`.
+            leaving_allowed: even where numbers leave PyTorch's tensors, to where the meter does not count.
+        """
         self.tried = describe_call(function, args, kwargs or {})
         try:
-            return self._process.child(metered=meter is not None).call(
-                function, args, kwargs, on=on, keep=keep, meter=meter
+            reply = self._process.child(metered=meter is not None).call(
+                function, args, kwargs, on=on, keep=keep, meter=meter, fast_memory=fast_memory
             )
+        except StudentError as error:
+            raise Failure(self._structural(error)) from error
+        self.answered = show(reply.value)
+        if reply.meter is not None:
+            self.own_word = True
+            if not leaving_allowed:
+                self._expect_tensors_to_stay(reply)
+        return reply
+
+    def _expect_tensors_to_stay(self, reply: Reply) -> None:
+        if reply.meter["left"]:
+            self.fail(
+                "leaves-pytorch",
+                "Your code takes numbers out of PyTorch's tensors, to where nothing of what it reads and makes is counted. "
+                "This check counts: compute with PyTorch's operations.",
+                got=", ".join(sorted(reply.meter["left"]))[:200],
+                expected="tensors that stay tensors",
+                hint="Look for .numpy(), .tolist() and data_ptr() on tensors of floating-point numbers.",
+            )
+
+    def compile(self, function: str, *args: Any, **kwargs: Any) -> dict[str, list[tuple[str, str]]]:
+        """Call the student's function where each launch of a Triton kernel is compiled for sm_80 and sm_90 instead.
+
+        Returns:
+            for each kernel that was launched, by name, how it multiplies tiles and of which type: `("ieee", "f32")`, say.
+
+        Raises:
+            Failure: `"compile-error"`, at the line of the kernel that the compiler refuses; or no usable answer.
+        """
+        self.tried = f"{describe_call(function, args, kwargs)}, compiled for sm_80 and sm_90"
+        try:
+            return self._compiler.child(metered=False).call(function, args, kwargs).compiled or {}
         except StudentError as error:
             raise Failure(self._structural(error)) from error
 
     # ----------------------------------------------------------------------------------------------------- judgements
 
-    def check(self, target: Target, *args: Any, if_it_raises: Misconception | None = None, **kwargs: Any) -> Any:
+    def check(
+        self,
+        target: Target,
+        *args: Any,
+        if_it_raises: Misconception | None = None,
+        but_not_on: Sequence[Any] = (),
+        **kwargs: Any,
+    ) -> Any:
         """Call the target's function and hold the answer against the oracle; answers what came.
 
         Args:
-            if_it_raises: what an exception here looks like.
+            if_it_raises: what an exception here looks like, if there is none with the arguments `but_not_on`: ordinary ones,
+                that differ in nothing else. If these raise too (a mistyped name, say), the exception is told as it is.
 
         Raises:
             Failure: no answer, wrong structure, wrong values or wrong dtype.
@@ -139,8 +196,13 @@ class Trial:
         try:
             answer = self.call(target.function, *args, **kwargs)
         except Failure as failure:
-            if if_it_raises is None or failure.finding.diagnosis != "exception":
+            if (
+                if_it_raises is None
+                or failure.finding.diagnosis != "exception"
+                or self._raises(target, but_not_on, kwargs)
+            ):
                 raise
+            self.tried = failure.finding.tried
             self.fail_as(if_it_raises, got=failure.finding.says, expected="an answer")
         self._judge(target, answer, args, kwargs)
         return answer
@@ -194,16 +256,14 @@ class Trial:
             Failure: as `check`; or `"untiled"`.
         """
         self._process.end()
-        reply = self.ask(target.function, args, kwargs, meter={})
+        reply = self.ask(target.function, args, kwargs, meter={}, leaving_allowed=True)
         outputs = tuple(sample(x) if isinstance(x, Tensor) and x.ndim > 2 else x for x in as_tuple(reply.value))
         self._judge(target, outputs, (sample(args[0]), *args[1:]), kwargs)
         says = says or "You made the whole score matrix. The point of tiling is never to hold it."
         hint = "Which tensor in your loop has a size that grows with both sequence lengths?"
-        meter = reply.meter if isinstance(reply.meter, dict) else {}
-        made = meter.get("largest_elements", 0)
-        if not isinstance(made, int) or made > largest:
-            shape = clean(str(meter.get("largest_shape"))[:80])
-            operation = clean(str(meter.get("largest_op"))[:80])
+        made = reply.meter["largest_elements"]
+        if made > largest:
+            shape, operation = str(reply.meter["largest_shape"])[:80], reply.meter["largest_op"][:80]
             self.fail(
                 "untiled",
                 says,
@@ -220,7 +280,34 @@ class Trial:
                 expected=f"at most {memory // MIB} MiB",
                 hint=hint,
             )
+        self._expect_tensors_to_stay(reply)
         return reply
+
+    def expect_calls_to_grow(
+        self,
+        function: str,
+        few: Sequence[Any],
+        many: Sequence[Any],
+        mistake: Misconception,
+        *,
+        factor: float = 2.0,
+    ) -> None:
+        """A call that has to take many steps runs more operations than one that has to take few: it uses the size it was given.
+
+        Args:
+            few, many: arguments that differ in the size of a step alone.
+            mistake: what it is, if the second does not run `factor` times as many operations as the first.
+
+        Raises:
+            Failure: it does not.
+        """
+        counts = [sum(self.ask(function, args, meter={}).meter["calls"].values()) for args in (few, many)]
+        if counts[1] < factor * counts[0]:
+            self.fail_as(
+                mistake,
+                got=f"{counts[0]:,} operations in few steps, {counts[1]:,} in many",
+                expected=f"at least {factor:g} times as many in many steps",
+            )
 
     def results_on(self, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], tuple[Any, ...]]:
         """What gives, for an oracle, a budget or a model, its outputs on these arguments, and computes them once.
@@ -305,6 +392,13 @@ class Trial:
 
     # ------------------------------------------------------------------------------------------------------ internals
 
+    def _raises(self, target: Target, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        try:
+            self.call(target.function, *args, **kwargs)
+        except Failure:
+            return True
+        return False
+
     def _judge(self, target: Target, value: Any, args, kwargs) -> None:
         names = list(target.outputs)
         answers = as_tuple(value)
@@ -315,7 +409,7 @@ class Trial:
         exact, budgets = outputs_of(target.oracle), outputs_of(target.budget)
         if not all(math.isfinite(budget) for budget in budgets):
             call = describe_call(target.function, args, kwargs)
-            raise ValueError(f"the error budget of {call} is {budgets}: everything would pass")
+            raise BrokenCheck(f"the error budget of {call} is {budgets}: everything would pass")
         wrong = [i for i in range(len(names)) if _error(answers[i], exact[i]) > budgets[i]]
         if wrong:
             self._diagnose(target, answers, exact, budgets, wrong[0], outputs_of)

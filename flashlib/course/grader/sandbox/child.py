@@ -8,6 +8,7 @@ and the traffic his code made.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import io
@@ -18,10 +19,13 @@ import socket
 import sys
 import tempfile
 import traceback
-from types import ModuleType
+from collections import Counter
+from collections.abc import Callable
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from flashlib.course.grader.sandbox import wire
 from flashlib.course.grader.sandbox.confine import Fence, confine, die_with_parent
@@ -33,12 +37,20 @@ CHAIN_LIMIT = 20  # errors wrapped in each other
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 
 
+compiler: type | None = None  # what compiles launches in place of running them, in a zygote that was started for that
+
+
 class ForbiddenOperation(RuntimeError):
     """A student's code reached an operation that its exercise forbids."""
 
     def __init__(self, group: str, operation: str) -> None:
-        super().__init__(f"{operation} is not allowed in this exercise")
+        text = f"{operation} is not allowed in this exercise"
+        super().__init__(text)
         self.group = group
+        _refusals[text] = group
+
+
+_refusals: dict[str, str] = {}  # what was said so far, by its text: TorchScript keeps of an error the text alone
 
 
 ForbiddenOperation.__module__ = "builtins"  # a traceback then shows the bare name
@@ -68,13 +80,12 @@ def run(channel: int, output: int, setup: dict[str, Any]) -> None:
             # New memory then holds NaN, so that what a kernel leaves unwritten shows, instead of being 0 by luck. PyTorch's
             # use_deterministic_algorithms would do the same, and import the compiler for it.
             torch.set_deterministic_debug_mode("warn")
-        libraries = _forbid(setup["forbidden"])
+        _forbid(setup["forbidden"])
         protections = confine(Fence(**setup["fence"]))
         link = _Link(socket.socket(fileno=channel))
         link.reply({"active": protections.active, "missing": protections.missing})
         _serve(link, setup["file"])
         status = 0
-        del libraries
     except BaseException:
         traceback.print_exc()
     finally:
@@ -99,19 +110,76 @@ def _text_to(fd: int) -> io.TextIOWrapper:
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
 
 
-def _forbid(groups: dict[str, list[str]]) -> list[torch.library.Library]:
-    """Take operations out of PyTorch's dispatcher, so that no route to them is left: names, aliases, threads, modules."""
-    libraries = []
-    for group, operations in groups.items():
-        library = torch.library.Library("aten", "IMPL")
-        for operation in operations:
+# Whoever calls an operation passes one of these. An operation that has a kernel for none of them has none of its own on a CPU.
+_KEYS = (
+    "CPU",
+    "MkldnnCPU",
+    "QuantizedCPU",
+    "SparseCPU",
+    "SparseCsrCPU",
+    "NestedTensorCPU",
+    "Meta",
+    "AutogradFunctionality",
+    "AutogradCPU",
+    "AutogradNestedTensor",
+    "FuncTorchBatched",
+    "FuncTorchBatchedDecomposition",
+    "FuncTorchVmapMode",
+    "BatchedNestedTensor",
+)
 
-            def refuse(*args, _group=group, _operation=f"aten::{operation}", **kwargs):
-                raise ForbiddenOperation(_group, _operation)
 
-            library.impl(operation, refuse, "CPU")
-        libraries.append(library)
-    return libraries
+def _forbid(groups: dict[str, list[str]]) -> None:
+    """Take operations out of PyTorch, so that no route to them is left: names, aliases, overloads, threads, transforms, modules.
+
+    In the dispatcher they are replaced for good: what keeps the replacements there is an object that no Python object holds and
+    the garbage collector does not know, so that nobody finds it to destroy it. PyTorch's second implementations, in Python, lose
+    their code.
+    """
+    overloads: dict[str, list[str]] = {}
+    for full in torch._C._dispatch_get_all_op_names():
+        namespace, _, overload = full.partition("::")
+        if namespace == "aten":
+            overloads.setdefault(overload.partition(".")[0], []).append(overload)
+    library = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
+    for group, names in groups.items():
+        for name in names:
+            refuse = _refusing(group, f"aten::{name}")
+            for overload in overloads.get(name, ()):
+                for key in _KEYS:
+                    library.impl(overload, key, refuse)
+        _empty_functions(group, set(names))
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(library))
+    torch.compile = _refusing("compile-called", "torch.compile")
+
+
+def _refusing(group: str, operation: str) -> Callable[..., Any]:
+    def refuse(*args, **kwargs):
+        raise ForbiddenOperation(group, operation)
+
+    return refuse
+
+
+def _empty_functions(group: str, names: set[str]) -> None:
+    """Replace the code of PyTorch's Python functions, and methods of classes, of these names by a refusal, whoever holds them."""
+
+    def template(*args, **kwargs):
+        raise "the refusal"  # noqa: B016  the constant is replaced by an exception below
+
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] != "torch":
+            continue
+        for name in names & vars(module).keys():
+            value = vars(module)[name]
+            for function in vars(value).values() if isinstance(value, type) else (value,):
+                if not isinstance(function, FunctionType):
+                    continue
+                while isinstance(getattr(function, "__wrapped__", None), FunctionType):
+                    function = function.__wrapped__
+                if not function.__code__.co_freevars:
+                    refusal = ForbiddenOperation(group, f"{module_name}.{name}")
+                    constants = (refusal if each == "the refusal" else each for each in template.__code__.co_consts)
+                    function.__code__ = template.__code__.replace(co_consts=tuple(constants))
 
 
 # --------------------------------------------------------------------------------------------------------- the channel
@@ -181,6 +249,7 @@ def _serve(link: _Link, file: str) -> None:
 
 def _load(file: str) -> ModuleType:
     name = os.path.splitext(os.path.basename(file))[0]
+    sys.path.append(os.path.dirname(file))  # modules of the student's own lie beside it
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -196,15 +265,20 @@ def _call(
     args = wire.from_json(header["args"], tensors, objects)
     kwargs = wire.from_json(header["kwargs"], tensors, objects)
     owner = module if header["on"] is None else objects[header["on"]]
-    function = getattr(owner, header["function"], None)
-    if function is None:
-        return {"error": {"kind": "missing", "message": header["function"]}}, []
     operands = {name: tensors[index] for name, index in (header["meter"] or {}).items()}
-    meter = TrafficMeter(**operands) if header["meter"] is not None else None
+    meter = TrafficMeter(fast_memory=header["fast_memory"], **operands) if header["meter"] is not None else None
     watch = KernelWatch(**operands) if interpreting() else None
-    with meter or contextlib.nullcontext(), watch or contextlib.nullcontext():
+    leaving = _Leaving(operands) if meter else None
+    compiled = compiler() if compiler is not None else None
+    with contextlib.ExitStack() as entered:
+        for each in (meter, watch, leaving, compiled):
+            entered.enter_context(each or contextlib.nullcontext())
+        function = getattr(owner, header["function"], None)  # a property computes here
+        if function is None:
+            return {"error": {"kind": "missing", "message": header["function"]}}, []
         value = function(*args, **kwargs) if callable(function) else function
-    answer = {"meter": _traffic(meter, watch) if meter else None}
+    answer = {"meter": _traffic(meter, watch, leaving) if meter else None}
+    answer["compiled"] = compiled.kernels if compiled else None
     if header["keep"] is not None:
         objects[header["keep"]] = value
         return answer, []
@@ -213,8 +287,8 @@ def _call(
     return answer, results
 
 
-def _traffic(meter: TrafficMeter, watch: KernelWatch | None) -> dict[str, Any]:
-    """What PyTorch's operations moved, and Triton's kernels in the interpreter."""
+def _traffic(meter: TrafficMeter, watch: KernelWatch | None, leaving: _Leaving) -> dict[str, Any]:
+    """What PyTorch's operations moved, and Triton's kernels in the interpreter, and what left for where nobody counts."""
     watch = watch or KernelWatch()
     largest = meter.largest
     return {
@@ -222,13 +296,65 @@ def _traffic(meter: TrafficMeter, watch: KernelWatch | None) -> dict[str, Any]:
         "largest_shape": list(largest.shape),
         "largest_op": largest.op,
         "peak_bytes": meter.peak_bytes,
-        "bytes_read": dict(meter.bytes_read + watch.bytes_read),
+        "bytes_read": dict(meter.bytes_read + watch.bytes_read + leaving.bytes_read),
         "bytes_written": dict(meter.bytes_written + watch.bytes_written),
         "calls": dict(meter.calls),
         "launches": dict(watch.launches),
         "programs": watch.programs,
         "largest_block": watch.largest_block,
+        "left": dict(leaving.left),
     }
+
+
+# By these the elements of a tensor reach code that no operation of PyTorch runs, where nothing counts what is read.
+_EXITS = (
+    "numpy",
+    "__array__",
+    "tolist",
+    "data_ptr",
+    "untyped_storage",
+    "storage",
+    "_typed_storage",
+    "__dlpack__",
+    "__reduce_ex__",
+)
+
+
+class _Leaving(TorchFunctionMode):
+    """Note which of the floating-point tensors leave PyTorch in a `with` block, and how. Tensors of integers may: they are no data.
+
+    Attributes:
+        left: how often, by the name of the way.
+        bytes_read: of each operand that left, all of its bytes each time: whoever has it may have read it.
+    """
+
+    def __init__(self, operands: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.left: Counter[str] = Counter()
+        self.bytes_read: Counter[str] = Counter()
+        self._owners = {x.untyped_storage()._cdata: (name, x.nbytes) for name, x in operands.items()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in _EXITS and args and isinstance(args[0], torch.Tensor) and not self._is_librarys_own():
+            with torch._C.DisableTorchFunction():
+                self._note(name, args[0])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_floating_point() or tensor.numel() <= 1:
+            return
+        self.left[name] += 1
+        owner, size = self._owners.get(tensor.untyped_storage()._cdata, ("elsewhere", tensor.nbytes))
+        self.bytes_read[owner] += size
+
+    @staticmethod
+    def _is_librarys_own() -> bool:
+        """Whether PyTorch or Triton asked, for their own ends: Triton's interpreter takes the addresses of a kernel's arguments."""
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+            frame = frame.f_back
+        return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("triton", "flashlib")
 
 
 # ----------------------------------------------------------------------------------------------------------- explaining
@@ -237,13 +363,47 @@ def _traffic(meter: TrafficMeter, watch: KernelWatch | None) -> dict[str, Any]:
 def _explain(error: BaseException, file: str) -> dict[str, str]:
     errors = _down_to_the_cause(error, file)
     cause = errors[-1]
+    if _kind(cause, file) == "compile-error":
+        return _explain_compilation(cause)
     return {
         "kind": _kind(cause, file),
         "type": type(cause).__name__[:100],
         "message": _message(cause)[:TEXT_LIMIT],
-        "group": getattr(cause, "group", "") if isinstance(cause, ForbiddenOperation) else "",
+        "group": _group_of(cause) or "",
         "traceback": _own_traceback(errors, file)[-TEXT_LIMIT:],
     }
+
+
+def _group_of(error: BaseException) -> str | None:
+    """The group of the forbidden operation that an error is about, or None."""
+    if isinstance(error, ForbiddenOperation):
+        return error.group
+    message = _message(error)
+    return next((group for text, group in list(_refusals.items()) if text in message), None)
+
+
+def _explain_compilation(error: BaseException) -> dict[str, str]:
+    """Triton's message shows the kernel down to the line that it refuses, with a mark under the place, and then says why.
+
+    An error in a function that a kernel calls comes wrapped in one for the call.
+    """
+    while _is_compilers(error.__cause__):
+        error = error.__cause__
+    lines = _message(error).splitlines()
+    marked = max((at for at, line in enumerate(lines) if line.strip() == "^"), default=len(lines) - 1)
+    reason = " ".join(line.strip() for line in lines[marked + 1 :]) or "It is not part of the language of kernels"
+    shown = "\n".join(lines[max(0, marked - 5) : marked + 1])
+    return {
+        "kind": "compile-error",
+        "type": "CompilationError",
+        "message": reason[:TEXT_LIMIT],
+        "traceback": shown[-TEXT_LIMIT:],
+    }
+
+
+def _is_compilers(error: BaseException | None) -> bool:
+    """Whether Triton's compiler refused a kernel; never in the interpreter."""
+    return compiler is not None and any(kind.__name__ == "CompilationError" for kind in type(error).__mro__)
 
 
 def _down_to_the_cause(error: BaseException, file: str) -> list[BaseException]:
@@ -255,22 +415,28 @@ def _down_to_the_cause(error: BaseException, file: str) -> list[BaseException]:
     errors = [error]
     while (cause := errors[-1].__cause__) is not None and _frames(cause, file):
         raised_in = traceback.extract_tb(errors[-1].__traceback__)[-1:]
-        if len(errors) == CHAIN_LIMIT or (raised_in and raised_in[0].filename == file):
+        if len(errors) == CHAIN_LIMIT or (raised_in and _is_own(raised_in[0], file)):
             break
         errors.append(cause)
     return errors
 
 
 def _frames(error: BaseException, file: str) -> list[traceback.FrameSummary]:
-    """Its frames in the student's file; a library's frames do not help him."""
-    return [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    """Its frames in the student's files; a library's frames do not help him."""
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame, file)]
+
+
+def _is_own(frame: traceback.FrameSummary, file: str) -> bool:
+    return os.path.dirname(frame.filename) == os.path.dirname(file)
 
 
 def _kind(error: BaseException, file: str) -> str:
-    if isinstance(error, ForbiddenOperation):
+    if _group_of(error) is not None:
         return "forbidden"
     if isinstance(error, KernelFault):
         return error.kind
+    if _is_compilers(error):
+        return "compile-error"
     if isinstance(error, wire.NotSendable):
         return "unsendable"
     if isinstance(error, SystemExit):
@@ -279,24 +445,32 @@ def _kind(error: BaseException, file: str) -> str:
         return "memory-limit"
     if isinstance(error, NotImplementedError):
         frames = traceback.extract_tb(error.__traceback__)
-        if frames and frames[-1].filename == file:
+        if frames and _is_own(frames[-1], file):
             return "not-implemented"
-    if isinstance(error, SyntaxError) and error.filename == file:
+    if isinstance(error, SyntaxError) and os.path.dirname(error.filename or "") == os.path.dirname(file):
         return "syntax"
     return "exception"
 
 
 def _message(error: BaseException) -> str:
     try:
-        return str(error)
-    except Exception:
+        return str.__getitem__(str(error), slice(None))  # a plain string, even if __str__ gave a subclass
+    except BaseException:  # __str__ may be the student's own, and raise what it likes
         return "(its message could not be made)"
 
 
 def _own_traceback(errors: list[BaseException], file: str) -> str:
-    """The frames in the student's file alone, from the outermost error to its cause, then the cause."""
+    """The frames in the student's files alone, from the outermost error to its cause, then the cause."""
     frames = [frame for error in errors for frame in _frames(error, file)]
-    name, cause = os.path.basename(file), errors[-1]
-    lines = [f"{name}, line {frame.lineno}, in {frame.name}\n    {frame.line or ''}" for frame in frames[-8:]]
-    summary = "".join(traceback.format_exception_only(type(cause), cause)).strip().replace(file, name)
-    return "\n".join([*lines, summary])
+    lines = [
+        f"{os.path.basename(frame.filename)}, line {frame.lineno}, in {frame.name}\n    {frame.line or ''}"
+        for frame in frames[-8:]
+    ]
+    return "\n".join([*lines, _summary(errors[-1]).replace(os.path.dirname(file) + os.sep, "")])
+
+
+def _summary(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception_only(type(error), error)).strip()
+    except BaseException:  # a class of the student's own, whose methods may do anything
+        return f"{type(error).__name__}: {_message(error)}"

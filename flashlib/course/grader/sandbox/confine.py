@@ -81,6 +81,9 @@ def confine(fence: Fence) -> Protections:
 
 def _limit_resources(fence: Fence, found: Protections) -> None:
     _set_limit(resource.RLIMIT_CORE, 0)
+    if LINUX:
+        _set_limit(resource.RLIMIT_MSGQUEUE, 0)
+        _set_limit(resource.RLIMIT_MEMLOCK, 0)
     _set_limit(resource.RLIMIT_NOFILE, 256)
     _set_limit(resource.RLIMIT_FSIZE, fence.file_bytes)
     _set_limit(resource.RLIMIT_CPU, fence.cpu_seconds)
@@ -252,6 +255,59 @@ _REACHES_OUT = {
     "keyctl": (250, 219),
     "userfaultfd": (323, 282),
 }
+# What outlives its process, is seen by others of the same user, or holds memory that no limit counts.
+_LEAVES_TRACES = {
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "shmdt": (67, 197),
+    "semget": (64, 190),
+    "semop": (65, 193),
+    "semctl": (66, 191),
+    "semtimedop": (220, 192),
+    "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
+    "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
+    "mq_timedsend": (242, 182),
+    "mq_timedreceive": (243, 183),
+    "mq_notify": (244, 184),
+    "mq_getsetattr": (245, 185),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+}
+# What watches others, or reaches files past the paths that Landlock decides about. Most need powers that were dropped.
+_WATCHES = {
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "kcmp": (312, 272),
+    "process_madvise": (440, 440),
+    "process_mrelease": (448, 448),
+    "lookup_dcookie": (212, 18),
+    "syslog": (103, 116),
+    "acct": (163, 89),
+    "quotactl": (179, 60),
+    "chroot": (161, 51),
+    "pivot_root": (155, 41),
+    "umount2": (166, 39),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "personality": (135, 92),
+    "io_setup": (206, 0),
+    "mlock": (149, 228),
+    "mlock2": (325, 284),
+    "mlockall": (151, 230),
+}
 # Landlock lets a process change the mode, owner, times and attributes of any file that its user owns.
 _CHANGES_ATTRIBUTES = {
     "chmod": (90, None),
@@ -315,7 +371,9 @@ def _restrict_system_calls(fence: Fence, found: Protections) -> None:
         found.missing.append(f"seccomp ({error.strerror}): it can start processes and signal yours")
         return
     starts = "may start processes" if fence.processes else "no new processes"
-    found.active.append(f"seccomp ({starts}, no sockets, no signals to others, no change of file modes)")
+    found.active.append(
+        f"seccomp ({starts}, no sockets, no signals to others, no change of file modes, no shared memory or queues)"
+    )
 
 
 def _filter(column: int, audit_arch: int, *, processes: bool) -> list[_Instruction]:
@@ -330,7 +388,13 @@ def _filter(column: int, audit_arch: int, *, processes: bool) -> list[_Instructi
         _Instruction(_JUMP_AT_LEAST, 0, 1, _X32_BIT),
         refuse,
     ]
-    refused = {**_REACHES_OUT, **_CHANGES_ATTRIBUTES, **({} if processes else _STARTS_PROCESS)}
+    refused = {
+        **_REACHES_OUT,
+        **_LEAVES_TRACES,
+        **_WATCHES,
+        **_CHANGES_ATTRIBUTES,
+        **({} if processes else _STARTS_PROCESS),
+    }
     for numbers in refused.values():
         if numbers[column] is not None:
             program += [_Instruction(_JUMP_EQUAL, 0, 1, numbers[column]), refuse]

@@ -9,7 +9,6 @@ import mmap
 import os
 import secrets
 import select
-import shutil
 import signal
 import site
 import socket
@@ -18,7 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,23 +25,21 @@ from typing import Any
 import psutil
 import torch
 
-from flashlib.course.grader.sandbox import wire
+from flashlib.course.grader.sandbox import cgroup, scratch, wire
 from flashlib.course.grader.sandbox.confine import MIB, Fence, Protections
+from flashlib.course.grader.text import clean, clean_tree
 
 ZYGOTE_START_SECONDS = 120.0
 ZYGOTE_ANSWER_SECONDS = 15.0
 FORK_SECONDS = 30.0
+ENDING_SECONDS = 0.5  # for a process that hangs up, to end by itself
 POLL_SECONDS = 0.05
 SYSTEM_PLACES = {"/usr", "/lib", "/lib64", "/sys/devices/system", "/proc", "/dev/urandom", "/dev/zero"}
 SYSTEM_PLACES |= {"/etc/ld.so.cache", "/etc/localtime", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"}
+ALWAYS_FORBIDDEN = "compile-called"  # the group that every child refuses
 OUTPUT_KEPT = 8_000  # bytes of what a submission printed that are kept for its report
 REPOSITORY = Path(__file__).resolve().parents[4]
 PACKAGE = Path(__file__).resolve().parents[3]
-
-
-def clean(text: str) -> str:
-    """A stranger's text without control characters: no terminal escapes, nothing invisible."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class Limits:
         output: bytes printed in one property's check; more ends the process.
         disk: bytes in its temporary directory.
         processes: whether it may start processes.
+        threads: that may run in it at a time.
     """
 
     seconds: float = 20.0
@@ -66,13 +64,15 @@ class Limits:
     output: int = MIB
     disk: int = 64 * MIB
     processes: bool = False
+    threads: int = 64
 
 
 class StudentError(Exception):
     """The submission gave no usable answer.
 
     Attributes:
-        kind: `"timeout"`, `"memory-limit"`, `"process-ended"`, `"output-flood"`, `"disk-flood"`, `"tampered"`, or what
+        kind: `"timeout"`, `"memory-limit"`, `"process-ended"`, `"output-flood"`, `"disk-flood"`,
+            `"too-many-threads"`, `"tampered"`, or what
             the child itself reported: `"exception"`, `"syntax"`, `"missing"`, `"not-implemented"`, `"forbidden"`,
             `"exit"`, `"unsendable"`, and of Triton kernels `"out-of-bounds-load"`, `"out-of-bounds-store"`, `"race"`.
         message: what happened, one sentence.
@@ -91,21 +91,34 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Reply:
-    """What one call gave: the value, its traffic if metered, the arguments it changed, and seconds."""
+    """What one call gave: the value, its traffic if metered, the arguments it changed, seconds, and kernels that were compiled.
+
+    `compiled` is None but in a sandbox for compiling. There it holds, by the name of each kernel that was launched, how it
+    multiplies tiles: pairs such as `("ieee", "f32")`.
+    """
 
     value: Any
     meter: dict[str, Any] | None
     changed: tuple[str, ...]
     seconds: float
+    compiled: dict[str, list[tuple[str, str]]] | None = None
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a child went: the most resident memory it took on top of what it began with (bytes), processes it left behind, and its exit status."""
+    """How a child went.
 
-    memory_growth: int
-    strays: int
-    status: int
+    Attributes:
+        memory_growth: the most resident memory it took on top of what it began with, in bytes.
+        strays: processes it left behind.
+        status: its exit status, as from `os.wait`.
+        stopped: whether the grader had to stop it, so that the status is not its own doing.
+    """
+
+    memory_growth: int = 0
+    strays: int = 0
+    status: int = 0
+    stopped: bool = True
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -160,6 +173,8 @@ class Sandbox:
         environment: variables for the zygote and its children, set before anything is imported.
         hidden: files and directories that no child may read.
         kernel_fences: use Landlock and seccomp where there are; False stands for a system without, in tests.
+        must_fence: run nobody's code where a fence is missing.
+        compiles: launches of Triton kernels are compiled for GPUs in place of run; not in the interpreter.
 
     Raises:
         SandboxError: this system cannot fork, or the zygote did not start.
@@ -172,11 +187,14 @@ class Sandbox:
         environment: dict[str, str] | None = None,
         hidden: Sequence[Path] = (),
         kernel_fences: bool = True,
+        must_fence: bool = False,
+        compiles: bool = False,
     ) -> None:
         if not hasattr(os, "fork"):
             raise SandboxError("the grader needs Linux or macOS (on Windows, run it under WSL): it forks processes")
         self.preload = tuple(preload)
-        self.kernel_fences = kernel_fences
+        self.kernel_fences, self.must_fence, self.compiles = kernel_fences, must_fence, compiles
+        self._hidden, self._compiling = tuple(hidden), None
         self.environment = {
             "PATH": os.defpath,
             "LANG": "C.UTF-8",
@@ -188,6 +206,7 @@ class Sandbox:
         self.readable, self.listable = readable_paths(hidden)
         self._process: subprocess.Popen | None = None
         self._control: socket.socket | None = None
+        self._closed = False
 
     def __enter__(self) -> Sandbox:
         return self
@@ -195,8 +214,40 @@ class Sandbox:
     def __exit__(self, *exc) -> None:
         self.close()
 
+    def for_compiling(self) -> Sandbox:
+        """The sandbox beside this one in which launches are compiled; it is started when it is needed, and closed with this one."""
+        if self._compiling is None:
+            environment = {name: value for name, value in self.environment.items() if name != "TRITON_INTERPRET"}
+            self._compiling = Sandbox(
+                preload=self.preload,
+                environment=environment,
+                hidden=self._hidden,
+                kernel_fences=self.kernel_fences,
+                must_fence=self.must_fence,
+                compiles=True,
+            )
+        return self._compiling
+
     def close(self) -> None:
-        """End the zygote and everything under it."""
+        """End the zygote and everything under it. It forks no more children."""
+        self._closed = True
+        if self._compiling is not None:
+            self._compiling.close()
+        self._stop()
+
+    def fences(self) -> Protections:
+        """Which fences stand around a child here, tried with a child that does nothing.
+
+        Raises:
+            SandboxError: the sandbox does not work.
+        """
+        child = self.open_child(b"", "nothing.py", Limits(), {})
+        try:
+            return child.fence_in()
+        finally:
+            child.end()
+
+    def _stop(self) -> None:
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -208,7 +259,7 @@ class Sandbox:
 
     def open_child(
         self,
-        source: bytes,
+        source: bytes | Mapping[str, bytes],
         filename: str,
         limits: Limits,
         forbidden: dict[str, Sequence[str]],
@@ -217,16 +268,18 @@ class Sandbox:
     ) -> Child:
         """A fresh process in a fresh directory that holds `source` as `filename`; `Child.end` removes both.
 
+        `source` may also be several files by name, `filename` among them, which may import the others.
+
         Args:
             metered: its first call will be metered, so make sure that what the meter needs is loaded.
         """
-        directory = Path(tempfile.mkdtemp(prefix="flashlib-grader-")).resolve()
+        directory = scratch.make()
         try:
-            file = directory / filename
-            file.write_bytes(source)
-            return self._fork(directory, file, limits, forbidden, metered)
+            for name, content in ({filename: source} if isinstance(source, bytes) else source).items():
+                (directory / name).write_bytes(content)
+            return self._fork(directory, directory / filename, limits, forbidden, metered)
         except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
+            scratch.remove(directory)
             raise
 
     def _fork(
@@ -262,12 +315,14 @@ class Sandbox:
                 raise
             finally:
                 os.close(their_output)
-        return Child(self, answer["pid"], ours, output, directory, limits)
+        return Child(self, answer["pid"], ours, output, directory, limits, frozenset({*forbidden, ALWAYS_FORBIDDEN}))
 
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
-        self.close()
+        if self._closed:
+            raise SandboxError("the sandbox was closed")
+        self._stop()
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -278,7 +333,12 @@ class Sandbox:
                 env=self.environment,
                 start_new_session=True,
             )
-        setup = {"sys_path": _import_path(), "package": str(PACKAGE), "preload": self.preload}
+        setup = {
+            "sys_path": _import_path(),
+            "package": str(PACKAGE),
+            "preload": self.preload,
+            "compiles": self.compiles,
+        }
         self._ask({**setup, "environment": self.environment}, ZYGOTE_START_SECONDS)
 
     def _ask(self, order: dict[str, Any], seconds: float, fds: Sequence[int] = ()) -> dict[str, Any]:
@@ -325,12 +385,14 @@ class Child:
     output_pipe: int
     directory: Path
     limits: Limits
+    groups: frozenset[str] = frozenset()  # of forbidden operations
     ending: Ending | None = None
     base_memory: int = 0  # resident, before any of the student's code ran
     _printed: bytes = b""
     _printed_bytes: int = 0
     _incoming: bytearray = field(default_factory=bytearray)
     _handles: int = 0
+    _group: cgroup.ControlGroup | None = None
 
     def __post_init__(self) -> None:
         self.channel.setblocking(False)
@@ -341,16 +403,30 @@ class Child:
 
         Raises:
             StudentError: importing failed.
-            SandboxError: the child did not get as far as the student's file.
+            SandboxError: the child did not get as far as the student's file, or lacks a fence that it must have.
+        """
+        protections = self.fence_in()
+        if protections.missing and self.sandbox.must_fence:
+            raise SandboxError(f"not run, for want of a fence: {'; '.join(protections.missing)}")
+        self._exchange({"do": "load"}, None, self.limits.seconds)
+        return protections
+
+    def fence_in(self) -> Protections:
+        """Wait until the child has put up its fences; none of the student's code has run by then.
+
+        Raises:
+            SandboxError: it did not get that far.
         """
         try:
             ready, _ = self._reply(time.monotonic() + FORK_SECONDS)
             protections = Protections(ready["active"], ready["missing"])
             self.base_memory = psutil.Process(self.pid).memory_info().rss
-        except (StudentError, KeyError) as error:
+        except (StudentError, LookupError, psutil.Error) as error:
             said = self.take_printed().strip().splitlines()[-1:]
             raise SandboxError(f"the sandbox could not be set up: {' '.join(said) or error}") from error
-        self._exchange({"do": "load"}, None, self.limits.seconds)
+        self._group = cgroup.enclose(self.pid, tasks=self.limits.threads, memory=self.base_memory + self.limits.memory)
+        how = "control group" if self._group else "watched by the grader"
+        protections.active.append(f"at most {self.limits.threads} threads ({how})")
         return protections
 
     def call(
@@ -362,6 +438,7 @@ class Child:
         on: wire.Handle | None = None,
         keep: bool = False,
         meter: dict[str, torch.Tensor] | None = None,
+        fast_memory: int = 0,
         seconds: float | None = None,
     ) -> Reply:
         """Run `function(*args, **kwargs)` of the student's file, or of the object `on`, in the child.
@@ -369,6 +446,7 @@ class Child:
         Args:
             keep: leave the result in the child and answer with a `Handle` to it.
             meter: count tensors made and bytes moved; names and tensors (among the arguments) to follow.
+            fast_memory: of the meter, in bytes: what is still in it is not moved again.
 
         Raises:
             StudentError: there was no usable answer.
@@ -381,6 +459,7 @@ class Child:
             "on": on.number if on else None,
             "args": wire.to_json(list(args), tensors),
             "kwargs": {"dict": {name: wire.to_json(value, tensors) for name, value in kwargs.items()}},
+            "fast_memory": fast_memory,
             "meter": None if meter is None else {name: _position(tensor, tensors) for name, tensor in meter.items()},
         }
         if keep:
@@ -392,13 +471,14 @@ class Child:
             answer, results = self._exchange(header, arena.fd, seconds or self.limits.seconds)
             changed = _names(arena.changed(), function, args, kwargs, tensors)
         elapsed = time.monotonic() - began
+        traffic = None if meter is None else _traffic(answer.get("meter"))
         if keep:
-            return Reply(wire.Handle(self._handles), answer.get("meter"), changed, elapsed)
+            return Reply(wire.Handle(self._handles), traffic, changed, elapsed)
         try:
             value = wire.from_json(answer.get("value"), results, {})
         except wire.WireError as error:
             raise _tampered(error) from error
-        return Reply(value, answer.get("meter"), changed, elapsed)
+        return Reply(value, traffic, changed, elapsed, _kernels(answer.get("compiled")))
 
     def take_printed(self) -> str:
         """What it printed since the last time this was asked, cut to size and cleaned."""
@@ -412,18 +492,31 @@ class Child:
 
     def end(self) -> Ending:
         """Kill it and all its descendants, and remove its directory. Safe to call again."""
-        if self.ending is None:
-            self.channel.close()
-            try:
-                answer = self.sandbox._ask({"do": "end", "pid": self.pid}, ZYGOTE_ANSWER_SECONDS)
-            except SandboxError:
-                answer = {"peak_memory": 0, "strays": 0, "status": 0}
+        return self._end(grace=0.0)
+
+    def _end(self, grace: float) -> Ending:
+        """As `end`. A process that is ending by itself gets `grace` seconds for it, so that its own status is known."""
+        if self.ending is not None:
+            return self.ending
+        self.ending = (
+            Ending()
+        )  # whatever fails below, nothing of it is done twice: a descriptor may be another child's by then
+        self.channel.close()
+        try:
+            answer = self.sandbox._ask(
+                {"do": "end", "pid": self.pid, "grace": grace, "directory": str(self.directory)}, ZYGOTE_ANSWER_SECONDS
+            )
+            growth = max(0, answer["peak_memory"] - self.base_memory)
+            self.ending = Ending(growth, answer["strays"], answer["status"], answer["stopped"])
+        except SandboxError:
+            pass  # the zygote is gone, and all of its children with it; the next child gets a new one
+        finally:
             with contextlib.suppress(OSError, StudentError):
                 self._drain()
             os.close(self.output_pipe)
-            shutil.rmtree(self.directory, ignore_errors=True)
-            growth = max(0, answer["peak_memory"] - self.base_memory)
-            self.ending = Ending(growth, answer["strays"], answer["status"])
+            scratch.remove(self.directory)
+            if self._group is not None:
+                self._group.remove()
         return self.ending
 
     # ------------------------------------------------------------------------------------------------------- waiting
@@ -439,7 +532,7 @@ class Child:
         if answer.get("id") != nonce:
             raise StudentError("tampered", "An answer arrived on the grader's channel that belongs to no question.")
         if "error" in answer:
-            raise _reported(answer["error"])
+            raise _reported(answer["error"], self.groups)
         return answer, results
 
     def _send(self, frame: bytes, fd: int | None, deadline: float) -> None:
@@ -455,7 +548,7 @@ class Child:
 
     def _reply(self, deadline: float) -> tuple[dict[str, Any], list[torch.Tensor]]:
         try:
-            header = wire.decode_header(self._take(wire.header_size(self._take(8, deadline)), deadline))
+            header = _cleaned(wire.decode_header(self._take(wire.header_size(self._take(8, deadline)), deadline)))
             size = header.get("bytes", 0)
             if type(size) is not int or not 0 <= size <= self.limits.answer:
                 raise wire.WireError(f"{str(size)[:40]} bytes of arrays (at most {self.limits.answer:,})")
@@ -522,29 +615,40 @@ class Child:
             process = psutil.Process(self.pid)
             if process.status() == psutil.STATUS_ZOMBIE:
                 raise self._died()
-            memory = process.memory_info().rss
+            memory, threads = process.memory_info().rss, process.num_threads()
         except psutil.NoSuchProcess as error:
             raise self._died() from error
         except psutil.AccessDenied:
             return
-        if memory > self.base_memory + self.limits.memory:
+        if self.base_memory and memory > self.base_memory + self.limits.memory:  # before, it is not the student's yet
             raise _out_of_memory(self.limits)
-        if _disk_usage(self.directory) > self.limits.disk:
+        used = scratch.usage(self.directory)
+        if used.bytes + scratch.unlinked_bytes(self.pid) > self.limits.disk:
             raise StudentError(
                 "disk-flood", f"It wrote more than {self.limits.disk // MIB} MiB of files; the process was stopped."
             )
+        if used.entries > scratch.ENTRIES_LIMIT or used.depth >= scratch.DEPTH_LIMIT:
+            raise StudentError(
+                "disk-flood",
+                f"It made more than {scratch.ENTRIES_LIMIT:,} files or {scratch.DEPTH_LIMIT} directories within each other; "
+                "the process was stopped.",
+            )
+        if threads > self.limits.threads:
+            raise StudentError("too-many-threads", f"It ran {threads} threads; the process was stopped.")
 
     def _died(self) -> StudentError:
         with contextlib.suppress(OSError, StudentError):
             self._drain()
-        status = self.end().status
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
+        ending = self._end(grace=ENDING_SECONDS)
+        if ending.stopped:
+            how = "it closed the channel to the grader, and was stopped"
+        elif os.WIFSIGNALED(ending.status):
+            number = os.WTERMSIG(ending.status)
             if number == signal.SIGXCPU:
                 return StudentError("timeout", "It used up its processor time; the process was stopped.")
             how = f"killed by {_signal_name(number)}"
         else:
-            how = f"exit status {os.WEXITSTATUS(status)}"
+            how = f"exit status {os.WEXITSTATUS(ending.status)}"
         return StudentError("process-ended", f"The process ended before it answered ({how}).")
 
 
@@ -576,11 +680,54 @@ def _out_of_memory(limits: Limits) -> StudentError:
     return StudentError("memory-limit", f"It needed more than {limits.memory // MIB:,} MiB; the process was stopped.")
 
 
-def _reported(error: Any) -> StudentError:
+def _cleaned(header: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return clean_tree(header)
+    except ValueError as error:
+        raise wire.WireError(str(error)) from error
+
+
+COUNTS = ("largest_elements", "peak_bytes", "programs", "largest_block")
+COUNTERS = ("bytes_read", "bytes_written", "calls", "launches", "left")
+
+
+def _traffic(meter: Any) -> dict[str, Any]:
+    """What a child says that its code moved, if it is of the form that an honest child sends. The numbers are its word."""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 1 << 63
+
+    if (
+        not isinstance(meter, dict)
+        or not all(is_count(meter.get(name)) for name in COUNTS)
+        or not all(isinstance(meter.get(name), dict) for name in COUNTERS)
+        or not all(is_count(count) for name in COUNTERS for count in meter[name].values())
+        or not isinstance(meter.get("largest_op"), str)
+        or not isinstance(meter.get("largest_shape"), list)
+        or not all(is_count(size) for size in meter["largest_shape"])
+    ):
+        raise StudentError("tampered", "A malformed count of traffic was written on the grader's channel.")
+    return {name: meter[name] for name in (*COUNTS, *COUNTERS, "largest_op", "largest_shape")}
+
+
+def _kernels(compiled: Any) -> dict[str, list[tuple[str, str]]] | None:
+    """What a child says that it compiled, if it is of the form that an honest child sends."""
+    if compiled is None:
+        return None
+    if not isinstance(compiled, dict) or not all(
+        isinstance(dots, list)
+        and all(isinstance(dot, list) and len(dot) == 2 and all(isinstance(word, str) for word in dot) for dot in dots)
+        for dots in compiled.values()
+    ):
+        raise StudentError("tampered", "A malformed list of kernels was written on the grader's channel.")
+    return {name: [tuple(dot) for dot in dots] for name, dots in compiled.items()}
+
+
+def _reported(error: Any, groups: frozenset[str]) -> StudentError:
     """What the child says went wrong. It is the student's word: text, cut to size, and no more."""
     if not isinstance(error, dict):
         return StudentError("tampered", "A malformed error was written on the grader's channel.")
-    said = {key: clean(str(error.get(key, ""))[:4000]) for key in ("kind", "type", "message", "traceback", "group")}
+    said = {key: str(error.get(key, ""))[:4000] for key in ("kind", "type", "message", "traceback", "group")}
     messages = {
         "missing": f"There is no {said['message']} in the file.",
         "syntax": "The file is not valid Python.",
@@ -592,20 +739,12 @@ def _reported(error: Any) -> StudentError:
         "exception": f"It raised {said['type']}: {said['message']}",
         "out-of-bounds-load": f"A kernel loads from memory it was not given. {said['message']}.",
         "out-of-bounds-store": f"A kernel stores to memory it was not given. {said['message']}.",
+        "compile-error": f"The compiler for GPUs refuses a kernel: {said['message']}",
         "race": f"Two programs of a kernel race. {said['message']}.",
     }
-    if said["kind"] not in messages:
+    if said["kind"] not in messages or (said["kind"] == "forbidden" and said["group"] not in groups):
         return StudentError("tampered", "A malformed error was written on the grader's channel.")
     return StudentError(said["kind"], messages[said["kind"]], said["traceback"], said["group"])
-
-
-def _disk_usage(directory: Path) -> int:
-    total = 0
-    for parent, _, files in os.walk(directory):
-        for name in files:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_size
-    return total
 
 
 # --------------------------------------------------------------------------------------------------------------- arena

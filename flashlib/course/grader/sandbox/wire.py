@@ -96,7 +96,11 @@ def from_json(node: Any, tensors: list[torch.Tensor], objects: dict[int, Any], d
     """
     if depth > DEPTH_LIMIT + 2:
         raise WireError("a value nested too deep")
-    if node is None or isinstance(node, (bool, int, float, str)):
+    if node is None or isinstance(node, (bool, float, str)):
+        return node
+    if isinstance(node, int):
+        if abs(node) >= 1 << 63:
+            raise WireError("an integer of more than 64 bits")
         return node
     if isinstance(node, list):
         return [from_json(item, tensors, objects, depth + 1) for item in node]
@@ -144,7 +148,8 @@ def tensor_from(buffer: memoryview, description: Any, *, dense: bool = False) ->
     """The tensor that `describe` described, on the memory of `buffer`, without a copy.
 
     Args:
-        dense: refuse a tensor with more elements than the buffer has room for, such as one expanded a billion times.
+        dense: for answers of strangers: refuse a tensor with more elements than the buffer has room for, such as one expanded
+            a billion times, and take every byte of a boolean that is not 0 for True.
 
     Raises:
         WireError: the description is malformed, or points outside the buffer.
@@ -155,7 +160,7 @@ def tensor_from(buffer: memoryview, description: Any, *, dense: bool = False) ->
         strides = [_natural(stride) for stride in description["strides"]]
         offset = _natural(description["offset"])
         requires_grad = bool(description["requires_grad"])
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise WireError("a tensor without dtype, shape, strides and offset") from error
     if len(shape) != len(strides) or len(shape) > 16:
         raise WireError(f"a tensor of shape {shape[:16]} and strides {strides[:16]}")
@@ -167,9 +172,12 @@ def tensor_from(buffer: memoryview, description: Any, *, dense: bool = False) ->
     try:
         if not elements:
             return torch.empty(shape, dtype=dtype).requires_grad_(requires_grad)
-        flat = torch.frombuffer(buffer, dtype=dtype, count=span, offset=offset)
+        if dtype is torch.bool and dense:  # of a stranger's bytes, which may be neither 0 nor 1
+            flat = torch.frombuffer(buffer, dtype=torch.uint8, count=span, offset=offset) != 0
+        else:
+            flat = torch.frombuffer(buffer, dtype=dtype, count=span, offset=offset)
         return flat.as_strided(shape, strides).requires_grad_(requires_grad)
-    except (RuntimeError, OverflowError) as error:
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
         raise WireError(f"a tensor of shape {shape} and strides {strides}") from error
 
 

@@ -31,18 +31,23 @@ def main() -> None:
         importlib.import_module(name)
     child = importlib.import_module("flashlib.course.grader.sandbox.child")
     confine = importlib.import_module("flashlib.course.grader.sandbox.confine")
+    if setup["compiles"]:
+        child.compiler = importlib.import_module("flashlib.course.grader.sandbox.compiling").Compiled
     if child.interpreting():
         importlib.import_module("flashlib.course.grader.sandbox.rehearsal").rehearse_kernel()
+    scratch = importlib.import_module("flashlib.course.grader.sandbox.scratch")
     confine.become_subreaper()
     calm_torch()
     shut_flashlib()
     gc.freeze()
     send(control, {"ready": True})
+    directories = set()  # of children that have not been ended
     while True:
-        order, fds = receive(control)
+        order, fds = receive(control, gone=lambda: [scratch.remove(directory) for directory in directories])
         if order["do"] == "fork":
             if order["metered"]:
                 child.rehearse_meter()
+            directories.add(order["directory"])
             pid = os.fork()
             if pid == 0:
                 control.close()
@@ -51,7 +56,8 @@ def main() -> None:
                 os.close(fd)
             send(control, {"pid": pid})
         else:
-            send(control, end(order["pid"]))
+            send(control, end(order["pid"], order["grace"]))
+            directories.discard(order["directory"])
 
 
 def own_modules(package: str) -> None:
@@ -96,18 +102,34 @@ def calm_torch() -> None:
     torch.softmax(torch.ones(4, 4) @ torch.ones(4, 4), dim=-1)
 
 
-def end(pid: int) -> dict:
-    """Kill a child and every descendant; answer how it ended and the most memory it held."""
-    kill(pid)
-    _, status, usage = os.wait4(pid, 0)
-    strays, deadline = set(), time.monotonic() + SWEEP_SECONDS
-    while (left := children_left()) and time.monotonic() < deadline:
-        for stray in descendants():
-            strays.add(stray)
-            kill(stray)
+def end(pid: int, grace: float) -> dict:
+    """Kill a child and every descendant; answer how it ended and the most memory it held.
+
+    It first has `grace` seconds to end by itself; `stopped` says that it did not.
+    """
+    deadline = time.monotonic() + grace
+    ended, status, usage = os.wait4(pid, os.WNOHANG)
+    while not ended and time.monotonic() < deadline:
         time.sleep(0.002)
+        ended, status, usage = os.wait4(pid, os.WNOHANG)
+    if not ended:
+        kill(pid)
+        _, status, usage = os.wait4(pid, 0)
+    strays = sweep()
     unit = 1024 if sys.platform == "linux" else 1
-    return {"status": status, "peak_memory": usage.ru_maxrss * unit, "strays": len(strays), "left": left}
+    peak = usage.ru_maxrss * unit
+    return {"status": status, "peak_memory": peak, "strays": len(strays), "stopped": not ended}
+
+
+def sweep() -> set:
+    """Kill and bury all descendants; answers which there were."""
+    found, deadline = set(), time.monotonic() + SWEEP_SECONDS
+    while children_left() and time.monotonic() < deadline:
+        for pid in descendants():
+            found.add(pid)
+            kill(pid)
+        time.sleep(0.002)
+    return found
 
 
 def children_left() -> bool:
@@ -131,7 +153,8 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def receive(control: socket.socket) -> tuple:
+def receive(control: socket.socket, gone=lambda: None) -> tuple:
+    """The next order. When the grader has gone away, kill what runs, call `gone`, and end."""
     prefix, fds, _, _ = socket.recv_fds(control, 8, 4)
     text = b""
     while prefix and len(text) < (size := int.from_bytes(prefix, "big")):
@@ -139,8 +162,8 @@ def receive(control: socket.socket) -> tuple:
             prefix = b""
         text += more
     if not prefix:
-        for pid in descendants():
-            kill(pid)
+        sweep()
+        gone()
         os._exit(0)
     return json.loads(text), fds
 

@@ -1,4 +1,4 @@
-# diagnosis: sdpa-called, untiled
+# diagnosis: sdpa-called
 import math
 
 import torch

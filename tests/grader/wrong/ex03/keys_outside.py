@@ -1,3 +1,4 @@
+# diagnosis: out-rewritten
 import torch
 
 

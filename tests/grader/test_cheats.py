@@ -1,0 +1,136 @@
+"""Solutions that compute the right numbers in a forbidden way: by code that nothing counts, or by changing what counts."""
+
+import pytest
+
+from flashlib.course.grader.engine import Submission, grade
+from flashlib.course.grader.exercise import load_exercise
+from flashlib.course.grader.sandbox.session import REPOSITORY
+from flashlib.course.grader.scan import suspicious
+
+
+def solution(name: str) -> bytes:
+    return (REPOSITORY / "solutions" / load_exercise(name).file).read_bytes()
+
+
+# How a tensor gets out to where nothing counts, as an array `a` of NumPy made of a tensor `x`.
+EXITS = {
+    "numpy": "a = x.detach().numpy()",
+    "asarray": "a = np.asarray(x.detach())",
+    "array": "a = np.array(x.detach())",
+    "tolist": "a = np.array(x.tolist(), dtype=np.float32).reshape(x.shape)",
+    "DLPack": "a = np.from_dlpack(x.detach())",
+    "address": "import ctypes\n    x = x.contiguous()\n    a = np.ctypeslib.as_array((ctypes.c_float * x.numel()).from_address(x.data_ptr())).copy().reshape(x.shape)",
+    "protocol": "a = x.detach().__array__()",
+    "pickle": "import io, pickle\n    a = pickle.loads(pickle.dumps(x.detach())).numpy()",
+    "method of the class": "a = torch.Tensor.numpy(x.detach())",
+    "numpy force": "a = x.numpy(force=True)",
+}  # fmt: skip
+OUTSIDE = """
+
+import numpy as np
+
+
+def _array(x):
+    {exit}
+    return a
+
+
+def tiled_attention(q, k, v, block_q, block_k, scale=None):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = q.dtype
+    q, k, v = (_array(x.float()) for x in (q, k, v))
+    out, lse = np.empty((*q.shape[:3], v.shape[3]), np.float32), np.empty(q.shape[:3], np.float32)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(0, q.shape[2], 64):
+                s = (q[b, h, i : i + 64] @ k[b, h].T * np.float32(scale)).astype(np.float32)
+                m = s.max(-1, keepdims=True)
+                p = np.exp(s - m)
+                total = p.sum(-1, keepdims=True)
+                out[b, h, i : i + 64] = p / total @ v[b, h]
+                lse[b, h, i : i + 64] = (m + np.log(total))[:, 0]
+    return torch.from_numpy(out).to(dtype), torch.from_numpy(lse)
+"""
+
+
+@pytest.mark.parametrize("way", EXITS)
+def test_numbers_that_leave_pytorch_earn_nothing_where_something_counts(sandbox_of, way):
+    exercise = load_exercise("ex03")
+    source = solution("ex03") + OUTSIDE.replace("{exit}", EXITS[way]).encode()
+    report = grade(exercise, Submission("cheat", source), sandbox_of(exercise))
+    failed = {result.name: result.finding.diagnosis for result in report.results if result.finding}
+    assert set(failed.values()) == {"leaves-pytorch"}, report
+    assert {"linear-memory", "memory-traffic"} <= set(failed)
+
+
+WHOLE_ROW = """
+
+def online_attention(scores, v, block):
+    s, values = scores.numpy().astype("float64"), v.numpy().astype("float64")
+    m = s.max(1, keepdims=True)
+    import numpy as np
+    safe = np.where(np.isinf(m), 0.0, m)
+    p = np.exp(s - safe)
+    total = p.sum(1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = safe[:, 0] + np.log(total[:, 0])
+    return torch.from_numpy(p @ values / np.where(total == 0, 1.0, total)).float(), torch.from_numpy(lse).float()
+"""
+COPIED_PREFIXES = """
+
+_tiled = shared_prefix_attention
+
+
+def shared_prefix_attention(q, levels, k, v, lengths):
+    import numpy as np
+    copied = [(torch.from_numpy(np.copy(a.numpy())), torch.from_numpy(np.copy(b.numpy())), c) for a, b, c in levels]
+    return _tiled(q, copied, k, v, lengths)
+"""
+
+
+@pytest.mark.parametrize(("name", "cheat"), [("ex02", WHOLE_ROW), ("ex13", COPIED_PREFIXES)])
+def test_whole_rows_and_copies_in_numpy_earn_no_full_marks(sandbox_of, name, cheat):
+    exercise = load_exercise(name)
+    report = grade(exercise, Submission("cheat", solution(name) + cheat.encode()), sandbox_of(exercise))
+    assert set(report.diagnoses) == {"leaves-pytorch"}, report
+
+
+# What cannot be caught: code that changes what counts, in its own process. It is told instead.
+SILENCED = """
+
+import sys as _sys
+
+_frame = _sys._getframe()
+while "TrafficMeter" not in _frame.f_globals:
+    _frame = _frame.f_back
+_harness = _frame.f_globals
+_real = _harness["_traffic"]
+
+
+def _lying(meter, watch, leaving):
+    told = _real(meter, watch, leaving)
+    return {**told, "bytes_read": {}, "bytes_written": {}, "left": {}, "largest_elements": 1}
+
+
+_harness["_traffic"] = _lying
+"""
+
+
+@pytest.mark.parametrize("name", ["ex02", "ex03", "ex12"])
+def test_code_that_changes_what_counts_is_told_beside_the_points_that_rest_on_it(sandbox_of, name):
+    exercise = load_exercise(name)
+    source = solution(name) + SILENCED.encode()
+    report = grade(exercise, Submission("cheat", source), sandbox_of(exercise))
+    honest = grade(exercise, Submission("honest", solution(name)), sandbox_of(exercise))
+    assert honest.passed and honest.unverified > 0 and suspicious(solution(name)) == []
+    assert report.unverified <= honest.unverified < report.points
+    found = " ".join(suspicious(source))
+    assert "_getframe" in found and "f_globals" in found
+
+
+def test_memory_is_seen_from_outside_whatever_the_code_says_of_itself(sandbox_of):
+    exercise = load_exercise("ex03")
+    untiled = (REPOSITORY / "tests/grader/wrong/ex03/untiled.py").read_bytes()
+    report = grade(exercise, Submission("cheat", untiled + SILENCED.encode()), sandbox_of(exercise))
+    failed = {result.name: result.finding for result in report.results if result.finding}
+    assert failed["linear-memory"].diagnosis == "untiled" and "process that grew" in failed["linear-memory"].got

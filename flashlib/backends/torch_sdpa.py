@@ -7,7 +7,8 @@ inf leaks into the result (``0 * NaN``).
 
 from __future__ import annotations
 
-from functools import lru_cache
+import threading
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,11 @@ from flashlib.spec import AttentionSpec
 from flashlib.values import has_values
 
 __all__ = ["SDPACudnn", "SDPAEfficient", "SDPAFlash", "SDPAMath", "needs_dense_mask"]
+
+
+# Which of its kernels PyTorch may use is one set of switches for the whole process. Two threads that turn them at a time put back what they found, each
+# the other's, and leave kernels switched off for everybody. So one at a time does.
+_SWITCHES = threading.RLock()
 
 
 class _SDPA(Backend):
@@ -57,10 +63,22 @@ class _SDPA(Backend):
         options = (
             {"enable_gqa": True} if shared else {}
         )  # plain, where torch.compile has symbols for the numbers of heads
-        with sdpa_kernel(self.kernel):
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=spec.scale, **options
-            )
+        attend = partial(
+            F.scaled_dot_product_attention,
+            q,
+            k,
+            v,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=spec.scale,
+            **options,
+        )
+        if torch.compiler.is_compiling():  # one thread at a time compiles, and a lock cannot be traced
+            with sdpa_kernel(self.kernel):
+                out = attend()
+        else:
+            with _SWITCHES, sdpa_kernel(self.kernel):
+                out = attend()
         return (out if empty_rows is None else out.masked_fill(empty_rows, 0.0)), None
 
 
@@ -220,6 +238,8 @@ def _ask_pytorch(
     )
     mask = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=device) if dense_mask else None
     params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, is_causal, q_heads != kv_heads)
-    if getattr(torch.backends.cuda, _CAN_USE[kernel])(params, debug=False):
+    with _SWITCHES, sdpa_kernel(kernel):
+        takes = getattr(torch.backends.cuda, _CAN_USE[kernel])(params, debug=False)
+    if takes:
         return None
     return "PyTorch's kernel does not take this combination of dtype, head_dim, heads and mask"

@@ -45,9 +45,9 @@ def tables(rows: list[dict], recorded: Record | None) -> str:
     said: list[str] = []
     parts = [*both_tables("On a CPU, our kernels interpreted", rows, said)]
     if recorded is not None:
-        parts += both_tables(f"On a GPU: {recorded.label}", recorded.rows, said)
+        parts += [*both_tables(f"On a GPU: {recorded.label}", recorded.rows, said), recorded.notes]
     notes = "\n".join(f"{number}. {message}" for number, message in enumerate(said, 1))
-    return "\n\n".join([*parts, f"What the refusals say:\n\n{notes}"])
+    return "\n\n".join([*parts, f"What the refusals say:\n\n{notes}", *prices()])
 
 
 def both_tables(title: str, rows: list[dict], said: list[str]) -> Iterator[str]:
@@ -60,6 +60,19 @@ def both_tables(title: str, rows: list[dict], said: list[str]) -> Iterator[str]:
         cells = {(row["subject"], row["way"]): cell(row, said) for row in part}
         lines = [[way, *(cells.get((subject, way), "") for subject in subjects)] for way in ways]
         yield tabulate(lines, headers=["", *(f"`{x}`" for x in subjects)], tablefmt="github")
+
+
+def prices() -> Iterator[str]:
+    """What each property costs on a GPU, as recorded."""
+    if (BENCHMARKS / "h200/everyday_prices.json").is_file():
+        recorded = load_record("h200/everyday_prices")
+        yield f"### What it costs: {recorded.label}"
+        columns = ("property", "head_dim", "direction", "without_ms", "with_ms")
+        lines = [[row.get(column, "") for column in columns] for row in recorded.rows]
+        yield tabulate(
+            lines, headers=["", "head_dim", "direction", "without, ms", "with, ms"], tablefmt="github", floatfmt=".2f"
+        )
+        yield recorded.notes
 
 
 def record() -> Record | None:

@@ -25,3 +25,17 @@ def test_backends(backend, rng):
         for q, k, v, out, decoded in pool.map(call, range(0, 60, 3)):
             assert check(out, None, q, k, v, causal=True).passed
             assert check(decoded, None, q[:, :, -1:], k, v, causal=True).passed
+
+
+def test_pytorchs_switches_are_left_as_they_were():
+    """Each backend of PyTorch's turns the other kernels off for its call, and the switches are one set for all threads."""
+    asked = [
+        getattr(torch.backends.cuda, f"{name}_sdp_enabled") for name in ("flash", "mem_efficient", "math", "cudnn")
+    ]
+    before = [enabled() for enabled in asked]
+    assert any(before)
+    q = torch.randn(1, 2, 9, 16)
+    backends = ("torch_sdpa_math", "torch_sdpa_flash")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: attention(q, q, q, backend=backends[number % 2]), range(400)))
+    assert [enabled() for enabled in asked] == before

@@ -39,7 +39,7 @@ BACKEND = "triton"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKED_ON = sorted({
     *("attention.py", "autocast.py", "dropout.py", "engines.py", "masks.py", "operators.py", "packing.py", "partial.py", "reference.py"),
-    *("spec.py", "values.py", "interop/flash_attn/flash_attn_interface.py", "interop/flash_attn/kv_cache.py", "interop/flash_attn/pages.py"),
+    *("spec.py", "values.py", "backends/pytorch.py", "backends/torch_sdpa.py", "interop/flash_attn/flash_attn_interface.py", "interop/flash_attn/kv_cache.py", "interop/flash_attn/pages.py"),
     *kernel_sources(), *decode_sources(),
 })  # fmt: skip
 LONGEST = 3000 if DEVICE == "cuda" else 150

@@ -126,7 +126,8 @@ def _naive(
         lse = lse.masked_fill(sees_nothing[..., 0], float("-inf"))
     if keep is not None:
         weights = weights * keep.to(weights.dtype)
-    return weights.to(v.dtype) @ v, lse
+    weights = weights.to(v.dtype)
+    return weights @ v, lse
 
 
 def hide_unseen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:

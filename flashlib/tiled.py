@@ -227,7 +227,8 @@ def tiled_backward(
         row_lse = lse[:, :, :, rows].flatten(2, 3)
         # A row that saw nothing has lse = -inf; with any finite number in its place all its P are exp(-inf) = 0.
         p = torch.exp(scores - row_lse.masked_fill(row_lse == float("-inf"), 0.0)[..., None])
-        dp, weights, keep = do_tile @ v_tile.mT, p, tile.keep_factors(spec)
+        dp = do_tile @ v_tile.mT
+        weights, keep = p, tile.keep_factors(spec)
         if keep is not None:
             dp, weights = dp * keep, p * keep
         ds = p * (dp - delta[:, :, :, rows].flatten(2, 3)[..., None]) * spec.scale

@@ -218,7 +218,6 @@ def use_config(config: FlashAttentionConfig) -> Iterator[FlashAttentionConfig]:
     """
     if not isinstance(config, FlashAttentionConfig):
         raise TypeError(f"config must be a FlashAttentionConfig; got {type(config).__name__}")
-    _carry_through_checkpoints()
     token = _current.set(config)
     _entered.append(config)
     try:
@@ -229,7 +228,6 @@ def use_config(config: FlashAttentionConfig) -> Iterator[FlashAttentionConfig]:
         _current.reset(token)
 
 
-@functools.cache
 def _carry_through_checkpoints() -> None:
     """Have the functions that PyTorch keeps for recomputation remember the configuration they were first run under.
 
@@ -261,3 +259,6 @@ def _carrying(function: Callable) -> Callable:
             return function(*arguments, **options)
 
     return run
+
+
+_carry_through_checkpoints()  # here: a forward pass may be recorded under the defaults, and recomputed inside of a use_config

@@ -144,6 +144,10 @@ def run_engine(engine: Engine, q: Tensor, k: Tensor, v: Tensor, spec: AttentionS
     numbers = spec.numbers()
     with autocast_off(spec.device):
         if not has_data(q, k, v):
+            if spec.has_tangents:
+                raise NotImplementedError(
+                    f"a forward-mode derivative cannot be traced through {_name(engine)} attention; {_FORWARD_MODE}"
+                )
             from flashlib.operators import attention_forward  # registering operators imports PyTorch's compiler
 
             return attention_forward(q, k, v, *numbers, str(engine))

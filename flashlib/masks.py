@@ -119,8 +119,7 @@ class RowIntervals:
         # +1 where a row's interval opens, -1 where it closes; the running sum counts the rows that see each key.
         change = torch.zeros(self.start.shape[0], self.kv_len + 1, dtype=torch.int64, device=self.start.device)
         ones = torch.ones_like(self.start)
-        change.scatter_add_(1, self.start, ones)
-        change.scatter_add_(1, self.stop, -ones)
+        change = change.scatter_add(1, self.start, ones).scatter_add(1, self.stop, -ones)
         return change.cumsum(1)[:, :-1] > 0
 
     def _keys_seen(self, rows: slice, first: Tensor, last: Tensor) -> Tensor:

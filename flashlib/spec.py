@@ -229,6 +229,8 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} is {tensor.dtype}; expected one of {expected}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; expected torch.strided")
     if tensor.dim() != 4:
         raise ValueError(f"{name} must be 4-dimensional [batch, heads, seq, head_dim]; got shape {tuple(tensor.shape)}")
     if tensor.shape[3] < 1:
@@ -271,7 +273,11 @@ def _check_slopes(slopes: Tensor | None, batch: int, q_heads: int, q_len: int, d
     if slopes.requires_grad:
         raise ValueError("alibi_slopes requires a gradient, but none is computed for them; pass alibi_slopes.detach()")
     by_head, by_row = ((q_heads,), (batch, q_heads)), ((1, q_heads, q_len), (batch, q_heads, q_len))
-    if slopes.shape not in (*by_head, *by_row):
+    # Size by size: under torch.compile a tuple of fixed sizes is not equal to one of sizes that may vary.
+    if not any(
+        len(slopes.shape) == len(shape) and all(a == b for a, b in zip(slopes.shape, shape, strict=True))
+        for shape in (*by_head, *by_row)
+    ):
         raise ValueError(
             f"alibi_slopes has shape {tuple(slopes.shape)}; expected ({q_heads},) or ({batch}, {q_heads}): one per query head; "
             f"or {by_row[0]} or {by_row[1]}: one per query head and row"

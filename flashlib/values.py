@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["check_values", "has_data", "has_tangent", "has_values", "may_read"]
+__all__ = ["check_values", "has_data", "has_tangent", "has_values", "may_read", "transforms"]
 
 _asked: ContextVar[bool] = ContextVar("flashlib_check_values", default=False)
 
@@ -34,11 +34,11 @@ def check_values() -> Iterator[None]:
 
 
 def has_values(*tensors: Tensor) -> bool:
-    """Whether the tensors hold numbers: False for meta and fake tensors, inside torch.compile, torch.export and function transforms."""
-    if torch.compiler.is_compiling():
+    """Whether the tensors hold numbers: False for meta, fake and wrapped tensors, inside torch.compile, torch.export and function transforms."""
+    if torch.compiler.is_compiling() or _traced():
         return False
     return not any(
-        x.device.type == "meta" or torch._is_functional_tensor(x) or _is_wrapped(x) or _is_fake(x) for x in tensors
+        x.device.type == "meta" or torch._is_functional_tensor(x) or _is_wrapped(x) or _dispatches(x) for x in tensors
     )
 
 
@@ -82,8 +82,22 @@ def _is_wrapped(x: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def _is_fake(x: Tensor) -> bool:
-    # By name: importing FakeTensor brings half of the compiler, and whoever made one has imported it.
-    return type(x) not in (Tensor, torch.nn.Parameter) and any(
-        kind.__name__ == "FakeTensor" for kind in type(x).__mro__
-    )
+def _dispatches(x: Tensor) -> bool:
+    """Whether ``x`` is of a class that decides itself what operators do: a fake tensor, a DTensor. Its own memory, if it has any, means nothing."""
+    return type(x).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+
+
+_TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("PROXY", "FAKE", "FUNCTIONAL"))
+
+
+def _traced() -> bool:
+    """Whether operators are being recorded (``make_fx``) or played without data."""
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+
+
+def transforms(kind: str) -> int:
+    """How many transforms of torch.func of a kind, "Jvp" or "Vmap", are open here."""
+    if torch.compiler.is_compiling():
+        return 0
+    wanted = getattr(torch._C._functorch.TransformType, kind)
+    return sum(level.key() == wanted for level in torch._C._functorch.get_interpreter_stack() or ())

@@ -169,7 +169,9 @@ class Explanation:
 
 def _passed_over(name: str, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:
     """Why ``"auto"`` goes on to the next backend although this one runs the problem; None where it does not. A configured order is kept."""
-    if name != "cpu" or config.order:
+    if (
+        name != "cpu" or config.order or torch.compiler.is_compiling()
+    ):  # nor under a compiler, which would compile for each side of it
         return None
     products = spec.batch * spec.q_heads * spec.q_len * spec.kv_len * spec.head_dim
     if products >= LEAST_CPU_PRODUCTS or needs_dense_mask(spec):

@@ -7,6 +7,7 @@ from torch import Tensor
 from flashlib.config import FlashAttentionConfig
 from flashlib.packing import sequences_of
 from flashlib.spec import AttentionSpec
+from flashlib.values import transforms
 
 __all__ = ["Backend", "BackendUnavailableError"]
 
@@ -22,6 +23,7 @@ class Backend:
         name: as in ``attention(..., backend=name)``.
         makes_dense_mask: whether a fused kernel is given any other mask than causal as a matrix of Sq x Sk booleans.
         forward_mode: whether tangents go through it (``torch.func.jvp``, ``jacfwd``, ``torch.autograd.forward_ad``).
+        second_derivative: whether a derivative can be differentiated again, in either mode.
         repeats_packs: whether a packed sequence that begins where a tile begins gives the same bits whatever else is in the pack.
         has_sinks: whether it takes sinks itself. Into the results of others they are merged, which takes the LSE.
         repeats_gradients: whether the same call gives the same gradients, bit by bit (for flash_attn: under its own setting).
@@ -31,6 +33,7 @@ class Backend:
     makes_dense_mask: bool = False
     repeats_gradients: bool = True
     forward_mode: bool = True
+    second_derivative: bool = False
     has_sinks: bool = False
     repeats_packs: bool = False
 
@@ -45,6 +48,10 @@ class Backend:
     def _beyond(self, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:
         if spec.has_tangents and not self.forward_mode:
             return "has no forward-mode derivative, and an input carries a tangent"
+        if spec.has_tangents and not self.second_derivative and transforms("Jvp") > 1:
+            return "has no second derivative, and one tangent is pushed forward inside another"
+        if spec.dropout_p and not self.second_derivative and transforms("Vmap"):
+            return "drops pairs by their place in the batch, which vmap hides from it"
         if config.packing == "aligned" and not self.repeats_packs and sequences_of(spec.mask) is not None:
             return "promises no bits, and packing='aligned' is about bits"
         return None

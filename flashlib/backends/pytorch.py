@@ -16,6 +16,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     has_sinks = True
+    second_derivative = True
 
     def unsupported(self, spec, config):
         return None

@@ -137,6 +137,7 @@ class SDPAMath(_SDPA):
 
     name = "torch_sdpa_math"
     forward_mode = True
+    second_derivative = True
     kernel = SDPBackend.MATH
     makes_dense_mask = False  # its scores are a matrix of that size anyway
     repeats_gradients = True

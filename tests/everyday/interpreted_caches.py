@@ -111,7 +111,8 @@ def check_appending(seed: int) -> None:
         options |= {"rotary_cos": torch.rand(CAPACITY, 4), "rotary_sin": torch.rand(CAPACITY, 4)}
     q = tensor(BATCH, rng.choice((1, 3)), 4)
     sound = [x.clone() for x in caches]
-    expected = flash_attn_with_kvcache(q, *sound, cache_seqlens=lengths, **where, **options)
+    with use_config(FlashAttentionConfig(backend="triton")):
+        expected = flash_attn_with_kvcache(q, *sound, cache_seqlens=lengths, **where, **options)
     untouched = Pages(*caches, where["block_table"] if paged else where["cache_batch_idx"][:, None])
     page, slot, _ = untouched.places(torch.tensor([[BAD]]), lengths[BAD] + torch.arange(new)[None])
     for now, old in zip(sound, caches, strict=True):

@@ -433,7 +433,7 @@ def test_a_run_interrupted_anywhere_any_number_of_times_gives_the_same_table(tmp
     while outcome.exit_code == 130:
         stopped += 1
         run = tmp_path / "parts_run.jsonl"
-        if rng.random() < 0.5:  # killed in the middle of a line
+        if rng.random() < 0.5 and run.read_bytes().count(b"\n") > 1:  # killed in the middle of a line behind the first
             run.write_bytes(run.read_bytes()[: -rng.randrange(1, 30)])
         outcome = in_shell(*arguments, "--out", out, "--resume")
         assert stopped < 100

@@ -55,7 +55,7 @@ def test_only_out_unless_more_is_asked_for(rng):
         problem = Packed.draw(rng, alibi=False, alike=alike)
         k, v, table = problem.paged()
         out = flash_attn_varlen_func(problem.q, k, v, *problem.lengths(), **problem.options, block_table=table)
-        assert torch.equal(out, problem.run(in_pages=True)[0])
+        torch.testing.assert_close(out, problem.run(in_pages=True)[0])  # the LSE may take another backend
 
 
 @pytest.mark.parametrize("alike", [False, True])

@@ -260,7 +260,7 @@ def test_a_model_by_phase_and_layer(model, implementation) -> None:
         model.set_attn_implementation("sdpa")
     name = model.config._attn_implementation
     before = ALL_ATTENTION_FUNCTIONS[name]
-    tokens = torch.randint(0, 50, (2, 9))
+    tokens = torch.randint(1, 50, (2, 9))  # 0 is padding
     with torch.no_grad():
         expected = model.generate(tokens, max_new_tokens=5, do_sample=False, pad_token_id=0)
         with profile(model) as seen:

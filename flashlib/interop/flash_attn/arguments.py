@@ -9,6 +9,7 @@ from numbers import Real
 
 from torch import SymInt, Tensor
 
+from flashlib.masks import NO_LIMIT
 from flashlib.spec import DTYPES
 
 __all__ = ["Options", "check_alike", "check_tensors", "flag", "number", "whole"]
@@ -42,7 +43,8 @@ class Options:
         if self.causal:
             right = 0
         # flash_attn says "no limit" and "no softcap" by any number below 0.
-        object.__setattr__(self, "window_size", tuple(None if width < 0 else width for width in (left, right)))
+        limits = (None if width < 0 or width >= NO_LIMIT else width for width in (left, right))
+        object.__setattr__(self, "window_size", tuple(limits))
         object.__setattr__(self, "softcap", 0.0 if number("softcap", self.softcap) < 0 else self.softcap)
         if self.softmax_scale is not None and not 0 < number("softmax_scale", self.softmax_scale) < math.inf:
             raise ValueError(f"softmax_scale must be above 0 and finite, or None; got {self.softmax_scale}")

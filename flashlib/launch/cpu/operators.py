@@ -92,7 +92,9 @@ def _run_split(problem: Problem, out: Tensor, lse: Tensor, split: int, lib: Libr
     problem.out, problem.out_at, problem.lse = out.data_ptr(), _strides(out), lse.data_ptr()
     if split and problem.kv_len > split:
         problem.split, splits = split, -(-problem.kv_len // split)
-        partial = [torch.empty(splits, *shape, dtype=torch.float32) for shape in (out.shape, lse.shape)]
+        partial = [
+            torch.empty(splits, *shape, dtype=torch.float32, device=out.device) for shape in (out.shape, lse.shape)
+        ]
         problem.partial_out, problem.partial_lse = (x.data_ptr() for x in partial)
     lib.forward(problem)
 
@@ -102,7 +104,7 @@ def run_backward(
     lib: Library,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``(dq, dk, dv)``, shaped and typed like q, k, v, by one variant of the library."""
-    gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     q, k, v, out, grad_out = (_readable(x) for x in (q, k, v, out, grad_out))
     lse = lse.contiguous()
     problem = _problem(q, k, v, options)
@@ -115,7 +117,7 @@ def run_backward(
     pairs, kv_len = k.shape[0] * k.shape[1], k.shape[2]
     problem.parts = max(1, min(-(-BACKWARD_UNITS // pairs), kv_len // LEAST_PART))
     sums = 0 if problem.parts == 1 and q.dtype == torch.float32 else problem.parts * q.numel()
-    workspace = torch.empty(-(-lse.numel() // 16) * 16 + sums, dtype=torch.float32)
+    workspace = torch.empty(-(-lse.numel() // 16) * 16 + sums, dtype=torch.float32, device=q.device)
     problem.workspace = workspace.data_ptr()
     lib.backward(problem)
     return gradients

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import decode_checks, device_checks, packed_graphs, serving_checks, varlen_checks
+from gpu import decode_checks, device_checks, everyday_checks, serving_checks, varlen_checks
 
 from flashlib.kernels.launch import interpreting
 
@@ -65,9 +65,21 @@ def test_more_elements_than_32_bits_can_count(out, seed):
 
 
 def test_packed_calls_are_replayed_with_other_lengths(out, seed):
-    rows = packed_graphs.graphs(out, seed).rows
-    assert len(rows) == 6
+    rows = everyday_checks.graphs(out, seed).rows
+    assert len(rows) == 7
     assert not [row for row in rows if row["differ"]]
+
+
+def test_every_way_of_use_works_or_is_refused(out):
+    """The record of docs/everyday.md."""
+    assert not [row for row in everyday_checks.ways(out).rows if row["outcome"] == "FAILS"]
+
+
+@pytest.mark.parametrize("check", [everyday_checks.packs, everyday_checks.dropout])
+def test_packs_to_the_bit_and_dropout(check, out, seed):
+    (row,) = check(COUNT, seed, WORKERS, out).rows
+    assert not row["failed"]
+    assert row["run"] == COUNT
 
 
 def test_cuda_graphs_replay_forward_and_backward_on_fresh_inputs(out, seed):

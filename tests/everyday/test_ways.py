@@ -3,6 +3,8 @@
 import pytest
 from everyday.table import BEGIN, END, PAGE, record, tables, tried
 
+from flashlib.backends import BACKENDS
+
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
@@ -23,5 +25,10 @@ def test_what_was_recorded_on_a_gpu_did_not_fail():
 
 def test_the_page_says_what_happens(rows):
     """`python tests/everyday/table.py --write` writes it anew; a record that is no longer of this code says so in its caption."""
+    for backend in ("cpu", "triton"):
+        if backend not in {row["subject"] for row in rows}:
+            pytest.skip(
+                f"the page has a column for {backend}, which this machine cannot run: {BACKENDS[backend].missing()}"
+            )
     written = PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
     assert written == tables(rows, record())

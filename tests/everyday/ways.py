@@ -180,6 +180,12 @@ def within_budget(subject: Subject, out: Tensor, inputs: tuple[Tensor, ...]) -> 
     assert_within_budget(subject.heads_first(out), q, k, v, **options)
 
 
+def naive(subject: Subject, *inputs: Tensor) -> Tensor:
+    """What the subject computes, by the formula, as ``[B, H, S, D]``."""
+    q, k, v, options = subject.problem(*inputs)
+    return attention(q, k, v, **options, backend="reference")
+
+
 def close(one: Tensor, other: Tensor, subject: Subject) -> None:
     """The same but for roundings, of which a square of a gradient has many."""
     tolerance = 1e-3 if subject.dtypes[0] == torch.float32 else 5e-2
@@ -207,11 +213,7 @@ def backward(subject: Subject, device: str) -> None:
     inputs = subject.inputs(device, subject.dtypes[0])
     found = gradients(subject.call, inputs)
 
-    def naive(*given: Tensor) -> Tensor:
-        q, k, v, options = subject.problem(*given)
-        return attention(q, k, v, **options, backend="reference")
-
-    for one, other in zip(found, gradients(naive, inputs), strict=True):
+    for one, other in zip(found, gradients(partial(naive, subject), inputs), strict=True):
         close(one, other, subject)
 
 
@@ -283,27 +285,23 @@ def jvp(subject: Subject, device: str) -> None:
     def call(*given: Tensor) -> Tensor:
         return subject.heads_first(subject.call(*given, *inputs[count:]))
 
-    def naive(*given: Tensor) -> Tensor:
-        q, k, v, options = subject.problem(*given, *inputs[count:])
-        return attention(q, k, v, **options, backend="reference")
-
-    exact = torch.func.jvp(naive, tuple(x.double() for x in inputs[:count]), tuple(x.double() for x in tangents))[1]
+    exact = torch.func.jvp(
+        lambda *given: naive(subject, *given, *inputs[count:]),
+        tuple(x.double() for x in inputs[:count]),
+        tuple(x.double() for x in tangents),
+    )[1]
     close(torch.func.jvp(call, inputs[:count], tangents)[1], exact, subject)
 
 
 def second_derivative(subject: Subject, device: str) -> None:
     inputs = subject.inputs(device, subject.dtypes[0])
 
-    def naive(*given: Tensor) -> Tensor:
-        q, k, v, options = subject.problem(*given)
-        return attention(q, k, v, **options, backend="reference")
-
     def twice(call: Callable[..., Tensor]) -> Tensor:
         leaves = floating(inputs)
         (first,) = torch.autograd.grad(call(*leaves).square().sum(), leaves[:1], create_graph=True)
         return torch.autograd.grad(first.square().sum(), leaves[:1])[0]
 
-    close(twice(subject.call), twice(naive), subject)
+    close(twice(subject.call), twice(partial(naive, subject)), subject)
 
 
 def checkpointed(subject: Subject, device: str) -> None:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+from device_checks import _captured
 from everyday.packs import ALIGNED, PackSet, check_pack
 from everyday.ways import subjects_here, try_all
 from feature_sets import FeatureSet
@@ -194,12 +195,6 @@ def graphs(out: Path, seed: int, replays: int = 4) -> Record:
         note = "Packed calls in a CUDA graph, replayed with other lengths, against the same calls without it, bitwise."
         save_record(record := new_record("everyday_graphs", rows, CHECKED_ON, note, seed=seed), out)
     return record
-
-
-def _captured(call: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], object]]:
-    from device_checks import _captured
-
-    return _captured(call)
 
 
 def ways(out: Path) -> Record:

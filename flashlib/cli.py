@@ -106,7 +106,7 @@ def inspect(
     """Compile our kernels for a GPU that need not be here: registers, spills, shared memory, tensor cores, PTX and SASS."""
     import torch
 
-    from flashlib.kernels import inspect as kernels
+    from flashlib.launch import inspect as kernels
 
     try:
         options = {"causal": causal, "intervals": intervals, "softcap": softcap, "alibi": alibi}

@@ -4,7 +4,7 @@ An engine computes a forward and a backward pass from tensors and plain numbers.
 
 * in eager mode one ``torch.autograd.Function``, which knows backward, forward mode (where the engine does), and ``vmap``: the mapped dimension
   becomes part of the batch;
-* under a tracer, or for tensors without data, one operator (:mod:`flashlib.operators`), which a graph can hold and which says the shapes of its results.
+* under a tracer, or for tensors without data, one operator (:mod:`flashlib.launch.operators`), which a graph can hold and which says the shapes of its results.
 
 A second derivative is refused in plain words where somebody asks for it, and not before: ``create_graph=True`` alone is no reason.
 """
@@ -80,22 +80,22 @@ class TritonEngine:
         return cls(precision, autotune)
 
     def forward(self, q, k, v, spec):
-        from flashlib.kernels.run import launch_forward
+        from flashlib.launch.run import launch_forward
 
         return launch_forward(q, k, v, self._options(spec))
 
     def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
-        from flashlib.kernels.run import launch_backward
+        from flashlib.launch.run import launch_backward
 
         return launch_backward(q, k, v, out, lse, grad_out, grad_lse, self._options(spec))
 
     def empty_results(self, q, v, spec):
-        from flashlib.kernels.launch import empty_results
+        from flashlib.launch.options import empty_results
 
         return empty_results(q, v)
 
     def _options(self, spec):
-        from flashlib.kernels.launch import KernelOptions
+        from flashlib.launch.options import KernelOptions
 
         return KernelOptions.from_spec(spec, self.precision, self.autotune)
 
@@ -112,20 +112,20 @@ class CPUEngine:
         return cls()
 
     def forward(self, q, k, v, spec):
-        from flashlib.kernels.launch import KernelOptions
         from flashlib.launch.cpu import operators
+        from flashlib.launch.options import KernelOptions
 
         return operators.run_forward(q, k, v, KernelOptions.from_spec(spec), operators.library())
 
     def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
-        from flashlib.kernels.launch import KernelOptions
         from flashlib.launch.cpu import operators
+        from flashlib.launch.options import KernelOptions
 
         options = KernelOptions.from_spec(spec)
         return operators.run_backward(q, k, v, out, lse, grad_out, grad_lse, options, operators.library())
 
     def empty_results(self, q, v, spec):
-        from flashlib.kernels.launch import empty_results
+        from flashlib.launch.options import empty_results
 
         return empty_results(q, v)
 
@@ -148,7 +148,7 @@ def run_engine(engine: Engine, q: Tensor, k: Tensor, v: Tensor, spec: AttentionS
                 raise NotImplementedError(
                     f"a forward-mode derivative cannot be traced through {_name(engine)} attention; {_FORWARD_MODE}"
                 )
-            from flashlib.operators import attention_forward  # registering operators imports PyTorch's compiler
+            from flashlib.launch.operators import attention_forward  # registering operators imports PyTorch's compiler
 
             return attention_forward(q, k, v, *numbers, str(engine))
         return _Attention.apply(q, k, v, engine, *numbers)

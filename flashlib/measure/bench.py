@@ -69,7 +69,8 @@ CPU_CLOCKS = {
 MEMORY_NOTES = (
     "Peak memory of one forward and backward, beyond q, k, v and the gradient of out, as the allocator counts it."
 )
-DECODING = ("combine", "decode", "decode_launch")  # modules of flashlib.kernels that only decoding uses
+# What only decoding runs.
+DECODING = ("kernels/combine.py", "kernels/decode.py", "launch/decode.py")
 Report = Callable[[Case, list[dict]], None]
 
 
@@ -235,9 +236,9 @@ def sources_of(plan: Plan) -> list[str]:
 
 def kernel_sources() -> list[str]:
     """Files that decide how fast our attention is, as :func:`flashlib.measure.record.sources_hash` takes them."""
-    others = ("__init__", "inspect", *DECODING)
-    kernels = [path for path in (PACKAGE / "kernels").glob("*.py") if path.stem not in others]
-    return sorted(str(path.relative_to(PACKAGE)) for path in [*kernels, PACKAGE / "backends" / "triton.py"])
+    others = {"kernels/__init__.py", "launch/__init__.py", "launch/inspect.py", *DECODING}
+    found = [path.relative_to(PACKAGE) for room in ("kernels", "launch") for path in (PACKAGE / room).glob("*.py")]
+    return sorted({*map(Path.as_posix, found), "backends/triton.py"} - others)
 
 
 def cpu_sources(*, decoding: bool = False) -> list[str]:
@@ -249,7 +250,8 @@ def cpu_sources(*, decoding: bool = False) -> list[str]:
 
 def decode_sources() -> list[str]:
     """The same for decoding."""
-    return sorted([*(f"kernels/{name}.py" for name in (*DECODING, "common", "launch", "tiles")), "inference/decode.py"])
+    shared = ("kernels/common.py", "launch/options.py", "launch/start.py", "launch/tiles.py")
+    return sorted([*DECODING, *shared, "inference/decode.py"])
 
 
 def ceilings(device: str) -> dict[str, float]:

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from flashlib.kernels.launch import Launch
+from flashlib.launch.start import Launch
 from flashlib.measure.record import Record, save_record
 
 PROBLEMS_IN_A_SET = 10

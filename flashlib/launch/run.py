@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashlib.kernels.hopper_launch import (
+from flashlib.launch.hopper import (
     hopper_backward_runs,
     hopper_dkdv_launches,
     hopper_dq_launches,
     hopper_launches,
     hopper_runs,
 )
-from flashlib.kernels.launch import (
-    BackwardTensors,
-    KernelOptions,
-    Launch,
-    aligned,
-    backward_launches,
-    dkdv_launches,
-    dq_launches,
-    empty_results,
-    forward_launch,
-)
-from flashlib.kernels.tiles import TileConfig
+from flashlib.launch.options import KernelOptions, aligned, empty_results
+from flashlib.launch.plain import BackwardTensors, backward_launches, dkdv_launches, dq_launches, forward_launch
+from flashlib.launch.start import Launch
+from flashlib.launch.tiles import TileConfig
 
 __all__ = ["launch_backward", "launch_forward"]
 

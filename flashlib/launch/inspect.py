@@ -21,15 +21,11 @@ from pathlib import Path
 
 import torch
 
-from flashlib.kernels.hopper_launch import hopper_dkdv_launches, hopper_dq_launches, hopper_launches
-from flashlib.kernels.launch import (
-    KernelOptions,
-    Launch,
-    backward_launches,
-    forward_launch,
-    interpreting,
-)
-from flashlib.kernels.tiles import HopperTiles, TileConfig, tile_config
+from flashlib.launch.hopper import hopper_dkdv_launches, hopper_dq_launches, hopper_launches
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import backward_launches, forward_launch
+from flashlib.launch.start import Launch, interpreting
+from flashlib.launch.tiles import HopperTiles, TileConfig, tile_config
 from flashlib.masks import Window
 from flashlib.spec import AttentionSpec
 

@@ -9,8 +9,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from flashlib.kernels.launch import Launch, blocks, checked_channels, padded, readable, strides
-from flashlib.kernels.tiles import TileConfig, capability_of, multiprocessors
+from flashlib.launch.options import blocks, checked_channels, padded, readable, strides
+from flashlib.launch.start import Launch
+from flashlib.launch.tiles import TileConfig, capability_of, multiprocessors
 
 __all__ = [
     "DECODE_TABLE",

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashlib.kernels.launch import (
+from flashlib.launch.options import (
     INTERVALS,
-    BackwardTensors,
     KernelOptions,
-    Launch,
     batch_stride,
     begins_at_16_bytes,
     blocks,
@@ -20,10 +18,11 @@ from flashlib.kernels.launch import (
     dropout_arguments,
     empty_results,
     padded,
-    row_ranges_launch,
     strides,
 )
-from flashlib.kernels.tiles import (
+from flashlib.launch.plain import BackwardTensors, row_ranges_launch
+from flashlib.launch.start import Launch
+from flashlib.launch.tiles import (
     HOPPER,
     HOPPER_BACKWARD,
     HOPPER_BACKWARD_ROOMY,

@@ -88,6 +88,11 @@ def seen_range(q_len: int, kv_len: int, options: KernelOptions) -> range:
     return range(first, last)
 
 
+def only_seen(x: Tensor, seen: range) -> Tensor:
+    """Of keys, or values, those in a range."""
+    return x if len(seen) == x.shape[2] else x[:, :, seen.start : seen.stop]
+
+
 def hopper_launches(
     q: Tensor, k: Tensor, v: Tensor, options: KernelOptions, *, tiles: HopperTiles | None = None
 ) -> tuple[list[Launch], Tensor, Tensor]:
@@ -102,7 +107,7 @@ def hopper_launches(
     seen = seen_range(q_len, k.shape[2], options)
     tiles = tiles or hopper_tiles(max(head_dim, v.shape[3]), keys_per_row(q_len, k.shape[2], options), options)
     offset = k.shape[2] - q_len - seen.start
-    k, v = (x[:, :, seen.start : seen.stop] for x in (k, v))
+    k, v = (only_seen(x, seen) for x in (k, v))
     out, lse = empty_results(q, v)
     arguments = options.arguments(q, k, v)
     for name in ("head_dim", "CHECK_D", "PRECISION", "p_offsets", "stride_offset", *dropout_arguments(0.0, None)):
@@ -263,7 +268,7 @@ def hopper_dq_launches(
         tensors.dq.zero_()
         return []
     offset = tensors.k.shape[2] - q_len - seen.start
-    k, v = (x[:, :, seen.start : seen.stop] for x in (tensors.k, tensors.v))
+    k, v = (only_seen(x, seen) for x in (tensors.k, tensors.v))
     shared = options.arguments(q, k, v)
     block_d, block_dv = (max(64, shared[name]) for name in ("BLOCK_D", "BLOCK_DV"))
     launches, prepared = [], NOTHING_PREPARED

@@ -84,7 +84,7 @@ def attention(
         }
         scores = {"scale": scale, "softcap": softcap, "sinks": sinks}
         return nested_attention(
-            q, k, v, **inside, **scores, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend
+            attention, q, k, v, **inside, **scores, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend
         )
     q, k, v = autocast_inputs(q, k, v)
     spec = AttentionSpec.from_tensors(

@@ -25,9 +25,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Say what this machine has: processor, GPUs, packages, which attention backends run and why not, weights."""
+    from flashlib.course.weights import find_weights
     from flashlib.doctor import examine, print_report
 
-    report = examine()
+    report = examine(find_weights())
     if as_json:
         typer.echo(report.to_json())
     else:

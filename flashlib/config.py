@@ -37,9 +37,21 @@ __all__ = [
     "use_config",
 ]
 
+# Every backend there is; :data:`flashlib.backends.BACKENDS` has an object for each.
+BACKEND_NAMES = (
+    *("reference", "tiled", "torch_sdpa_math", "torch_sdpa_efficient", "torch_sdpa_flash", "torch_sdpa_cudnn"),
+    *("cpu", "triton", "flash_attn_2", "flash_attn_3"),
+)
 INJECTION_MODES = ("blend", "gate")
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
 AUTOTUNE = ("unknown", "always", "never")
+
+
+def check_name(argument: str, name: str) -> str:
+    """Return ``name`` if there is such a backend; else ValueError naming ``argument`` and the backends there are."""
+    if name not in BACKEND_NAMES:
+        raise ValueError(f"{argument}: there is no backend {name!r}; backends are {', '.join(BACKEND_NAMES)}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -155,8 +167,6 @@ class FlashAttentionConfig:
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self):
-        from flashlib.backends import check_name
-
         if self.packing not in PACKINGS:
             raise ValueError(f"packing must be one of {', '.join(PACKINGS)}; got {self.packing!r}")
         if self.backend != "auto":

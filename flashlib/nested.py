@@ -5,6 +5,9 @@ As PyTorch's SDPA takes them, q, k and v are ``[B, H, j, D]``, made by transposi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,7 @@ def is_nested(*tensors: Tensor) -> bool:
 
 
 def nested_attention(
+    attention: Callable[..., Any],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -37,6 +41,7 @@ def nested_attention(
     """:func:`flashlib.attention` inside each sequence; arguments as there.
 
     Args:
+        attention: that function, for one pack.
         q: jagged ``[B, Hq, j, D]``. k, v: jagged ``[B, Hkv, j', D]`` and ``[B, Hkv, j', Dv]``: sequences of k and v may be longer or shorter than
             those of q, and are one another's.
         mask: causal attention and windows, aligned bottom-right in each sequence; None for all of it.
@@ -45,8 +50,6 @@ def nested_attention(
     Returns:
         out, jagged ``[B, Hq, j, Dv]``, with the offsets of q. With ``return_lse`` also lse, jagged ``[B, Hq, j]``.
     """
-    from flashlib.attention import attention
-
     (q, q_ends), (k, k_ends), (v, v_ends) = (_packed(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     differ = k_ends is not v_ends and k_ends.shape != v_ends.shape
     if differ or (k_ends is not v_ends and may_read(k_ends, v_ends) and not torch.equal(k_ends, v_ends)):

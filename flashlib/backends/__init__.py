@@ -10,15 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from tabulate import tabulate
 
 from flashlib.backends.base import Backend, BackendUnavailableError
 from flashlib.backends.cpu import CPUBackend
+from flashlib.backends.explanation import Explanation
 from flashlib.backends.flash_attn import FlashAttention2, FlashAttention3
 from flashlib.backends.pytorch import ReferenceBackend, TiledBackend
 from flashlib.backends.torch_sdpa import SDPACudnn, SDPAEfficient, SDPAFlash, SDPAMath, needs_dense_mask
 from flashlib.backends.triton import TritonBackend
-from flashlib.config import FlashAttentionConfig, current_config
+from flashlib.config import FlashAttentionConfig, check_name, current_config
 from flashlib.spec import AttentionSpec
 
 __all__ = [
@@ -80,13 +80,6 @@ PREFERENCES: tuple[Preference, ...] = (
 LEAST_CPU_PRODUCTS = 2**18
 
 
-def check_name(argument: str, name: str) -> str:
-    """Return ``name`` if there is such a backend; else ValueError naming ``argument`` and the backends there are."""
-    if name not in BACKENDS:
-        raise ValueError(f"{argument}: there is no backend {name!r}; backends are {', '.join(BACKENDS)}")
-    return name
-
-
 def available() -> dict[str, str | None]:
     """Every backend by name: None if this machine has what it needs, else what is missing."""
     return {name: backend.missing() for name, backend in BACKENDS.items()}
@@ -137,34 +130,6 @@ def explain(spec: AttentionSpec, config: FlashAttentionConfig | None = None) -> 
             chosen = name
         rows.append((name, obstacle is None, obstacle or passed_over or reasons[name]))
     return Explanation(tuple(rows), chosen)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The order of choice for one problem. Print it, or end a notebook cell with it.
-
-    Attributes:
-        rows: ``(backend, runs, reason)``: why it stands where it stands if it runs, else what stands against it.
-        chosen: the backend that ``"auto"`` picks; None if no backend runs the problem.
-    """
-
-    rows: tuple[tuple[str, bool, str], ...]
-    chosen: str | None
-
-    def _table(self, style: str) -> str:
-        marks = [
-            ("->" if name == self.chosen else "", name, "yes" if runs else "no", reason)
-            for name, runs, reason in self.rows
-        ]
-        return tabulate(marks, headers=("", "backend", "runs", "why, or why not"), tablefmt=style)
-
-    def __str__(self) -> str:
-        return self._table("simple")
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self._table("html")
 
 
 def _passed_over(name: str, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:

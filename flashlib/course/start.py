@@ -62,9 +62,10 @@ def course_map(folder: str | Path = ".") -> Table:
 
 def machine_table() -> Table:
     """This machine in a few lines. `flashlib doctor`, in a terminal, tells more."""
+    from flashlib.course.weights import find_weights
     from flashlib.doctor import examine
 
-    found = examine()
+    found = examine(find_weights())
     gpus = ", ".join(f"{gpu.name} ({format_bytes(gpu.memory)})" for gpu in found.gpus)
     runs = [name for name, missing in found.backends.items() if missing is None]
     rows = [

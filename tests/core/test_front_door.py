@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import flashlib
 from flashlib import AttentionSpec, BackendUnavailableError, FlashAttentionConfig, attention, explain, masks, use_config
 from flashlib.backends import BACKENDS, PREFERENCES, available, choose, order_of_choice
-from flashlib.config import current_config
+from flashlib.config import BACKEND_NAMES, current_config
 from flashlib.reference import assert_within_budget, check, check_gradients, error_budget, naive_attention, oracle
 
 CPU_BACKENDS = [name for name, missing in available().items() if missing is None]
@@ -71,10 +71,14 @@ BAD = [
 
 @pytest.mark.parametrize("tensors, options, error, message", BAD, ids=range(len(BAD)))
 def test_bad_input_is_named(tensors, options, error, message):
-    for call in (attention, naive_attention, AttentionSpec.from_tensors, flashlib.tiled.tiled_attention):
+    for call in (attention, naive_attention, AttentionSpec.from_tensors, flashlib.backends.pytorch.tiled_attention):
         with pytest.raises(error) as caught:
             call(*tensors, **options)
         assert message in str(caught.value)
+
+
+def test_the_configuration_knows_every_backend():
+    assert tuple(BACKENDS) == BACKEND_NAMES
 
 
 def test_bad_backend_and_config_are_named():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from flashlib.backends.pytorch import tiled_attention
 from flashlib.course.meter import MADE_INSIDE, TrafficMeter
 from flashlib.reference import naive_attention
-from flashlib.tiled import tiled_attention
 
 f4 = 4
 

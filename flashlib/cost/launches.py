@@ -62,6 +62,18 @@ class Launch:
         return sum(tiles * count * times for programs, times in self.parts for tiles, count in programs)
 
     @property
+    def memory_written(self) -> float:
+        """Of :attr:`memory`, what the kernel writes. When it ends, up to all that the cache holds of it still lies there. Partial results
+        that the same kernel reads again never leave the cache."""
+        inside = self.work.written.get("partial", 0) if "partial" in self.work.read else 0
+        return sum(self.work.written.values()) - inside
+
+    @property
+    def memory_read(self) -> float:
+        """Of :attr:`memory`, what the kernel reads."""
+        return self.memory - self.memory_written
+
+    @property
     def program_count(self) -> int:
         return sum(count * times for programs, times in self.parts for _, count in programs)
 

@@ -68,12 +68,14 @@ test-gpu: install ## Check the kernels on this machine's GPU and write what came
 sanitize-gpu: install ## Run the kernels under compute-sanitizer (from the CUDA toolkit): memory errors, races, barriers
 	$(BIN)/python tests/gpu/sanitize.py --out $(GPU_RESULTS) --compilers $(shell nproc 2>/dev/null || echo 4)
 
-lint: install ## Check style and formatting, and that imports run downwards
+lint: install ## Check style and formatting, that imports run downwards, and types
 	@echo "== Style: ruff"
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	@echo "== Imports: import-linter"
 	$(BIN)/lint-imports
+	@echo "== Types: mypy"
+	$(BIN)/mypy
 
 # Each worker computes on one thread: on two cores, the threads of two workers would spend their time waiting for one another.
 unit: install ## Run all tests but the notebooks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,7 +73,7 @@ def bench(
             out, record = Path(what).parent, load_record(Path(what).stem, Path(what).parent)
         else:
             names = [name for name in peers.split(",") if name]
-            options = {"topic": topic, "seconds": seconds, "limit_s": limit, "seed": seed}
+            options: dict[str, Any] = {"topic": topic, "seconds": seconds, "limit_s": limit, "seed": seed}
             chosen = plan(what, peers=names, device=device, tutorial=tutorial, **options)
             if compilers:
                 compile_ahead(chosen, compilers)
@@ -110,7 +110,7 @@ def inspect(
     from flashlib.launch import inspect as kernels
 
     try:
-        options = {"causal": causal, "intervals": intervals, "softcap": softcap, "alibi": alibi}
+        options: dict[str, Any] = {"causal": causal, "intervals": intervals, "softcap": softcap, "alibi": alibi}
         band = None if window is None else (window, None)
         element = getattr(torch, dtype, None)
         if not isinstance(element, torch.dtype):

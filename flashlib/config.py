@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import dacite
 import yaml
@@ -25,6 +26,7 @@ from torch.utils import checkpoint
 
 from flashlib.packing import PACKINGS
 from flashlib.tiled import Tiling
+from flashlib.values import constant_when_traced
 
 __all__ = [
     "FA2Config",
@@ -207,6 +209,7 @@ _current: ContextVar[FlashAttentionConfig | None] = ContextVar("flashlib_config"
 _entered: list[FlashAttentionConfig] = []  # by any thread, the newest last
 
 
+@constant_when_traced
 def current_config() -> FlashAttentionConfig:
     """The configuration in force: that of the innermost :func:`use_config`, or the defaults.
 
@@ -220,10 +223,6 @@ def current_config() -> FlashAttentionConfig:
 def _defaults() -> FlashAttentionConfig:
     """One and the same: who calls under the defaults is known by it again (:mod:`flashlib.routes`)."""
     return FlashAttentionConfig()
-
-
-# What torch.compiler.assume_constant_result does to a function, without importing the compiler for it: half a second and more.
-current_config._dynamo_marked_constant = True
 
 
 @contextlib.contextmanager
@@ -252,7 +251,7 @@ def _carry_through_checkpoints() -> None:
     """
     reentrant, generator = checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator
 
-    class CheckpointFunction(reentrant):
+    class CheckpointFunction(reentrant):  # type: ignore[valid-type, misc]
         @staticmethod
         def forward(ctx, run_function, *arguments):
             return reentrant.forward(ctx, _carrying(run_function), *arguments)
@@ -261,8 +260,9 @@ def _carry_through_checkpoints() -> None:
     def without_reentrant(function, *arguments, **options):
         return generator(_carrying(function), *arguments, **options)
 
-    checkpoint.CheckpointFunction = CheckpointFunction
-    checkpoint._checkpoint_without_reentrant_generator = without_reentrant
+    module: Any = checkpoint
+    module.CheckpointFunction = CheckpointFunction
+    module._checkpoint_without_reentrant_generator = without_reentrant
 
 
 def _carrying(function: Callable) -> Callable:

@@ -73,9 +73,9 @@ def nested_attention(
     return _jagged(result[0], q_ends), _jagged(result[1], q_ends)
 
 
-def _packed(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+def _packed(name: str, x: Any) -> tuple[Tensor, Tensor]:
     """``[total, H, D]`` and the offsets ``[B + 1]`` of a jagged tensor ``[B, H, j, D]``."""
-    if not isinstance(x, Tensor) or not x.is_nested:
+    if not is_nested(x):
         came = "a dense tensor" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"q, k and v must all be jagged nested tensors or none of them; {name} is {came}")
     if x.layout is not torch.jagged:
@@ -87,7 +87,7 @@ def _packed(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     return x.values(), x.offsets()
 
 
-def _shape(x: Tensor) -> str:
+def _shape(x: Any) -> str:
     return f"[{', '.join('j' if at == x._ragged_idx else str(int(size)) for at, size in enumerate(x.shape))}]"
 
 

@@ -87,7 +87,7 @@ def _nothing_between() -> bool:
 
 def find_route(key: tuple | None) -> Route | None:
     """The route of a class of calls, if one was kept."""
-    return _routes.get(key)
+    return None if key is None else _routes.get(key)
 
 
 def keep_route(key: tuple, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, config: FlashAttentionConfig, returns_lse: bool) -> None:  # fmt: skip
@@ -127,7 +127,8 @@ class Route:
         if self.needs_grad:
             return _apply(self, *tensors)
         if self.returns_lse:
-            return tuple(self.plan.run(tensors))
+            out, lse = self.plan.run(tensors)
+            return out, lse
         return self.plan.run_first(tensors)
 
     def gradients(self, q, k, v, out, lse, grad_out, grad_lse, slopes: list[Tensor]) -> list[Tensor]:
@@ -142,7 +143,7 @@ class Route:
             plan = plan_for(best_backward_launches, tensors, options)
             if plan is not None and len(self.backward) < MOST_PLANS:
                 self.backward[at] = plan
-        return launch_backward(q, k, v, out, lse, grad_out, grad_lse, options)
+        return [*launch_backward(q, k, v, out, lse, grad_out, grad_lse, options)]
 
 
 class _Planned(torch.autograd.Function):

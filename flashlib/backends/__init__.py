@@ -20,6 +20,7 @@ from flashlib.backends.torch_sdpa import SDPACudnn, SDPAEfficient, SDPAFlash, SD
 from flashlib.backends.triton import TritonBackend
 from flashlib.config import FlashAttentionConfig, check_name, current_config
 from flashlib.spec import AttentionSpec
+from flashlib.values import constant_when_traced
 
 __all__ = [
     "BACKENDS",
@@ -166,6 +167,7 @@ def order_of_choice(config: FlashAttentionConfig, device: torch.device) -> list[
     return names
 
 
+@constant_when_traced
 def config_for(device: str, *, packed: bool, repeatable: bool) -> FlashAttentionConfig:
     """The configuration in force, narrowed for a kind of call.
 
@@ -179,7 +181,7 @@ def config_for(device: str, *, packed: bool, repeatable: bool) -> FlashAttention
     """
     config = current_config()
     if repeatable:
-        fa2, fa3 = (replace(settings, deterministic=True) for settings in (config.fa2, config.fa3))
+        fa2, fa3 = replace(config.fa2, deterministic=True), replace(config.fa3, deterministic=True)
         config = replace(config, fa2=fa2, fa3=fa3)
         if config.backend != "auto" and not BACKENDS[config.backend].repeats_gradients:
             raise BackendUnavailableError(
@@ -199,7 +201,3 @@ def config_for(device: str, *, packed: bool, repeatable: bool) -> FlashAttention
             )
         config = replace(config, order=allowed)
     return config
-
-
-# Run by the compiler's tracer instead of being traced, as current_config is: it makes no tensors.
-config_for._dynamo_marked_constant = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,13 @@ def tiled_attention(
     """
     tiling = Tiling(block_q, block_k, loop_order)
     q, k, v = autocast_inputs(q, k, v)
-    options = {"mask": mask, "causal": causal, "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    options: dict[str, Any] = {
+        "mask": mask,
+        "causal": causal,
+        "scale": scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+    }
     options |= {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
     spec = AttentionSpec.from_tensors(q, k, v, **options, return_lse=return_lse)
     out, lse = run_engine(TiledEngine(tiling), q, k, v, spec)

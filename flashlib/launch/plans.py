@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class Plan:
         launches = [launch for launch in launches if 0 not in launch.grid]
         self.names = [launch.name for launch in launches]
         self.packets = tuple(packets.packet(launch, places) for launch in launches)
-        self.start = packets.library().start
+        self.start = packets.needed().start
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Start the kernels on the current stream, and return the results.
@@ -98,7 +99,7 @@ class Plan:
         if self.scratch or self.counts:
             # Held until the packets are started: what the allocator gives out afterwards, this stream uses afterwards.
             scratch = torch.empty(self.scratch, dtype=torch.uint8, device=self.device) if self.scratch else None
-            addresses.append(scratch.data_ptr() if self.scratch else 0)
+            addresses.append(0 if scratch is None else scratch.data_ptr())
             if self.counts:
                 addresses.append(counters_of(self.device).take_on(stream, self.counts).data_ptr())
         self.start(self.packets, stream, tuple(addresses))
@@ -168,7 +169,7 @@ def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None
         return None
     more = options.tensors()
     key = (build, device.index, *map(form_of, tensors), options.key(), *map(form_of, more))
-    plan = _kept.plans.get(key, _kept)
+    plan: Any = _kept.plans.get(key, _kept)
     if plan is _kept:
         if any(x.data_ptr() % 16 for x in (*tensors, *more)):
             return None

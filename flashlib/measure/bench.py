@@ -15,7 +15,7 @@ import os
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,8 @@ MEMORY_NOTES = (
 )
 # What only decoding runs.
 DECODING = ("kernels/combine.py", "kernels/decode.py", "launch/decode.py")
-Report = Callable[[Case, list[dict]], None]
+AnyCase = Case | DecodeCase
+Report = Callable[[AnyCase, list[dict]], None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Plan:
     """
 
     topic: str
-    cases: list[Case] | list[DecodeCase]
+    cases: Sequence[AnyCase]
     peers: list[Peer]
     device: str
     memory: bool = False
@@ -168,7 +169,7 @@ def compile_ahead(plan: Plan, workers: int) -> None:
         pool.starmap(_compile_one, jobs, chunksize=1)
 
 
-def _compile_one(case: Case | DecodeCase, name: str, device: str, tutorial: Path | None) -> None:
+def _compile_one(case: AnyCase, name: str, device: str, tutorial: Path | None) -> None:
     (peer,) = decode_peers([name]) if isinstance(case, DecodeCase) else find_peers([name], tutorial)
     drawn = draw_inputs(case, torch.device(device), torch.Generator(device=device).manual_seed(0))[:1]
     _enter(peer, case, drawn, witness_of(case, drawn, random.Random(0)))
@@ -184,7 +185,7 @@ def run(plan: Plan, out: Path, report: Report = lambda case, rows: None) -> Reco
     Returns:
         the record. Its ``extra["complete"]`` is False as long as cases are missing.
     """
-    started, rows = time.monotonic(), []
+    started, rows = time.monotonic(), list[dict]()
     machine = {} if plan.memory else ceilings(plan.device)
     measure = _Memory(plan) if plan.memory else _Speed(plan)
     record = _record(plan, rows, machine, complete=False)
@@ -229,7 +230,7 @@ def sources_of(plan: Plan) -> list[str]:
         return cpu_sources(decoding=plan.decodes)
     if not plan.decodes:
         return kernel_sources()
-    if any(case.about_memory for case in plan.cases):
+    if any(isinstance(case, DecodeCase) and case.about_memory for case in plan.cases):
         return [*kernel_sources(), *decode_sources(), "inference/prefix.py", "inference/injection.py"]
     return decode_sources()
 
@@ -271,11 +272,11 @@ class _Speed:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.rng = plan, random.Random(plan.seed)
 
-    def __call__(self, case: Case) -> list[dict]:
+    def __call__(self, case: AnyCase) -> list[dict]:
         return race(case, self.plan.peers, device=self.plan.device, seconds=self.plan.seconds, rng=self.rng)
 
 
-def race(case: Case, peers: Iterable[Peer], *, device: str, seconds: float, rng: random.Random) -> list[dict]:
+def race(case: AnyCase, peers: Iterable[Peer], *, device: str, seconds: float, rng: random.Random) -> list[dict]:
     """Check and time all peers on one case: one row for each, with its figures or the reason why there are none.
 
     Columns: the case's own; ``peer``, ``peer_dtype``; ``ms``, ``p20_ms``, ``p80_ms``, ``rounds``, ``tflops``; ``error`` and
@@ -287,7 +288,7 @@ def race(case: Case, peers: Iterable[Peer], *, device: str, seconds: float, rng:
         _free(device)  # the graphs, and what autograd kept
 
 
-def _race(case: Case, peers: Iterable[Peer], device: torch.device, seconds: float, rng: random.Random) -> list[dict]:
+def _race(case: AnyCase, peers: Iterable[Peer], device: torch.device, seconds: float, rng: random.Random) -> list[dict]:
     drawn = draw_inputs(case, device, torch.Generator(device=device).manual_seed(rng.getrandbits(48)))
     witness = witness_of(case, drawn, rng)
     rows, contenders = [], {}
@@ -313,7 +314,7 @@ def _race(case: Case, peers: Iterable[Peer], device: torch.device, seconds: floa
 
 
 def _enter(
-    peer: Peer, case: Case | DecodeCase, drawn: list[Inputs], witness: Witness | DecodeWitness
+    peer: Peer, case: AnyCase, drawn: list[Inputs], witness: Witness | DecodeWitness
 ) -> tuple[Contender | None, str | None]:
     """The contender, or why there is none."""
     try:
@@ -339,7 +340,7 @@ def _failure(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:300]} ({Path(where.filename).name}:{where.lineno})"
 
 
-def _figures(case: Case, contender: Contender, timing: Timing) -> dict:
+def _figures(case: AnyCase, contender: Contender, timing: Timing) -> dict:
     median, low, high = (ms / contender.calls for ms in (timing.median_ms, timing.p20_ms, timing.p80_ms))
     figures = {
         "ms": median,
@@ -358,10 +359,10 @@ class _Memory:
         self.plan, self.rng = plan, random.Random(plan.seed)
         self.walls: dict[str, int] = {}
 
-    def __call__(self, case: Case) -> list[dict]:
+    def __call__(self, case: AnyCase) -> list[dict]:
         return [{**case.columns(), "peer": peer.name, **self._peak(peer, case)} for peer in self.plan.peers]
 
-    def _peak(self, peer: Peer, case: Case) -> dict:
+    def _peak(self, peer: Peer, case: AnyCase) -> dict:
         if peer.name in self.walls:
             return {"peak_bytes": None, "why_not": f"out of memory at length {self.walls[peer.name]}"}
         try:
@@ -373,7 +374,7 @@ class _Memory:
         finally:
             _free(self.plan.device)
 
-    def _measured(self, peer: Peer, case: Case) -> int:
+    def _measured(self, peer: Peer, case: AnyCase) -> int:
         device = torch.device(self.plan.device)
         generator = torch.Generator(device=device).manual_seed(self.rng.getrandbits(48))
         inputs = inputs_for(peer, case, draw_inputs(case, device, generator)[0])
@@ -440,7 +441,7 @@ def _counters_told(record: Record) -> Table:
     return table(rows, headers, notes=notes)
 
 
-def case_of(row: dict) -> Case | DecodeCase:
+def case_of(row: dict) -> AnyCase:
     """The case of a record's row."""
     return (DecodeCase if "cache" in row else Case).from_columns(row)
 
@@ -473,7 +474,7 @@ def main() -> None:
     print(summary(run_counters(chosen, out) if counters else run(chosen, out, report=_print_case)))
 
 
-def _print_case(case: Case, rows: list[dict]) -> None:
+def _print_case(case: AnyCase, rows: list[dict]) -> None:
     print(f"{case.label}: {told(rows)}", flush=True)
 
 

@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,6 +43,10 @@ PRESETS = {
     "quick": "length=4096 head_dim=128 mask=full,causal direction=forward,backward",
 }
 CPU_SHORTER, CPU_NARROWER = 16, 8  # by how much a processor's presets are smaller than a GPU's
+
+
+# A :class:`Case`, or a :class:`flashlib.measure.decoding.DecodeCase`.
+OneCase = TypeVar("OneCase", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ class Case:
         return cls(**{field.name: row[field.name] for field in fields(cls)})
 
 
-def short_labels(cases: Iterable[Case]) -> tuple[dict[Case, str], str]:
+def short_labels(cases: Iterable[OneCase]) -> tuple[dict[OneCase, str], str]:
     """What tells each case from the others, and what they all share: ``({case: "causal S4096"}, "forward D128 bf16")``."""
     words = {case: case.words() for case in cases}
     varying = [name for name in next(iter(words.values()), {}) if len({told[name] for told in words.values()}) > 1]
@@ -214,7 +219,9 @@ def parse_grid(text: str, *, device: str = "cuda", preset: bool = False) -> list
         chosen[name] = values.split(",")
     if chosen["length"] is None:
         raise ValueError(f"a grid needs a length, for instance length=1024,4096; got {text!r}")
-    lists = {name: value if isinstance(value, list) else [value] for name, value in chosen.items()}
+    lists: dict[str, list[Any]] = {
+        name: value if isinstance(value, list) else [value] for name, value in chosen.items()
+    }
     if preset and device == "cpu":
         lists["length"] = [int(length) // CPU_SHORTER for length in lists["length"]]
         lists["mask"] = [_shorter_window(mask) for mask in lists["mask"]]

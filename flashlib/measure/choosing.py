@@ -84,7 +84,8 @@ def race(runs: Mapping[str, Callable[[], float]], rng: random.Random | None = No
     """
     if not runs:
         raise ValueError("runs must hold at least one candidate; got none")
-    rng, times, spent, failed = rng or random.Random(), {}, 0.0, {}
+    rng, spent, failed = rng or random.Random(), 0.0, dict[str, str]()
+    times: dict[str, list[float]] = {}
     for name, run in runs.items():
         try:
             spent += run()
@@ -160,7 +161,9 @@ def class_of(spec: AttentionSpec, racing: Iterable[str]) -> dict:
     mask = "rows" if band is None else "full" if band == (None, None) else "causal" if band == (None, 0) else "band"
     # A band's cost is its width's, where it is narrower than the keys are many.
     widths = (
-        [] if mask != "band" else [None if width is None else _power_of_two(min(width, spec.kv_len)) for width in band]
+        []
+        if band is None or mask != "band"
+        else [None if width is None else _power_of_two(min(width, spec.kv_len)) for width in band]
     )
     return {
         "device": device_name() if spec.device.type == "cuda" else "cpu",

@@ -34,7 +34,9 @@ def print_record(record: Record) -> None:
     shown = RichTable(title=record.topic.replace("_", " "), caption=record.label, caption_justify="left")
     for header, align in zip(told.headers, told.align, strict=True):
         style = "bold" if header in ("triton", "flashlib") else None
-        shown.add_column(header, justify=align if header == "case" else "right", style=style, overflow="fold")
+        shown.add_column(
+            header, justify="left" if header == "case" and align == "left" else "right", style=style, overflow="fold"
+        )
     for row in told.rows:
         shown.add_row(*(escape(cell) for cell in row))
     console = Console()

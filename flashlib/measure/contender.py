@@ -153,7 +153,9 @@ class Contender:
         flashlib.measure.peers.PeerUnavailableError: the peer cannot run the case.
     """
 
-    def __init__(self, peer: Peer, case: Case, drawn: list[Inputs], witness: Witness) -> None:
+    def __init__(
+        self, peer: Peer, case: Case | DecodeCase, drawn: list[Inputs], witness: Witness | DecodeWitness
+    ) -> None:
         on_gpu = drawn[0].q.is_cuda
         stream = torch.cuda.Stream() if on_gpu else None
         # Autograd runs a backward on the stream of its forward, so everything runs on the one that is captured.
@@ -164,7 +166,7 @@ class Contender:
         self.calls, self.once, self.cache_bytes = len(runs), runs[0], nbytes((sets[0].k, sets[0].v))
         self.no_graph = "no GPU" if not on_gpu else None if peer.captures else "reads the host's memory"
         self.burst: Callable[[], object] = lambda: [run() for run in runs]
-        if on_gpu and peer.captures:
+        if stream is not None and peer.captures:
             self._capture(runs, stream)
 
     def _capture(self, runs: list[Callable[[], object]], stream: torch.cuda.Stream) -> None:
@@ -201,7 +203,7 @@ def _on(stream: torch.cuda.Stream | None):
     return torch.cuda.stream(stream)
 
 
-def _run(attend: Attend, case: Case, inputs: Inputs) -> Callable[[], object]:
+def _run(attend: Attend, case: Case | DecodeCase, inputs: Inputs) -> Callable[[], object]:
     """What is timed. A backward alone runs again and again on what one forward kept."""
     qkv = (inputs.q, inputs.k, inputs.v)
     if not case.needs_grad:

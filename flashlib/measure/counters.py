@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -160,7 +160,9 @@ def parse(text: str, counters: Iterable[str] = tuple(COUNTERS)) -> dict[int, Cou
     rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
     if not rows:
         return {}
-    units, found, spent, counters = rows[0], {}, {}, list(counters)
+    units, counters = rows[0], list(counters)
+    found: dict[int, Any] = {}
+    spent: dict[int, float] = {}
     for row in rows[1:]:
         mark = MARK.search(" ".join(filter(None, row.values())))
         if mark is None:

@@ -29,7 +29,7 @@ CPU_SHORTER, CPU_NARROWER = 64, 4  # by how much a processor's presets are small
 # By name: the cases, as (batch, length) and further fields of DecodeCase, and the peers that are raced.
 ONE_STEP = ("flashlib", "torch_sdpa_cudnn", "torch_sdpa_flash", "flex_attention", "naive")
 SIZES = ((1, 4096), (1, 131072), (16, 8192), (64, 4096))
-DECODE_PRESETS = {
+DECODE_PRESETS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     "decode": (SIZES, {}, ONE_STEP),
     "paged-decode": (SIZES, {}, ("flashlib", "flashlib_page_16", "flashlib_page_64", "flashlib_page_256")),
     "ragged-decode": (
@@ -188,6 +188,7 @@ class Decode(Peer):
 
     def _table(self, case: DecodeCase) -> Tensor:
         """int32 ``[B, pages of the longest]``: pages in random order, the same in every set of inputs."""
+        assert self.page_size is not None
         per_request = -(-case.shapes[1][2] // self.page_size)
         generator = torch.Generator("cpu").manual_seed(per_request)
         pages = torch.randperm(case.batch * per_request, generator=generator, dtype=torch.int32, device="cpu")

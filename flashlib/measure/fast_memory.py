@@ -36,7 +36,7 @@ class Region(NamedTuple):
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Region:
         itemsize = tensor.element_size()
-        start = tensor.storage_offset() * itemsize
+        start = int(tensor.storage_offset()) * itemsize
         if tensor.is_contiguous():
             size = tensor.numel() * itemsize
             return cls(storage_key(tensor), start, start + size, ((1, size),))

@@ -150,7 +150,7 @@ class TrafficMeter(TorchDispatchMode):
 
     def report(self) -> Table:
         """Everything counted so far, as a table that prints as text and shows as HTML in a notebook."""
-        rows = []
+        rows: list[tuple] = []
         for name in [*self._operands, MADE_INSIDE, ELSEWHERE]:
             read, written = self.bytes_read[name], self.bytes_written[name]
             if name in self._operands:
@@ -297,7 +297,8 @@ class _Operation:
     def __init__(self, traits: _Traits, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         self.traits, self.args = traits, args
         self.inputs = [*_tensors(args), *_tensors(kwargs.values())]
-        self.written, self._untouched = [], set()
+        self.written: list[torch.Tensor] = []
+        self._untouched: set[int] = set()
         for at, name in traits.written:
             targets = list(_tensors([args[at] if at < len(args) else kwargs.get(name)]))
             self.written += targets

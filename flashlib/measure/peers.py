@@ -24,7 +24,6 @@ from torch import Tensor
 from flashlib.backends import BACKENDS
 from flashlib.backends.base import Backend
 from flashlib.config import current_config
-from flashlib.measure.cases import Case
 from flashlib.spec import AttentionSpec
 
 __all__ = ["Peer", "PeerUnavailableError", "default_peers", "find_peers"]
@@ -68,11 +67,11 @@ class Peer:
     compiles = False
     captures = True
 
-    def arrange(self, case: Case, k: Tensor, v: Tensor) -> tuple[Any, Any]:
+    def arrange(self, case: Any, k: Tensor, v: Tensor) -> tuple[Any, Any]:
         """k and v ``[B, H, S, D]`` in the form in which the peer's function takes them, if that is another."""
         return k, v
 
-    def prepare(self, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Attend:
+    def prepare(self, case: Any, q: Tensor, k: Tensor, v: Tensor) -> Attend:
         """A function from q, k, v ``[B, H, S, D]`` to out, for this case and inputs shaped and typed like these.
 
         Raises:
@@ -145,7 +144,7 @@ class FlexAttention(Peer):
         return _compiled(lambda q, k, v: flex_attention(q, k, v, block_mask=block_mask, enable_gqa=grouped))
 
 
-def _block_mask(case: Case, q: Tensor, k: Tensor):
+def _block_mask(case: Any, q: Tensor, k: Tensor):
     from torch.nn.attention.flex_attention import create_block_mask
 
     if case.mask == "full":

@@ -27,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -424,7 +425,7 @@ class ModelProfile:
         for phase in PHASES:
             if phase not in regions:
                 continue
-            whole, layers = regions[phase], []
+            whole, layers = regions[phase], list[tuple[float, float]]()
             while (path := f"{phase}/layer {len(layers)}") in regions:
                 attention = regions.get(f"{path}/attention")
                 layers.append((regions[path].ms.total, attention.ms.total if attention else 0.0))
@@ -435,7 +436,7 @@ class ModelProfile:
 
     def table(self) -> Table:
         """A line for each phase, and for each of its layers."""
-        rows = []
+        rows: list[tuple] = []
         for phase, times in self.phases().items():
             p50, p99 = (times.step_ms.percentile(share) for share in (0.5, 0.99))
             rate = 1e3 * times.tokens / times.total_ms if times.total_ms else None
@@ -470,7 +471,7 @@ def profile(model: nn.Module, profiler: AttentionProfiler | None = None) -> Iter
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers model; got {type(model).__name__}")
-    layers = next((module.layers for module in model.modules() if isinstance(getattr(module, "layers", None), torch.nn.ModuleList)), None)  # fmt: skip
+    layers: Any = next((module.layers for module in model.modules() if isinstance(getattr(module, "layers", None), torch.nn.ModuleList)), None)  # fmt: skip
     if layers is None:
         raise ValueError(f"model must have a list of decoder layers called layers; {type(model).__name__} has none")
     name = model.config._attn_implementation
@@ -479,17 +480,22 @@ def profile(model: nn.Module, profiler: AttentionProfiler | None = None) -> Iter
             f"attention implementation {name!r} is no function that can be wrapped; call set_attention(model) first"
         )
     profiler = profiler or AttentionProfiler(device=model.device)
-    original, hooks = ALL_ATTENTION_FUNCTIONS[name], []
-    AttentionInterface.register(name, profiler.profile("attention")(original))
+    original, hooks = ALL_ATTENTION_FUNCTIONS[name], list[Any]()
+    watched: Any = profiler.profile("attention")
+    AttentionInterface.register(name, watched(original))
     try:
         hooks += _watch(model, profiler, _phase)
         for number, layer in enumerate(layers):
-            hooks += _watch(layer, profiler, lambda args, kwargs, number=number: (f"layer {number}", 0))
+            hooks += _watch(layer, profiler, partial(_layer, number))
         yield ModelProfile(profiler)
     finally:
         AttentionInterface.register(name, original)
         for hook in hooks:
             hook.remove()
+
+
+def _layer(number: int, args: tuple, kwargs: dict) -> tuple[str, int]:
+    return f"layer {number}", 0
 
 
 def _watch(module: nn.Module, profiler: AttentionProfiler, naming: Callable[[tuple, dict], tuple[str, int]]) -> list:

@@ -173,7 +173,7 @@ def _versions() -> dict[str, str]:
     except ImportError:
         versions["triton"] = "not installed"
     if torch.cuda.is_available():
-        versions["cuda"] = torch.version.cuda
+        versions["cuda"] = str(torch.version.cuda)
         versions["cudnn"] = str(torch.backends.cudnn.version())
         versions["driver"] = _driver()
     return versions

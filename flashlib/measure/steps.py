@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,13 +43,14 @@ def naive_steps(
         TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors`.
     """
     spec = AttentionSpec.from_tensors(q, k, v, causal=True)
-    rows, x = [], None
+    rows: list[dict] = []
+    x: Any = None
     for name, flops, step in _textbook(q, k, v, spec):
-        row, x = _measured(name, flops, lambda step=step, x=x: step(x), spec, budget_s)
+        row, x = _measured(name, flops, partial(step, x), spec, budget_s)
         rows.append(row)
     visible = spec.batch * spec.q_heads * spec.intervals.visible_pairs()
     flops = visible * (2 * spec.head_dim + SOFTMAX_FLOPS + 2 * spec.v_head_dim)
-    whole, _ = _measured(FUSED, flops, lambda: attention(q, k, v, causal=True, backend=fused), spec, budget_s)
+    whole, _ = _measured(FUSED, flops, partial(attention, q, k, v, causal=True, backend=fused), spec, budget_s)
     return [*rows, whole], x
 
 
@@ -65,7 +68,7 @@ def _textbook(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Step
     ]
 
 
-def _measured(name: str, flops: int, call: Callable[[], Tensor], spec: AttentionSpec, budget_s: float):
+def _measured(name: str, flops: int, call: Callable[[], Any], spec: AttentionSpec, budget_s: float):
     from flashlib.measure.meter import TrafficMeter
 
     with TrafficMeter() as meter:

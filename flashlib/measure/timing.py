@@ -86,7 +86,8 @@ def time_in_turns(
     """
     rng, on_gpu = rng or random.Random(), torch.device(device).type == "cuda"
     burst = _gpu_ms if on_gpu else partial(_cpu_ms, clock=clock)
-    repeats, samples = {}, {name: [] for name in calls}
+    repeats: dict[str, int] = {}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
         burst(call)
         repeats[name] = max(1, min(50, round(BURST_MS / max(burst(call), 1e-3))))

@@ -16,6 +16,7 @@ from flashlib.backends.cpu import CPUBackend
 from flashlib.backends.explanation import Explanation
 from flashlib.backends.flash_attn import FlashAttention2, FlashAttention3
 from flashlib.backends.pytorch import ReferenceBackend, TiledBackend
+from flashlib.backends.speeds import recorded_speeds
 from flashlib.backends.torch_sdpa import SDPACudnn, SDPAEfficient, SDPAFlash, SDPAMath, needs_dense_mask
 from flashlib.backends.triton import TritonBackend
 from flashlib.config import FlashAttentionConfig, check_name, current_config
@@ -60,16 +61,14 @@ class Preference:
     reason: str
 
 
-# The figures are forward passes at head_dim 128, 16k tokens, bf16, on one H200 (torch 2.11, TFLOP/s full / causal).
+# How fast the first ones were on one GPU, explain() tells from the record (flashlib.backends.speeds); a test holds the order against it.
 PREFERENCES: tuple[Preference, ...] = (
     Preference("triton", "our own kernels: any mask, the LSE and its gradient, deterministic"),
     Preference("flash_attn_3", "written for Hopper; the published figures lead on that GPU"),
-    Preference("torch_sdpa_cudnn", "comes with PyTorch; 605 / 553 TFLOP/s on an H200, 1.7x FlashAttention-2"),
+    Preference("torch_sdpa_cudnn", "cuDNN's kernels, which come with PyTorch"),
     Preference("flash_attn_2", "FlashAttention-2 with windows, softcap and LSE, which PyTorch's copy does not offer"),
     Preference("cpu", "our own kernels for processors: any mask, the LSE and its gradient, deterministic"),
-    Preference(
-        "torch_sdpa_flash", "FlashAttention-2 inside PyTorch: 340 / 318 TFLOP/s on an H200; the fused kernel on CPUs"
-    ),
+    Preference("torch_sdpa_flash", "FlashAttention-2 inside PyTorch; the fused kernel on CPUs"),
     Preference("torch_sdpa_efficient", "takes any mask and fp32 on a GPU, without the N x N matrix of scores"),
     Preference("tiled", "runs everything everywhere in linear memory; a Python loop, so slow for its size"),
     Preference("torch_sdpa_math", "PyTorch's unfused formula: makes the N x N matrix, so only when asked for"),
@@ -122,7 +121,7 @@ def explain(spec: AttentionSpec, config: FlashAttentionConfig | None = None) -> 
     """
     _check_spec(spec)
     config = config or current_config()
-    reasons = {preference.backend: preference.reason for preference in PREFERENCES}
+    reasons = _reasons(spec.device)
     rows, chosen = [], None
     for name in order_of_choice(config, spec.device):
         obstacle = BACKENDS[name].why_not(spec, config)
@@ -131,6 +130,15 @@ def explain(spec: AttentionSpec, config: FlashAttentionConfig | None = None) -> 
             chosen = name
         rows.append((name, obstacle is None, obstacle or passed_over or reasons[name]))
     return Explanation(tuple(rows), chosen)
+
+
+def _reasons(device: torch.device) -> dict[str, str]:
+    """Why each backend stands where it stands, with what was recorded on a GPU where the tensors are on one."""
+    speeds = recorded_speeds() if device.type == "cuda" else {}
+    return {
+        one.backend: f"{one.reason}; {speeds[one.backend]}" if one.backend in speeds else one.reason
+        for one in PREFERENCES
+    }
 
 
 def _passed_over(name: str, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:

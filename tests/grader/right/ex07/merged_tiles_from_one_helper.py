@@ -5,9 +5,10 @@ import triton.language as tl
 
 @triton.jit
 def tile_of(p, stride_row, stride_col, rows, cols, first, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows from `first` on, 0 beyond the edges, by a block pointer."""
-    at = tl.make_block_ptr(p, (rows, cols), (stride_row, stride_col), (first, 0), (HEIGHT, WIDTH), (1, 0))
-    return tl.load(at, boundary_check=(0, 1), padding_option="zero")
+    """Rows from `first` on, 0 beyond the edges."""
+    row, col = first + tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    return tl.load(p + row[:, None] * stride_row + col[None, :] * stride_col, mask=inside, other=0.0)
 
 
 @triton.jit

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["check_values", "constant_when_traced", "has_data", "has_tangent", "has_values", "may_read", "transforms"]
+__all__ = [
+    "check_values",
+    "constant_when_traced",
+    "has_data",
+    "has_tangent",
+    "has_values",
+    "may_read",
+    "transforms",
+    "values_are_asked_for",
+]
 
 _asked: ContextVar[bool] = ContextVar("flashlib_check_values", default=False)
 
@@ -44,6 +53,11 @@ def check_values() -> Iterator[None]:
         yield
     finally:
         _asked.reset(token)
+
+
+def values_are_asked_for() -> bool:
+    """Whether this is inside of :func:`check_values`."""
+    return _asked.get()
 
 
 def has_values(*tensors: Tensor) -> bool:

@@ -41,7 +41,7 @@ def bench(
         str,
         typer.Argument(
             help="A preset: training-forward, training-backward, window, varlen, grouped, memory, quick; decode, paged-decode, "
-            "ragged-decode, shared-prefix, chunked-injection. Or a grid: "
+            "ragged-decode, shared-prefix, chunked-injection; protocol (latency, tokens/s, memory and processors, from short to long). Or a grid: "
             "'length=1024,4096 head_dim=64,128 mask=full,causal direction=forward,backward'. Or a record to show again: FILE.json."
         ),
     ] = "quick",

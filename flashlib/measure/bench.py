@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import random
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,22 @@ import torch
 
 from flashlib.launch.cpu.library import library, why_missing
 from flashlib.measure.cases import PRESETS, Case, parse_grid, short_labels
-from flashlib.measure.contender import Contender, DecodeWitness, Inputs, Witness, draw_inputs, inputs_for, witness_of
+from flashlib.measure.contender import (
+    Contender,
+    DecodeWitness,
+    Inputs,
+    Witness,
+    draw_inputs,
+    failure,
+    inputs_for,
+    witness_of,
+)
 from flashlib.measure.counters import run_counters
 from flashlib.measure.decoding import DECODE_PRESETS, DecodeCase, decode_cases, decode_peers
 from flashlib.measure.machine import matmul_flops_per_s, stream_bytes_per_s
 from flashlib.measure.memory import peak_bytes
-from flashlib.measure.peers import Peer, PeerUnavailableError, default_peers, find_peers
+from flashlib.measure.peers import Peer, default_peers, find_peers
+from flashlib.measure.protocol import Protocol, protocol_cases, protocol_peers
 from flashlib.measure.record import PACKAGE, Record, new_record, save_record
 from flashlib.measure.tables import Table, format_bytes, format_number, table
 from flashlib.measure.timing import Timing, time_in_turns
@@ -69,6 +78,11 @@ CPU_CLOCKS = {
 MEMORY_NOTES = (
     "Peak memory of one forward and backward, beyond q, k, v and the gradient of out, as the allocator counts it."
 )
+PROTOCOL_NOTES = (
+    "Causal forward passes as a program calls them, one after the other, each waited for. ms, p90_ms, p99_ms: by the clock. tokens_per_s: at the "
+    "mean. peak_bytes: beyond q, k and v. processors: seconds of processor time a second. Every result was within the error budget against "
+    "float64 on sampled rows."
+)
 # What only decoding runs.
 DECODING = ("kernels/combine.py", "kernels/decode.py", "launch/decode.py")
 AnyCase = Case | DecodeCase
@@ -81,7 +95,8 @@ class Plan:
 
     Attributes:
         topic: of the record, and its file's name. cases, peers: what is run, and by whom; all cases of one kind.
-        device: ``"cuda"`` or ``"cpu"``. memory: measure peak memory instead of time.
+        device: ``"cuda"`` or ``"cpu"``.
+        measures: ``"speed"``, ``"memory"`` (of forward and backward, at its peak) or ``"protocol"`` (:mod:`flashlib.measure.protocol`).
         seconds: how long to time each peer in each case. seed: of inputs, samples and orders.
         limit_s: begin no case later than this; None for no limit.
         tutorial: as in :func:`plan`.
@@ -91,7 +106,7 @@ class Plan:
     cases: Sequence[AnyCase]
     peers: list[Peer]
     device: str
-    memory: bool = False
+    measures: str = "speed"
     seconds: float = 0.3
     seed: int = 0
     limit_s: float | None = None
@@ -116,8 +131,8 @@ def plan(
     """A plan from the name of a preset, or from a grid such as ``"length=4096 mask=full,causal"``.
 
     Args:
-        what: a name of :data:`flashlib.measure.cases.PRESETS` or :data:`flashlib.measure.decoding.DECODE_PRESETS`, or a grid of
-            :func:`flashlib.measure.cases.parse_grid`.
+        what: a name of :data:`flashlib.measure.cases.PRESETS` or :data:`flashlib.measure.decoding.DECODE_PRESETS`, ``"protocol"``, or a grid
+            of :func:`flashlib.measure.cases.parse_grid`.
         peers: by name; none for those worth racing on the device.
         device: ``"cuda"`` or ``"cpu"``; None for the GPU if there is one.
         tutorial: a copy of Triton's tutorial ``06-fused-attention.py``, to be a peer.
@@ -132,12 +147,14 @@ def plan(
         raise ValueError(f"device must be cuda or cpu; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch sees no GPU here")
-    presets = (*PRESETS, *DECODE_PRESETS)
+    presets = (*PRESETS, *DECODE_PRESETS, "protocol")
     if what not in presets and "=" not in what:
         raise ValueError(
             f"there is no preset {what!r}; presets are {', '.join(presets)}; or name a grid: length=4096 ..."
         )
-    if what in DECODE_PRESETS:
+    if what == "protocol":
+        cases, chosen = protocol_cases(device), find_peers(list(peers or protocol_peers(device)), tutorial)
+    elif what in DECODE_PRESETS:
         cases, chosen = decode_cases(what, device), decode_peers(list(peers) or DECODE_PRESETS[what][2])
     else:
         cases = parse_grid(PRESETS.get(what, what), device=device, preset=what in PRESETS)
@@ -147,7 +164,7 @@ def plan(
         cases=cases,
         peers=chosen,
         device=device,
-        memory=what == "memory",
+        measures=what if what in ("memory", "protocol") else "speed",
         seconds=seconds,
         seed=random.SystemRandom().getrandbits(31) if seed is None else seed,
         limit_s=limit_s,
@@ -186,8 +203,8 @@ def run(plan: Plan, out: Path, report: Report = lambda case, rows: None) -> Reco
         the record. Its ``extra["complete"]`` is False as long as cases are missing.
     """
     started, rows = time.monotonic(), list[dict]()
-    machine = {} if plan.memory else ceilings(plan.device)
-    measure = _Memory(plan) if plan.memory else _Speed(plan)
+    machine = ceilings(plan.device) if plan.measures == "speed" else {}
+    measure = {"speed": _Speed, "memory": _Memory, "protocol": Protocol}[plan.measures](plan)
     record = _record(plan, rows, machine, complete=False)
     for number, case in enumerate(plan.cases, start=1):
         if plan.limit_s is not None and time.monotonic() - started > plan.limit_s:
@@ -202,9 +219,13 @@ def run(plan: Plan, out: Path, report: Report = lambda case, rows: None) -> Reco
 
 def _record(plan: Plan, rows: list[dict], machine: dict, *, complete: bool) -> Record:
     extra = {"complete": complete, "cases": len(plan.cases), "seed": plan.seed, "device": plan.device, **machine}
-    notes = MEMORY_NOTES if plan.memory else DECODE_NOTES if plan.decodes else NOTES
-    if plan.device == "cpu" and not plan.memory:
-        notes, extra = CPU_NOTES.format(clock=CPU_CLOCKS[_one_thread()]), extra | _processor()
+    notes = {"speed": DECODE_NOTES if plan.decodes else NOTES, "memory": MEMORY_NOTES, "protocol": PROTOCOL_NOTES}[
+        plan.measures
+    ]
+    if plan.device == "cpu" and plan.measures == "speed":
+        notes = CPU_NOTES.format(clock=CPU_CLOCKS[_one_thread()])
+    if plan.device == "cpu" and plan.measures != "memory":
+        extra |= _processor()
     return new_record(plan.topic, rows, sources_of(plan), notes, **extra)
 
 
@@ -320,24 +341,7 @@ def _enter(
     try:
         return Contender(peer, case, drawn, witness), None
     except Exception as error:  # other people's code may fail in any way, and the race goes on
-        return None, _failure(error)
-
-
-def _failure(error: Exception) -> str:
-    """In words.
-
-    Raises:
-        torch.AcceleratorError: the GPU itself no longer works, and nothing measured from here on would mean anything.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    if isinstance(error, PeerUnavailableError):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first[:300]} ({Path(where.filename).name}:{where.lineno})"
+        return None, failure(error)
 
 
 def _figures(case: AnyCase, contender: Contender, timing: Timing) -> dict:
@@ -370,7 +374,7 @@ class _Memory:
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
                 self.walls[peer.name] = case.length
-            return {"peak_bytes": None, "why_not": _failure(error)}
+            return {"peak_bytes": None, "why_not": failure(error)}
         finally:
             _free(self.plan.device)
 
@@ -399,6 +403,8 @@ def summary(record: Record) -> Table:
     """A record as a table: a line for each case, a column for each peer, and below it who could not run and why."""
     if any("stalls" in row for row in record.rows):
         return _counters_told(record)
+    if any("tokens_per_s" in row for row in record.rows):
+        return _protocol_told(record)
     if any("gb_per_s" in row for row in record.rows):
         value, show, unit = "gb_per_s", format_number, "GB/s of K and V, each counted once; more is better."
     elif any("peak_bytes" in row for row in record.rows):
@@ -441,6 +447,21 @@ def _counters_told(record: Record) -> Table:
     return table(rows, headers, notes=notes)
 
 
+def _protocol_told(record: Record) -> Table:
+    labels, shared = short_labels(dict.fromkeys(map(case_of, record.rows)))
+    rows, notes = [], [f"All: {shared}."]
+    for row in record.rows:
+        label = labels[case_of(row)]
+        if row["ms"] is None:
+            notes.append(f"{label}, {row['peer']}: {row['why_not']}")
+            continue
+        latency = (row["ms"], row["p90_ms"], row["p99_ms"])
+        rows.append((label, row["peer"], *latency, float(f"{row['tokens_per_s']:.3g}"), format_bytes(row["peak_bytes"]), round(row["processors"], 2), row["cache_misses"]))  # fmt: skip
+    notes += dict.fromkeys(f"Cache misses: {row['cache_why_not']}." for row in record.rows if row.get("cache_why_not"))
+    headers = ["case", "peer", "P50 ms", "P90 ms", "P99 ms", "tokens/s", "peak memory", "processors", "cache misses"]
+    return table(rows, headers, notes=notes)
+
+
 def case_of(row: dict) -> AnyCase:
     """The case of a record's row."""
     return (DecodeCase if "cache" in row else Case).from_columns(row)
@@ -454,7 +475,8 @@ def _told_bytes(label: str, row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", help=f"a preset ({', '.join((*PRESETS, *DECODE_PRESETS))}) or a grid: 'length=4096 mask=full,causal'"
+        "what",
+        help=f"a preset ({', '.join((*PRESETS, *DECODE_PRESETS, 'protocol'))}) or a grid: 'length=4096 mask=full,causal'",
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the record")
     parser.add_argument("--topic", help="name of the record; the preset's if not given")

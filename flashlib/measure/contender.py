@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import random
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,11 +17,21 @@ from torch import Tensor
 from flashlib.masks import Mask
 from flashlib.measure.cases import DTYPES, Case
 from flashlib.measure.decoding import DecodeCase, nbytes
-from flashlib.measure.peers import Attend, Peer
+from flashlib.measure.peers import Attend, Peer, PeerUnavailableError
 from flashlib.measure.timing import capture
 from flashlib.reference import Comparison, check, check_gradients
 
-__all__ = ["Contender", "Inputs", "SampledRows", "Witness", "draw_inputs", "inputs_for", "prepared", "witness_of"]
+__all__ = [
+    "Contender",
+    "Inputs",
+    "SampledRows",
+    "Witness",
+    "draw_inputs",
+    "failure",
+    "inputs_for",
+    "prepared",
+    "witness_of",
+]
 
 ROWS_CHECKED = 256
 CACHES_FULL = 3  # all input sets together are at least so many times the L2 cache
@@ -194,6 +206,23 @@ def prepared(
     with torch.set_grad_enabled(case.needs_grad):
         attend = peer.prepare(case, sets[0].q, sets[0].k, sets[0].v)
     return witness.check(attend, sets[0]), sets, [_run(attend, case, one) for one in sets]
+
+
+def failure(error: Exception) -> str:
+    """In words.
+
+    Raises:
+        torch.AcceleratorError: the GPU itself no longer works, and nothing measured from here on would mean anything.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if isinstance(error, PeerUnavailableError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:300]} ({Path(where.filename).name}:{where.lineno})"
 
 
 def _on(stream: torch.cuda.Stream | None):

@@ -195,7 +195,7 @@ def test_a_limit_leaves_cases_out_and_says_so(tmp_path):
 
 def test_memory_of_each_peer_as_lengths_grow(tmp_path):
     todo = plan("memory", peers=["naive", "tiled"], device="cpu")
-    todo = Plan("memory", todo.cases[1:4], [*todo.peers, Absent()], "cpu", memory=True)
+    todo = Plan("memory", todo.cases[1:4], [*todo.peers, Absent()], "cpu", measures="memory")
     rows = run(todo, tmp_path).rows
     peak = {(row["peer"], row["length"]): row["peak_bytes"] for row in rows}
     lengths = sorted({row["length"] for row in rows})

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from flashlib.course.io_model import standard_attention
 from flashlib.measure import save_record, time_call
-from flashlib.measure.record import new_record
+from flashlib.measure.records.record import new_record
 
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 HEADS, HEAD_DIM = 16, 64  # enough heads to keep all multiprocessors busy with whole rows

@@ -63,10 +63,10 @@ def bench(
     figures: Annotated[bool, typer.Option(help="Draw the record.")] = True,
 ) -> None:
     """Race attention against its peers on this machine: every result checked first, then timed in turns, and recorded."""
-    from flashlib.measure.bench import compile_ahead, plan
-    from flashlib.measure.console import print_record, run_with_progress
-    from flashlib.measure.counters import run_counters
-    from flashlib.measure.record import load_record
+    from flashlib.measure.racing.bench import compile_ahead, plan
+    from flashlib.measure.racing.console import print_record, run_with_progress
+    from flashlib.measure.racing.counted import run_counters
+    from flashlib.measure.records.record import load_record
 
     try:
         if what.endswith(".json"):

@@ -127,7 +127,7 @@ def check_alpha(alpha: float, mode: str) -> None:
 
 @dataclass(frozen=True)
 class ProfilingConfig:
-    """How :class:`flashlib.measure.profiler.AttentionProfiler` measures, unless it is told otherwise.
+    """How :class:`flashlib.measure.racing.profiler.AttentionProfiler` measures, unless it is told otherwise.
 
     Attributes:
         enabled: whether it measures at all.

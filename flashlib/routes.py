@@ -92,7 +92,7 @@ def _nothing_between() -> bool:
     )
 
 
-def find_route(key: tuple | None) -> Route | DecodeRoute | None:
+def find_route(key: tuple | None) -> Any:
     """The route of a class of calls, if one was kept."""
     return None if key is None else _routes.get(key)
 

@@ -14,7 +14,7 @@ from flashlib.cost.models import MEMORY_KEPT, Model, max_batch, max_context
 from flashlib.cost.parallel import Parallel
 from flashlib.cost.steps import Step, StepCost
 from flashlib.cost.visible import Visible
-from flashlib.measure.tables import Table, format_bytes, format_number, table
+from flashlib.measure.records.tables import Table, format_bytes, format_number, table
 
 __all__ = ["WAITS", "Report", "compare", "draw_roofs", "report"]
 

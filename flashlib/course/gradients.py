@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flashlib.course.display import Table, table
 from flashlib.course.models import sample_text
-from flashlib.measure.record import BENCHMARKS, Record, load_record
+from flashlib.measure.records.record import BENCHMARKS, Record, load_record
 from flashlib.reference import naive_attention, oracle, oracle_gradients
 
 __all__ = [

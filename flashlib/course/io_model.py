@@ -15,7 +15,7 @@ from math import log
 import torch
 from torch import Tensor
 
-from flashlib.course.meter import MadeTensor, TrafficMeter
+from flashlib.measure.counting.meter import MadeTensor, TrafficMeter
 
 __all__ = ["Traffic", "count_traffic", "fit_exponent", "standard_attention", "tile_machine"]
 
@@ -78,7 +78,7 @@ class Traffic:
 def count_traffic(
     method: Callable[[Tensor, Tensor, Tensor], object], q: Tensor, k: Tensor, v: Tensor, *, fast_memory: int
 ) -> Traffic:
-    """Run ``method(q, k, v)`` on the two-level machine of :class:`flashlib.course.meter.TrafficMeter` and count.
+    """Run ``method(q, k, v)`` on the two-level machine of :class:`flashlib.measure.counting.meter.TrafficMeter` and count.
 
     Args:
         method: attention, called once without gradients.
@@ -86,7 +86,7 @@ def count_traffic(
         fast_memory: M in bytes.
 
     Raises:
-        ValueError: q, k and v are not one head of one shape, or as :class:`flashlib.course.meter.TrafficMeter`.
+        ValueError: q, k and v are not one head of one shape, or as :class:`flashlib.measure.counting.meter.TrafficMeter`.
     """
     if not q.shape == k.shape == v.shape or q.shape[:2] != (1, 1):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in {"q": q, "k": k, "v": v}.items())

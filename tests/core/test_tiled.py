@@ -10,7 +10,7 @@ from problems import random_problem
 
 from flashlib import masks
 from flashlib.backends.pytorch import tiled_attention
-from flashlib.measure.meter import TrafficMeter
+from flashlib.measure.counting.meter import TrafficMeter
 from flashlib.reference import check, check_gradients, naive_attention
 from flashlib.tiled import LOOP_ORDERS, Tiling
 

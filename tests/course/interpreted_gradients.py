@@ -6,7 +6,7 @@ import torch
 
 from flashlib.course.gradient_kernels import sum_of_parts
 from flashlib.course.gradients import sum_in_order
-from flashlib.course.kernel_watch import KernelWatch, Race, faults_raised
+from flashlib.measure.counting.kernel_watch import KernelWatch, Race, faults_raised
 
 
 def main(rng: random.Random) -> None:

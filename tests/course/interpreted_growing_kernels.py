@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 
 from flashlib.course import growing_kernels as growing
-from flashlib.course.kernel_watch import KernelWatch, faults_raised
+from flashlib.measure.counting.kernel_watch import KernelWatch, faults_raised
 from flashlib.reference import check
 
 

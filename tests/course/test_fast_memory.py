@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashlib.backends.pytorch import tiled_attention
-from flashlib.course.meter import MADE_INSIDE, TrafficMeter
+from flashlib.measure.counting.meter import MADE_INSIDE, TrafficMeter
 from flashlib.reference import naive_attention
 
 f4 = 4

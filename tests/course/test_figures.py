@@ -277,7 +277,7 @@ def test_the_largest_block_fits_and_one_more_row_does_not():
 def test_the_bytes_that_figures_state_are_those_that_the_code_moves(n, block_q):
     """`moved_bytes` and `naive_moved_bytes` are formulas; the meter counts the real thing."""
     from flashlib.backends.pytorch import tiled_attention
-    from flashlib.course import TrafficMeter
+    from flashlib.measure import TrafficMeter
 
     d = 32
     q, k, v = (torch.randn(1, 1, n, d) for _ in range(3))

@@ -8,7 +8,7 @@ import torch
 
 from flashlib.backends.pytorch import tiled_attention
 from flashlib.course import figures, gradients, widgets
-from flashlib.measure.record import new_record, save_record
+from flashlib.measure.records.record import new_record, save_record
 from flashlib.reference import naive_attention, oracle_gradients
 
 

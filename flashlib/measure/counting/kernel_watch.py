@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from flashlib.course.display import Table, table
-from flashlib.course.meter import ELSEWHERE
+from flashlib.measure.counting.meter import ELSEWHERE
+from flashlib.measure.records.tables import Table, table
 
 _SEVERAL = -1  # stands for more than one program in a record of readers
 
@@ -121,7 +121,7 @@ class KernelWatch:
 
     def report(self) -> Table:
         """Everything counted so far, as a table that prints as text and shows as HTML in a notebook."""
-        rows = []
+        rows: list[tuple] = []
         for name in [*self._operands, ELSEWHERE]:
             read, written = self.bytes_read[name], self.bytes_written[name]
             if name in self._operands:

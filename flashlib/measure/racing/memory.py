@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashlib.attention import attention
-from flashlib.measure.timing import time_call
+from flashlib.measure.racing.timing import time_call
 
 __all__ = ["memory_wall", "peak_bytes"]
 
@@ -85,7 +85,7 @@ def _one_point(qkv: Inputs, backend: str, causal: bool, budget_s: float) -> dict
 def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """The most bytes alive at once in tensors made during the call.
 
-    On CUDA this is the allocator's own count; on a CPU, that of :class:`flashlib.measure.meter.TrafficMeter`, which sees every
+    On CUDA this is the allocator's own count; on a CPU, that of :class:`flashlib.measure.counting.meter.TrafficMeter`, which sees every
     tensor but not the scratch memory inside a fused operator.
     """
     if torch.device(device).type == "cuda":
@@ -95,7 +95,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    from flashlib.measure.meter import TrafficMeter
+    from flashlib.measure.counting.meter import TrafficMeter
 
     with TrafficMeter() as meter:
         call()

@@ -12,19 +12,16 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
-from flashlib.measure.cases import DTYPES, Case
-from flashlib.measure.contender import draw_inputs, failure, prepared, witness_of
-from flashlib.measure.events import EventsUnavailableError, count_events
-from flashlib.measure.memory import peak_bytes
-from flashlib.measure.peers import MAKE_THE_MATRIX, Peer
-from flashlib.measure.tables import format_bytes
-
-if TYPE_CHECKING:
-    from flashlib.measure.bench import Plan
+from flashlib.measure.counting.events import EventsUnavailableError, count_events
+from flashlib.measure.racing.cases import DTYPES, Case
+from flashlib.measure.racing.contender import draw_inputs, failure, prepared, witness_of
+from flashlib.measure.racing.memory import peak_bytes
+from flashlib.measure.racing.peers import MAKE_THE_MATRIX, Peer
+from flashlib.measure.racing.plan import Plan
+from flashlib.measure.records.tables import format_bytes
 
 __all__ = ["Protocol", "protocol_cases", "protocol_peers"]
 
@@ -53,7 +50,7 @@ def protocol_peers(device: str) -> tuple[str, ...]:
 
 
 class Protocol:
-    """Measures cases for :func:`flashlib.measure.bench.run`.
+    """Measures cases for :func:`flashlib.measure.racing.bench.run`.
 
     A row's columns beside the case and ``peer``: ``ms``, ``p90_ms`` and ``p99_ms`` of calls of which each is waited for; ``calls``, how
     many; ``tokens_per_s``, at the mean; ``peak_bytes``, beyond q, k and v; ``processors``, seconds of processor time a second; ``cache_references``
@@ -84,7 +81,8 @@ class Protocol:
         wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         call()
         wait()
-        times, busy, started = [], time.process_time(), time.perf_counter()
+        times: list[float] = []
+        busy, started = time.process_time(), time.perf_counter()
         while len(times) < MOST_CALLS and (
             len(times) < LEAST_CALLS or time.perf_counter() - started < self.plan.seconds
         ):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashlib.attention import attention
-from flashlib.measure.timing import time_call
+from flashlib.measure.racing.timing import time_call
 from flashlib.spec import AttentionSpec
 
 __all__ = ["FUSED", "naive_steps"]
@@ -69,7 +69,7 @@ def _textbook(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Step
 
 
 def _measured(name: str, flops: int, call: Callable[[], Any], spec: AttentionSpec, budget_s: float):
-    from flashlib.measure.meter import TrafficMeter
+    from flashlib.measure.counting.meter import TrafficMeter
 
     with TrafficMeter() as meter:
         result = call()

@@ -38,7 +38,7 @@ from torch import Tensor
 from flashlib.attention import attention
 from flashlib.backends import BACKENDS, check_name, order_of_choice
 from flashlib.config import current_config
-from flashlib.measure.record import PACKAGE, device_name, load_record
+from flashlib.measure.records.record import PACKAGE, device_name, load_record
 from flashlib.spec import AttentionSpec
 
 __all__ = ["Race", "autoselect", "candidates", "race", "recorded_order"]

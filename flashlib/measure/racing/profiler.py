@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashlib.config import ProfilingConfig, current_config
-from flashlib.measure.tables import Table, format_bytes, table
+from flashlib.measure.records.tables import Table, format_bytes, table
 
 if TYPE_CHECKING:
     from torch import nn

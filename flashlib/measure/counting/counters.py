@@ -11,25 +11,16 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
-import random
 import re
 import shutil
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from flashlib.measure.bench import Plan
-    from flashlib.measure.record import Record
-
-__all__ = ["COUNTERS", "Counted", "CountersUnavailableError", "marked", "parse", "read", "run_counters", "why_not"]
+__all__ = ["COUNTERS", "Counted", "CountersUnavailableError", "marked", "parse", "read", "why_not"]
 
 SECTOR, WAVEFRONT, PERCENT = (
     32,
@@ -197,82 +188,3 @@ def _joined(before: float | None, before_s: float, figure: float | None, seconds
     if before is None or figure is None:
         return None
     return before + figure if how == "sum" else (before * before_s + figure * seconds) / (before_s + seconds)
-
-
-def run_counters(plan: Plan, out: Path) -> Record:
-    """Count what every peer of a plan does in every case, and write ``<out>/<topic>_counters.json``.
-
-    A row has the columns of the case, ``peer``, ``kernels``, the figures of :data:`COUNTERS`, ``stalls`` and ``why_not``.
-
-    Raises:
-        CountersUnavailableError, RuntimeError: as :func:`read`.
-    """
-    from flashlib.measure.bench import sources_of
-    from flashlib.measure.record import new_record, save_record
-
-    jobs = [(case, peer) for case in plan.cases for peer in plan.peers]
-    obstacle = why_not() if plan.device == "cuda" else f"hardware counters are a GPU's, and the device is {plan.device}"
-    if obstacle:
-        raise CountersUnavailableError(obstacle)
-    with tempfile.TemporaryDirectory() as folder:
-        asked, told = Path(folder, "asked.json"), Path(folder, "told.json")
-        tutorial = None if plan.tutorial is None else str(plan.tutorial)
-        asked.write_text(
-            json.dumps(
-                {
-                    "cases": [asdict(case) for case in plan.cases],
-                    "peers": [peer.name for peer in plan.peers],
-                    "tutorial": tutorial,
-                    "seed": plan.seed,
-                    "device": plan.device,
-                }
-            )
-        )
-        found = read([sys.executable, "-m", "flashlib.measure.counters", str(asked), str(told)])
-        obstacles = json.loads(told.read_text())
-    rows = []
-    for number, (case, peer) in enumerate(jobs):
-        counted, obstacle = found.get(number), obstacles.get(str(number))
-        if counted is None and obstacle is None:
-            raise RuntimeError(f"ncu counted no kernel of {peer.name} in {case.label}")
-        counted = counted or Counted()
-        rows.append({**case.columns(), "peer": peer.name, "kernels": counted.kernels, **counted.figures, "stalls": counted.stalls, "why_not": obstacle})  # fmt: skip
-    record = new_record(f"{plan.topic}_counters", rows, sources_of(plan), NOTES, device=plan.device, seed=plan.seed)
-    save_record(record, out)
-    return record
-
-
-def main() -> None:
-    """What ``ncu`` watches: every peer in every case once, under its number. Who cannot run, and why, is written into a file."""
-    from flashlib.measure.bench import case_of
-    from flashlib.measure.contender import draw_inputs, prepared, witness_of
-    from flashlib.measure.decoding import DecodeCase, decode_peers
-    from flashlib.measure.peers import find_peers
-
-    asked, obstacles, number = json.loads(Path(sys.argv[1]).read_text()), {}, 0
-    rng, device = random.Random(asked["seed"]), torch.device(asked["device"])
-    for columns in asked["cases"]:
-        case = case_of(columns)
-        tutorial = asked["tutorial"] and Path(asked["tutorial"])
-        decodes = isinstance(case, DecodeCase)
-        peers = decode_peers(asked["peers"]) if decodes else find_peers(asked["peers"], tutorial)
-        drawn = draw_inputs(case, device, torch.Generator(device=device).manual_seed(rng.getrandbits(48)))[:1]
-        witness = witness_of(case, drawn, rng)
-        for peer in peers:
-            try:
-                comparison, _, (call,) = prepared(peer, case, drawn, witness)
-                if comparison.passed:
-                    call()
-                    with marked(number):
-                        call()
-                else:
-                    obstacles[number] = f"wrong: {comparison.message}"
-            except Exception as error:  # other people's code may fail in any way
-                obstacles[number] = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            number += 1
-        torch.cuda.empty_cache()
-    Path(sys.argv[2]).write_text(json.dumps(obstacles))
-
-
-if __name__ == "__main__":
-    main()

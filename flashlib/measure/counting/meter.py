@@ -28,7 +28,7 @@ it:
 A copy of K is another tensor: reading the copy is not reading K.
 
 **With a fast memory.** `TrafficMeter(fast_memory=M)` puts M bytes of fast memory in front of the slow one (see
-`flashlib.measure.fast_memory`): what is still there is not read again, results are written back when they have to leave
+`flashlib.measure.counting.fast_memory`): what is still there is not read again, results are written back when they have to leave
 it or at the end, and a temporary that is freed before is never written. Then the counts are the slow-memory accesses of
 Dao et al. 2022, "FlashAttention", section 3.2, for the code as it is: naive attention moves its N x N matrices, tiled
 attention moves K and V once for each block of rows that fits. Residency is tracked by view, so it is exact for code that
@@ -48,8 +48,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashlib.measure.fast_memory import FastMemory, Region, storage_key
-from flashlib.measure.tables import Table, format_bytes, table
+from flashlib.measure.counting.fast_memory import FastMemory, Region, storage_key
+from flashlib.measure.records.tables import Table, format_bytes, table
 
 MADE_INSIDE = "made inside"
 ELSEWHERE = "elsewhere"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from flashlib.measure.timing import time_call
+from flashlib.measure.racing.timing import time_call
 
 __all__ = ["MemoryLevel", "cpu_memory", "matmul_flops_per_s", "stream_bytes_per_s"]
 
@@ -46,7 +46,7 @@ def matmul_flops_per_s(
     """FLOP/s of one ``size`` x ``size`` matrix product, which takes ``2 * size**3`` floating-point operations.
 
     Args:
-        clock: as in :func:`flashlib.measure.timing.time_in_turns`.
+        clock: as in :func:`flashlib.measure.racing.timing.time_in_turns`.
     """
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _seconds(lambda: a @ b, device, budget_s, clock)

@@ -53,7 +53,7 @@ class Peer:
 
     Attributes:
         name: as in records.
-        dtype: the type that it computes in whatever the case says, as named in :data:`flashlib.measure.cases.DTYPES`; None for
+        dtype: the type that it computes in whatever the case says, as named in :data:`flashlib.measure.racing.cases.DTYPES`; None for
             the case's own.
         rows_first: whether q, k and v lie in memory as ``[B, S, H, D]``, the layout of its own interface. Their shape is
             ``[B, H, S, D]`` either way.

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashlib.masks import Causal, KeyLengths, Mask, Unmasked
-from flashlib.measure.cases import DTYPES
-from flashlib.measure.peers import FlexAttention, Naive, Peer, PeerUnavailableError
+from flashlib.measure.racing.cases import DTYPES
+from flashlib.measure.racing.peers import FlexAttention, Naive, Peer, PeerUnavailableError
 
 __all__ = ["DECODE_PRESETS", "DecodeCase", "decode_cases", "decode_peers"]
 
@@ -59,7 +59,7 @@ class DecodeCase:
         length: keys: of every request, if ``cache`` is ``"full"``; of the longest, if it is ``"ragged"``, and from there down to 100
             evenly by logarithm; that all requests share, if it is ``"prefix"``; of a memory in the host's RAM, if ``"memory"``.
         own: keys of each request behind those, the new ones included; in a prefix or a memory.
-        dtype: a name of :data:`flashlib.measure.cases.DTYPES`.
+        dtype: a name of :data:`flashlib.measure.racing.cases.DTYPES`.
 
     Raises:
         ValueError: a value is not one of these.
@@ -103,7 +103,7 @@ class DecodeCase:
 
     @property
     def mask(self) -> str:
-        """What the new tokens may see of the keys that are there, in the words of :class:`flashlib.measure.cases.Case`."""
+        """What the new tokens may see of the keys that are there, in the words of :class:`flashlib.measure.racing.cases.Case`."""
         if self.cache == "ragged":
             return "lengths"
         return "full" if self.queries == 1 else "causal"

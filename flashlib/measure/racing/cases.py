@@ -45,7 +45,7 @@ PRESETS = {
 CPU_SHORTER, CPU_NARROWER = 16, 8  # by how much a processor's presets are smaller than a GPU's
 
 
-# A :class:`Case`, or a :class:`flashlib.measure.decoding.DecodeCase`.
+# A :class:`Case`, or a :class:`flashlib.measure.racing.decoding.DecodeCase`.
 OneCase = TypeVar("OneCase", bound=Any)
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from flashlib.masks import Mask
-from flashlib.measure.cases import DTYPES, Case
-from flashlib.measure.decoding import DecodeCase, nbytes
-from flashlib.measure.peers import Attend, Peer, PeerUnavailableError
-from flashlib.measure.timing import capture
+from flashlib.measure.racing.cases import DTYPES, Case
+from flashlib.measure.racing.decoding import DecodeCase, nbytes
+from flashlib.measure.racing.peers import Attend, Peer, PeerUnavailableError
+from flashlib.measure.racing.timing import capture
 from flashlib.reference import Comparison, check, check_gradients
 
 __all__ = [
@@ -162,7 +162,7 @@ class Contender:
         no_graph: None if a burst is one CUDA graph; else why it is not, so that its time holds Python's launches too.
 
     Raises:
-        flashlib.measure.peers.PeerUnavailableError: the peer cannot run the case.
+        flashlib.measure.racing.peers.PeerUnavailableError: the peer cannot run the case.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ def prepared(
     """A peer's result held against the oracle, the inputs as the peer arranged them, and on each set the call that is timed.
 
     Raises:
-        flashlib.measure.peers.PeerUnavailableError: the peer cannot run the case.
+        flashlib.measure.racing.peers.PeerUnavailableError: the peer cannot run the case.
     """
     sets = [inputs_for(peer, case, one) for one in drawn]
     with torch.set_grad_enabled(case.needs_grad):

@@ -9,14 +9,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from flashlib.measure.bench import Plan, run, summary, told
-from flashlib.measure.record import Record
+from flashlib.measure.racing.bench import run, summary, told
+from flashlib.measure.racing.plan import Plan
+from flashlib.measure.records.record import Record
 
 __all__ = ["print_record", "run_with_progress"]
 
 
 def run_with_progress(plan: Plan, out: Path) -> Record:
-    """:func:`flashlib.measure.bench.run`, with a progress bar and a line for each case."""
+    """:func:`flashlib.measure.racing.bench.run`, with a progress bar and a line for each case."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task(plan.topic, total=len(plan.cases))

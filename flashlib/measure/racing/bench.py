@@ -1,6 +1,6 @@
 """Attention against its peers: speed and memory, in one run, checked and recorded.
 
-python -m flashlib.measure.bench training-forward --out results
+python -m flashlib.measure.racing.bench training-forward --out results
 
 ``flashlib bench`` is the same with a progress bar and figures. Each case is a race: every peer's result is first held against
 the float64 oracle, then they are timed in turns. What is done is written down after every case, so a run that is killed keeps it.
@@ -14,15 +14,15 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flashlib.launch.cpu.library import library, why_missing
-from flashlib.measure.cases import PRESETS, Case, parse_grid, short_labels
-from flashlib.measure.contender import (
+from flashlib.measure.racing.cases import PRESETS, parse_grid, short_labels
+from flashlib.measure.racing.contender import (
     Contender,
     DecodeWitness,
     Inputs,
@@ -32,22 +32,19 @@ from flashlib.measure.contender import (
     inputs_for,
     witness_of,
 )
-from flashlib.measure.counters import run_counters
-from flashlib.measure.decoding import DECODE_PRESETS, DecodeCase, decode_cases, decode_peers
-from flashlib.measure.machine import matmul_flops_per_s, stream_bytes_per_s
-from flashlib.measure.memory import peak_bytes
-from flashlib.measure.peers import Peer, default_peers, find_peers
-from flashlib.measure.protocol import Protocol, protocol_cases, protocol_peers
-from flashlib.measure.record import PACKAGE, Record, new_record, save_record
-from flashlib.measure.tables import Table, format_bytes, format_number, table
-from flashlib.measure.timing import Timing, time_in_turns
+from flashlib.measure.racing.counted import run_counters
+from flashlib.measure.racing.decoding import DECODE_PRESETS, DecodeCase, decode_cases, decode_peers
+from flashlib.measure.racing.machine import matmul_flops_per_s, stream_bytes_per_s
+from flashlib.measure.racing.memory import peak_bytes
+from flashlib.measure.racing.peers import Peer, default_peers, find_peers
+from flashlib.measure.racing.plan import AnyCase, Plan, case_of, sources_of
+from flashlib.measure.racing.protocol import Protocol, protocol_cases, protocol_peers
+from flashlib.measure.racing.timing import Timing, time_in_turns
+from flashlib.measure.records.record import Record, new_record, save_record
+from flashlib.measure.records.tables import Table, format_bytes, format_number, table
 
 __all__ = [
-    "Plan",
     "compile_ahead",
-    "cpu_sources",
-    "decode_sources",
-    "kernel_sources",
     "plan",
     "race",
     "run",
@@ -83,38 +80,7 @@ PROTOCOL_NOTES = (
     "mean. peak_bytes: beyond q, k and v. processors: seconds of processor time a second. Every result was within the error budget against "
     "float64 on sampled rows."
 )
-# What only decoding runs.
-DECODING = ("kernels/combine.py", "kernels/decode.py", "launch/decode.py")
-AnyCase = Case | DecodeCase
 Report = Callable[[AnyCase, list[dict]], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to run. :func:`plan` makes one from a preset's name or a grid.
-
-    Attributes:
-        topic: of the record, and its file's name. cases, peers: what is run, and by whom; all cases of one kind.
-        device: ``"cuda"`` or ``"cpu"``.
-        measures: ``"speed"``, ``"memory"`` (of forward and backward, at its peak) or ``"protocol"`` (:mod:`flashlib.measure.protocol`).
-        seconds: how long to time each peer in each case. seed: of inputs, samples and orders.
-        limit_s: begin no case later than this; None for no limit.
-        tutorial: as in :func:`plan`.
-    """
-
-    topic: str
-    cases: Sequence[AnyCase]
-    peers: list[Peer]
-    device: str
-    measures: str = "speed"
-    seconds: float = 0.3
-    seed: int = 0
-    limit_s: float | None = None
-    tutorial: Path | None = None
-
-    @property
-    def decodes(self) -> bool:
-        return any(isinstance(case, DecodeCase) for case in self.cases)
 
 
 def plan(
@@ -131,8 +97,8 @@ def plan(
     """A plan from the name of a preset, or from a grid such as ``"length=4096 mask=full,causal"``.
 
     Args:
-        what: a name of :data:`flashlib.measure.cases.PRESETS` or :data:`flashlib.measure.decoding.DECODE_PRESETS`, ``"protocol"``, or a grid
-            of :func:`flashlib.measure.cases.parse_grid`.
+        what: a name of :data:`flashlib.measure.racing.cases.PRESETS` or :data:`flashlib.measure.racing.decoding.DECODE_PRESETS`, ``"protocol"``, or a grid
+            of :func:`flashlib.measure.racing.cases.parse_grid`.
         peers: by name; none for those worth racing on the device.
         device: ``"cuda"`` or ``"cpu"``; None for the GPU if there is one.
         tutorial: a copy of Triton's tutorial ``06-fused-attention.py``, to be a peer.
@@ -204,7 +170,7 @@ def run(plan: Plan, out: Path, report: Report = lambda case, rows: None) -> Reco
     """
     started, rows = time.monotonic(), list[dict]()
     machine = ceilings(plan.device) if plan.measures == "speed" else {}
-    measure = {"speed": _Speed, "memory": _Memory, "protocol": Protocol}[plan.measures](plan)
+    measure: Any = {"speed": _Speed, "memory": _Memory, "protocol": Protocol}[plan.measures](plan)
     record = _record(plan, rows, machine, complete=False)
     for number, case in enumerate(plan.cases, start=1):
         if plan.limit_s is not None and time.monotonic() - started > plan.limit_s:
@@ -243,37 +209,6 @@ def _processor() -> dict[str, str | int | None]:
     name = torch.cpu.get_capabilities().get("cpu_name", "unknown")
     variant = None if why_missing() else library().variant.name
     return {"cpu": name, "threads": torch.get_num_threads(), "cpu_kernels": variant}
-
-
-def sources_of(plan: Plan) -> list[str]:
-    """Files that decide how fast our own peers in a plan are."""
-    if plan.device == "cpu":
-        return cpu_sources(decoding=plan.decodes)
-    if not plan.decodes:
-        return kernel_sources()
-    if any(isinstance(case, DecodeCase) and case.about_memory for case in plan.cases):
-        return [*kernel_sources(), *decode_sources(), "inference/prefix.py", "inference/injection.py"]
-    return decode_sources()
-
-
-def kernel_sources() -> list[str]:
-    """Files that decide how fast our attention is, as :func:`flashlib.measure.record.sources_hash` takes them."""
-    others = {"kernels/__init__.py", "launch/__init__.py", "launch/inspect.py", *DECODING}
-    found = [path.relative_to(PACKAGE) for room in ("kernels", "launch") for path in (PACKAGE / room).glob("*.py")]
-    return sorted({*map(Path.as_posix, found), "backends/triton.py"} - others)
-
-
-def cpu_sources(*, decoding: bool = False) -> list[str]:
-    """The same for attention on a CPU, or for decoding there."""
-    kernels = [path for path in (PACKAGE / "kernels" / "cpu").iterdir() if path.suffix in (".h", ".cpp")]
-    found = [*kernels, *(PACKAGE / "launch" / "cpu").glob("*.py"), PACKAGE / "backends" / "cpu.py"]
-    return sorted([*(str(path.relative_to(PACKAGE)) for path in found), *(["inference/decode.py"] if decoding else [])])
-
-
-def decode_sources() -> list[str]:
-    """The same for decoding."""
-    shared = ("kernels/common.py", "launch/options.py", "launch/start.py", "launch/tiles.py")
-    return sorted([*DECODING, *shared, "inference/decode.py"])
 
 
 def ceilings(device: str) -> dict[str, float]:
@@ -460,11 +395,6 @@ def _protocol_told(record: Record) -> Table:
     notes += dict.fromkeys(f"Cache misses: {row['cache_why_not']}." for row in record.rows if row.get("cache_why_not"))
     headers = ["case", "peer", "P50 ms", "P90 ms", "P99 ms", "tokens/s", "peak memory", "processors", "cache misses"]
     return table(rows, headers, notes=notes)
-
-
-def case_of(row: dict) -> AnyCase:
-    """The case of a record's row."""
-    return (DecodeCase if "cache" in row else Case).from_columns(row)
 
 
 def _told_bytes(label: str, row: dict) -> str:

@@ -21,7 +21,7 @@ import torch
 
 __all__ = ["BENCHMARKS", "Record", "load_record", "save_record", "sources_hash"]
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[2]
 BENCHMARKS = PACKAGE.parent / "benchmarks"
 
 

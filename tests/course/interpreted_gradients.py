@@ -4,8 +4,8 @@ import random
 
 import torch
 
-from flashlib.course.gradient_kernels import sum_of_parts
-from flashlib.course.gradients import sum_in_order
+from flashlib.course.chapters.gradient_kernels import sum_of_parts
+from flashlib.course.chapters.gradients import sum_in_order
 from flashlib.measure.counting.kernel_watch import KernelWatch, Race, faults_raised
 
 

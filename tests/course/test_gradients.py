@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from flashlib.backends.pytorch import tiled_attention
-from flashlib.course import figures, gradients, widgets
+from flashlib.course import figures, widgets
+from flashlib.course.chapters import gradients
 from flashlib.measure.records.record import new_record, save_record
 from flashlib.reference import naive_attention, oracle_gradients
 

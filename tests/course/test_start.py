@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flashlib import doctor
-from flashlib.course.start import CHAPTERS, PARTS, course_map, machine_table
+from flashlib.course.chapters.start import CHAPTERS, PARTS, course_map, machine_table
 from flashlib.doctor import GPU
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"

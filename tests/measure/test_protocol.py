@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from flashlib.cli import app
 from flashlib.course.figures.speed import protocol_by_length, save_figures
-from flashlib.measure.counting import events, protocol
+from flashlib.measure.counting import events
 from flashlib.measure.counting.events import EventsUnavailableError, count_events
+from flashlib.measure.racing import protocol
 from flashlib.measure.racing.bench import plan, run, summary
 from flashlib.measure.racing.cases import Case
 from flashlib.measure.racing.protocol import Protocol, latencies, protocol_cases

@@ -239,7 +239,7 @@ def instructions(arch: str = "sm_90") -> dict[str, Counter[str]]:
         RuntimeError: the compiler failed; says what it said.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "flashlib.course.growing_kernels", arch]
+    command = [sys.executable, "-m", "flashlib.course.chapters.growing_kernels", arch]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if answer.returncode:
         raise RuntimeError(f"compiling for {arch} failed: {answer.stderr[-2000:]}")

@@ -32,7 +32,7 @@ def compile_apart(jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Kerne
         RuntimeError: a compilation failed; says what it said.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "flashlib.course.machine_code"]
+    command = [sys.executable, "-m", "flashlib.course.chapters.machine_code"]
     answer = subprocess.run(command, input=pickle.dumps(dict(jobs)), env=environment, capture_output=True, check=False)
     if answer.returncode:
         raise RuntimeError(f"compiling failed: {answer.stderr.decode()[-2000:]}")

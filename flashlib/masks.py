@@ -164,7 +164,8 @@ class Mask:
         """
         device = torch.device(device or "cpu")
         start, stop = self.bounds(batch, q_len, kv_len, device)
-        (entries,) = torch.broadcast_shapes(start.shape[:1], stop.shape[:1])  # 0 for a mask of no sequences
+        # 0 for a mask of no sequences. Not torch.broadcast_shapes, which imports PyTorch's compiler.
+        entries = stop.shape[0] if start.shape[0] == 1 else start.shape[0]
         start = start.clamp(0, kv_len).expand(entries, q_len)
         stop = stop.clamp(0, kv_len).expand(entries, q_len)
         sees_something = start < stop

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ _NUMBERS = (float, int, type(None))
 
 _COUNTS = (int, type(None))
 
-_routes: dict[tuple, Route | DecodeRoute] = {}
+_routes: dict[tuple | None, Route | DecodeRoute] = {}
 _lock = threading.Lock()
 
 
@@ -48,7 +49,7 @@ def route_key(
         type(q) in _PLAIN
         and type(k) in _PLAIN
         and type(v) in _PLAIN
-        and q.is_cuda
+        and _on_gpu(q)
         and plans_are_possible()
         and _nothing_between()
         and not values_are_asked_for()
@@ -70,31 +71,40 @@ def route_key(
             return None
         slopes = (alibi_slopes.shape, alibi_slopes.dtype, alibi_slopes.get_device())
         addresses |= alibi_slopes.data_ptr()
-    if addresses & 15 or device != torch._C._cuda_getDevice():
+    if addresses & 15 or device != _current_device():
         return None
-    needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+    needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on()
     return (
         q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
         needs_grad, band, causal, scale, softcap, slopes, return_lse, backend, id(config),
     )  # fmt: skip
 
 
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_autocast, _grad_is_on = torch.is_autocast_enabled, torch.is_grad_enabled
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+
+
 def _nothing_between() -> bool:
     """Whether PyTorch would hand operators straight to the device: no mode, no transform, no tracer, no autocast, no tangents."""
     return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+        _dispatch_modes() == 0
+        and _function_modes() == 0
+        and _transform() is None
+        and _tracing() is None
         and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cuda")
+        and not _autocast("cuda")
         and not launches_are_watched()
     )
 
 
+_on_gpu = attrgetter("is_cuda")
+
+
 def find_route(key: tuple | None) -> Any:
     """The route of a class of calls, if one was kept."""
-    return None if key is None else _routes.get(key)
+    return _routes.get(key)
 
 
 def keep_route(key: tuple, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, config: FlashAttentionConfig, returns_lse: bool) -> None:  # fmt: skip
@@ -119,7 +129,7 @@ def decode_key(
         type(q) is Tensor
         and type(k) is Tensor
         and type(v) is Tensor
-        and q.is_cuda
+        and _on_gpu(q)
         and plans_are_possible()
         and _nothing_between()
         and not values_are_asked_for()
@@ -129,7 +139,7 @@ def decode_key(
         and type(num_splits) is int
         and type(split_size) in _COUNTS
         and (window is None or (type(window) is tuple and all(type(width) in _COUNTS for width in window)))
-        and not ((q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled())
+        and not ((q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on())
     ):
         return None
     device, addresses, others = q.get_device(), q.data_ptr() | k.data_ptr() | v.data_ptr(), ()
@@ -141,7 +151,7 @@ def decode_key(
             others += (x.shape, x.stride(), x.dtype, x.get_device())
         else:
             others += (None,)
-    if addresses & 15 or device != torch._C._cuda_getDevice():
+    if addresses & 15 or device != _current_device():
         return None
     return (
         q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
@@ -248,7 +258,7 @@ class _Planned(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         route = ctx.route
         plain = type(grad_out) is Tensor and torch._C._functorch.peek_interpreter_stack() is None
-        if plain and not torch.is_grad_enabled() and not launches_are_watched():
+        if plain and not _grad_is_on() and not launches_are_watched():
             gradients = route.gradients(q, k, v, out, lse, grad_out, grad_lse, slopes)
         else:  # what differentiates or maps this must find in it what it knows
             options = route.options.with_tensors(x if x.dim() > 1 else x[None] for x in slopes)

@@ -40,6 +40,7 @@ from flashlib.launch.tiles import (
 __all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_dq_launches", "hopper_launches", "hopper_runs"]
 
 
+GPU = "cuda"
 HOPPER_CACHE = 8 << 20  # bytes of K and V that heads worked on together may take
 # Blocks of rows for each program that a group of heads must have where some have more work than others. On an H200 at head_dim 128,
 # where K and V of 16k keys take 8 MiB a head: 4 heads together, as this gives, or 8 ran causal attention of 16k keys at 639 or 626
@@ -57,7 +58,7 @@ def takes(options: KernelOptions, *tensors: Tensor) -> bool:
     """What the warp-specialised kernels ask of a problem, forward and backward."""
     first = tensors[0]
     return (
-        first.device.type == "cuda"
+        first.device.type == GPU
         and capability_of(first.device) == 9
         and first.dtype in (torch.float16, torch.bfloat16)
         and all(x.shape[3] <= 128 and copy_engine_reads(x) for x in tensors)

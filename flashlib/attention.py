@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -84,16 +86,16 @@ def attention(
         if route is not None:
             return route(q, k, v, alibi_slopes)
     if is_nested(q, k, v):
-        inside = {
+        inside: dict[str, Any] = {
             "mask": mask,
             "causal": causal,
             "alibi_slopes": alibi_slopes,
             "return_lse": return_lse,
             "config": config,
         }
-        scores = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        scores: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
         return nested_attention(
-            q, k, v, **inside, **scores, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend
+            attention, q, k, v, **inside, **scores, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend
         )
     q, k, v = autocast_inputs(q, k, v)
     spec = AttentionSpec.from_tensors(
@@ -130,5 +132,9 @@ def attention(
         if sequences is not None:
             out, lse = pack.gathered(out, lse)
         if sinks is not None and (spec.is_empty or not chosen.has_sinks):
+            assert lse is not None  # a problem with sinks asks for it
             out, lse = merge_sinks(out, lse, sinks)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse

@@ -36,7 +36,7 @@ _NUMBERS = (float, int, type(None))
 
 _COUNTS = (int, type(None))
 
-_routes: dict[tuple, Route | DecodeRoute] = {}
+_routes: dict[tuple | None, Route | DecodeRoute] = {}
 _lock = threading.Lock()
 
 
@@ -83,7 +83,7 @@ def route_key(
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _autocast, _grad_is_on = torch.is_autocast_enabled, torch.is_grad_enabled
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 
 
 def _nothing_between() -> bool:
@@ -102,7 +102,7 @@ def _nothing_between() -> bool:
 _on_gpu = attrgetter("is_cuda")
 
 
-def find_route(key: tuple | None) -> Route | DecodeRoute | None:
+def find_route(key: tuple | None) -> Any:
     """The route of a class of calls, if one was kept."""
     return _routes.get(key)
 
@@ -226,7 +226,8 @@ class Route:
         if self.needs_grad:
             return _apply(self, *tensors)
         if self.returns_lse:
-            return tuple(self.plan.run(tensors))
+            out, lse = self.plan.run(tensors)
+            return out, lse
         return self.plan.run_first(tensors)
 
     def gradients(self, q, k, v, out, lse, grad_out, grad_lse, slopes: list[Tensor]) -> list[Tensor]:
@@ -241,7 +242,7 @@ class Route:
             plan = plan_for(best_backward_launches, tensors, options)
             if plan is not None and len(self.backward) < MOST_PLANS:
                 self.backward[at] = plan
-        return launch_backward(q, k, v, out, lse, grad_out, grad_lse, options)
+        return [*launch_backward(q, k, v, out, lse, grad_out, grad_lse, options)]
 
 
 class _Planned(torch.autograd.Function):

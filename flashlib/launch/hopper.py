@@ -167,10 +167,11 @@ NOTHING_PREPARED = {"tiles": None, "flags": None, "blanked": None}
 
 def prepare_launch(
     v: Tensor, options: KernelOptions, q_len: int, tiles: HopperTiles
-) -> tuple[Launch, dict[str, Tensor | None]]:
+) -> tuple[Launch, dict[str, Tensor]]:
     """The launch that looks up what row intervals mean for the tiles, and what it will write. ``v``: for dQ, k."""
     from flashlib.kernels.hopper_prepare import hopper_prepare
 
+    assert options.start is not None
     batch, kv_heads, kv_len, v_head_dim = v.shape
     entries, row_blocks, key_tiles = options.start.shape[0], blocks(q_len, tiles.block_m), blocks(kv_len, tiles.block_n)
     prepared = {
@@ -303,6 +304,7 @@ def blank_rows_launch(
     from flashlib.kernels.hopper_prepare import hopper_blank_rows
 
     batch, q_heads, q_len, head_dim = q.shape
+    assert options.start is not None
     entries, tiles, v_head_dim = options.start.shape[0], blocks(q_len, block_m), grad_out.shape[3]
     blank = {
         "flags": q.new_empty(entries, tiles, dtype=torch.int32),

@@ -84,7 +84,8 @@ class KernelOptions:
         """The same with other :meth:`tensors`."""
         others = iter(tensors)
         names = ("start", "stop", "alibi_slopes", "row_offsets", "dropout_seed")
-        return replace(self, **{name: next(others) for name in names if getattr(self, name) is not None})
+        changed: dict[str, Any] = {name: next(others) for name in names if getattr(self, name) is not None}
+        return replace(self, **changed)
 
     def numbers(self) -> tuple:
         """As :meth:`flashlib.AttentionSpec.numbers`."""

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ SCRATCH_STEP = 256  # bytes; what every piece of scratch memory begins at a mult
 
 # Asked of PyTorch itself: its public functions of the same purpose take several times as long, and some make an object.
 PLANNED = "cuda"  # devices whose launches are planned
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _capturing = torch._C._cuda_isCurrentStreamCapturing
 _empty = torch.empty_strided
 
@@ -67,7 +68,7 @@ class Plan:
         launches = [launch for launch in launches if 0 not in launch.grid]
         self.names = [launch.name for launch in launches]
         self.packets = tuple([packets.packet(launch, places) for launch in launches])
-        self.start = packets.library().start
+        self.start = packets.needed().start
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Start the kernels on the current stream, and return the results.
@@ -206,7 +207,7 @@ def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None
         return None
     more = options.tensors()
     key = (build, device.index, *map(form_of, tensors), options.key(), *map(form_of, more))
-    plan = _kept.plans.get(key, _kept)
+    plan: Any = _kept.plans.get(key, _kept)
     if plan is _kept:
         if any(x.data_ptr() % 16 for x in (*tensors, *more)):
             return None

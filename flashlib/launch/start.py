@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashlib.launch.tiles import HopperTiles, TileConfig
+from flashlib.launch.tiles import HopperBackwardTiles, HopperTiles, TileConfig
 
 __all__ = ["TRITON_INSTALLED", "Launch", "TileMap", "interpreting"]
 
@@ -62,7 +62,7 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    tiles: TileConfig | HopperTiles | None = None
+    tiles: TileConfig | HopperTiles | HopperBackwardTiles | None = None
 
     @property
     def name(self) -> str:

@@ -139,8 +139,9 @@ def count_tiles(p_tiles, start, stop, m_rows, least, most, kv_len, BLOCK_N: tl.c
 
     At least one tile is visited, so that rows that see nothing need no code of their own.
     """
-    first, full_first, full_last, last = key_ranges(start, stop, m_rows, kv_len, BLOCK_N)
-    first, full_first, full_last, last = first // BLOCK_N, full_first // BLOCK_N, full_last // BLOCK_N, last // BLOCK_N
+    ranges = key_ranges(start, stop, m_rows, kv_len, BLOCK_N)
+    first, full_first = ranges.first // BLOCK_N, ranges.full_first // BLOCK_N
+    full_last, last = ranges.full_last // BLOCK_N, ranges.last // BLOCK_N
     first = tl.maximum(tl.minimum(first, tl.minimum(last, most) - 1), least)
     last = tl.maximum(tl.minimum(last, most), first + 1)
     full_first = tl.minimum(tl.maximum(full_first, first), last)

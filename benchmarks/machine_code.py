@@ -30,7 +30,7 @@ TABLES = Path(__file__).with_suffix("")
 
 def digests(name: str) -> dict[str, str]:
     """The digest of each kernel that one case compiles, by case, architecture and kernel."""
-    from flashlib.kernels.inspect import compile_launch, inspect
+    from flashlib.launch.inspect import compile_launch, inspect
 
     case = cases()[name]
     reports = [compile_launch(case[0](), case[1])] if callable(case[0]) else inspect(case[0], **case[1])

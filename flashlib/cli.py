@@ -53,11 +53,18 @@ def bench(
     limit: Annotated[float | None, typer.Option(help="Begin no case after so many seconds.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the inputs and the order; drawn if not given.")] = None,
     compilers: Annotated[int, typer.Option(help="Compile ahead, in so many processes.")] = 0,
+    counters: Annotated[
+        bool,
+        typer.Option(
+            "--counters", help="Read hardware counters instead of timing; needs a GPU and Nsight Compute's ncu."
+        ),
+    ] = False,
     figures: Annotated[bool, typer.Option(help="Draw the record.")] = True,
 ) -> None:
     """Race attention against its peers on this machine: every result checked first, then timed in turns, and recorded."""
     from flashlib.measure.bench import compile_ahead, plan
     from flashlib.measure.console import print_record, run_with_progress
+    from flashlib.measure.counters import run_counters
     from flashlib.measure.record import load_record
 
     try:
@@ -69,7 +76,7 @@ def bench(
             chosen = plan(what, peers=names, device=device, tutorial=tutorial, **options)
             if compilers:
                 compile_ahead(chosen, compilers)
-            record = run_with_progress(chosen, out)
+            record = run_counters(chosen, out) if counters else run_with_progress(chosen, out)
     except (FileNotFoundError, ValueError) as error:
         typer.echo(f"flashlib bench: {error}", err=True)
         raise typer.Exit(1) from error
@@ -99,7 +106,7 @@ def inspect(
     """Compile our kernels for a GPU that need not be here: registers, spills, shared memory, tensor cores, PTX and SASS."""
     import torch
 
-    from flashlib.kernels import inspect as kernels
+    from flashlib.launch import inspect as kernels
 
     try:
         options = {"causal": causal, "intervals": intervals, "softcap": softcap, "alibi": alibi}

@@ -4,7 +4,7 @@ An engine computes a forward and a backward pass from tensors and plain numbers.
 
 * in eager mode one ``torch.autograd.Function``, which knows backward, forward mode (where the engine does), and ``vmap``: the mapped dimension
   becomes part of the batch;
-* under a tracer, or for tensors without data, one operator (:mod:`flashlib.operators`), which a graph can hold and which says the shapes of its results.
+* under a tracer, or for tensors without data, one operator (:mod:`flashlib.launch.operators`), which a graph can hold and which says the shapes of its results.
 
 A second derivative is refused in plain words where somebody asks for it, and not before: ``create_graph=True`` alone is no reason.
 """
@@ -80,22 +80,22 @@ class TritonEngine:
         return cls(precision, autotune)
 
     def forward(self, q, k, v, spec):
-        from flashlib.kernels.run import launch_forward
+        from flashlib.launch.run import launch_forward
 
         return launch_forward(q, k, v, self._options(spec))
 
     def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
-        from flashlib.kernels.run import launch_backward
+        from flashlib.launch.run import launch_backward
 
         return launch_backward(q, k, v, out, lse, grad_out, grad_lse, self._options(spec))
 
     def empty_results(self, q, v, spec):
-        from flashlib.kernels.launch import empty_results
+        from flashlib.launch.options import empty_results
 
         return empty_results(q, v)
 
     def _options(self, spec):
-        from flashlib.kernels.launch import KernelOptions
+        from flashlib.launch.options import KernelOptions
 
         return KernelOptions.from_spec(spec, self.precision, self.autotune)
 
@@ -112,20 +112,20 @@ class CPUEngine:
         return cls()
 
     def forward(self, q, k, v, spec):
-        from flashlib.kernels.launch import KernelOptions
         from flashlib.launch.cpu import operators
+        from flashlib.launch.options import KernelOptions
 
         return operators.run_forward(q, k, v, KernelOptions.from_spec(spec), operators.library())
 
     def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
-        from flashlib.kernels.launch import KernelOptions
         from flashlib.launch.cpu import operators
+        from flashlib.launch.options import KernelOptions
 
         options = KernelOptions.from_spec(spec)
         return operators.run_backward(q, k, v, out, lse, grad_out, grad_lse, options, operators.library())
 
     def empty_results(self, q, v, spec):
-        from flashlib.kernels.launch import empty_results
+        from flashlib.launch.options import empty_results
 
         return empty_results(q, v)
 
@@ -148,7 +148,7 @@ def run_engine(engine: Engine, q: Tensor, k: Tensor, v: Tensor, spec: AttentionS
                 raise NotImplementedError(
                     f"a forward-mode derivative cannot be traced through {_name(engine)} attention; {_FORWARD_MODE}"
                 )
-            from flashlib.operators import attention_forward  # registering operators imports PyTorch's compiler
+            from flashlib.launch.operators import attention_forward  # registering operators imports PyTorch's compiler
 
             return attention_forward(q, k, v, *numbers, str(engine))
         return _Attention.apply(q, k, v, engine, *numbers)
@@ -178,8 +178,7 @@ class _Attention(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return None, None, None, *nothing
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        with autocast_off(q.device):
-            return *_Gradients.apply(q, k, v, out, lse, grad_out, grad_lse, ctx.engine, *numbers), *nothing
+        return *differentiable_gradients(q, k, v, out, lse, grad_out, grad_lse, ctx.engine, tuple(numbers)), *nothing
 
     @staticmethod
     def jvp(ctx, dq, dk, dv, *_):
@@ -222,6 +221,14 @@ class _Gradients(torch.autograd.Function):
         batch = folded[0].shape[0] // info.batch_size
         results = _Gradients.apply(*folded, engine, *_folded_numbers(info.batch_size, batch, in_dims[8:], numbers))
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
+
+
+def differentiable_gradients(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, engine: Engine, numbers: tuple,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(dq, dk, dv)`` as a node of its own, which knows ``vmap`` and refuses to be differentiated; ``numbers`` as of the forward."""
+    with autocast_off(q.device):
+        return _Gradients.apply(q, k, v, out, lse, grad_out, grad_lse, engine, *numbers)
 
 
 _FORWARD_MODE = "the backends 'tiled', 'reference' and 'torch_sdpa_math' have one"

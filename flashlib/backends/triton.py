@@ -11,8 +11,10 @@ from torch import Tensor
 
 from flashlib.backends.base import Backend
 from flashlib.engines import TritonEngine, run_engine
-from flashlib.kernels.launch import TRITON_INSTALLED, KernelOptions, blocks, forward_launch, interpreting
-from flashlib.kernels.tiles import TileConfig
+from flashlib.launch.options import KernelOptions, blocks
+from flashlib.launch.plain import forward_launch
+from flashlib.launch.start import TRITON_INSTALLED, interpreting
+from flashlib.launch.tiles import TileConfig
 from flashlib.spec import AttentionSpec
 
 __all__ = ["TritonBackend", "count_tiles"]

@@ -1,6 +1,6 @@
 """Our kernels as they launch: which programs there are, in which order, how many tiles each visits, and what all of them do.
 
-The choices below, tile sizes, orders and numbers of splits, are those of :mod:`flashlib.kernels` and
+The choices below, tile sizes, orders and numbers of splits, are those of :mod:`flashlib.launch` and
 :mod:`flashlib.inference.decode`, repeated here so that asking for a cost brings neither PyTorch nor Triton. A test holds the two
 together.
 """
@@ -62,18 +62,30 @@ class Launch:
         return sum(tiles * count * times for programs, times in self.parts for tiles, count in programs)
 
     @property
+    def memory_written(self) -> float:
+        """Of :attr:`memory`, what the kernel writes. When it ends, up to all that the cache holds of it still lies there. Partial results
+        that the same kernel reads again never leave the cache."""
+        inside = self.work.written.get("partial", 0) if "partial" in self.work.read else 0
+        return sum(self.work.written.values()) - inside
+
+    @property
+    def memory_read(self) -> float:
+        """Of :attr:`memory`, what the kernel reads."""
+        return self.memory - self.memory_written
+
+    @property
     def program_count(self) -> int:
         return sum(count * times for programs, times in self.parts for _, count in programs)
 
 
-# The warp-specialised kernels for Hopper, as in flashlib.kernels.tiles and flashlib.kernels.hopper_launch.
+# The warp-specialised kernels for Hopper, as in flashlib.launch.tiles and flashlib.launch.hopper.
 HOPPER = {64: Tiles(192, 128), 128: Tiles(128, 128)}
 HOPPER_ROOMY, HOPPER_NARROW, HOPPER_LEAST_KEYS = Tiles(128, 128), Tiles(128, 64), 1024
 HOPPER_BACKWARD = {64: Tiles(128, 128), 128: Tiles(64, 128)}
 HOPPER_BACKWARD_ROOMY = {64: Tiles(64, 128), 128: Tiles(32, 128)}
 HOPPER_DQ = Tiles(128, 64)
 HOPPER_CACHE, HOPPER_SPREAD = 8 << 20, 3.5
-# The plain ones, as in flashlib.kernels.tiles: by major compute capability, kernel and widest head_dim.
+# The plain ones, as in flashlib.launch.tiles: by major compute capability, kernel and widest head_dim.
 TABLE = {
     9: {
         "forward": {64: Tiles(128, 64), 128: Tiles(128, 128), 256: Tiles(128, 64)},
@@ -303,7 +315,7 @@ def _fewest_waves(pairs: int, max_length: int, units: int, block_n: int) -> int:
 
 
 def forward_tiles(problem: Problem, gpu: Device) -> Tiles:
-    """The tile of the forward (``hopper_tiles`` and ``tile_config`` of :mod:`flashlib.kernels`)."""
+    """The tile of the forward (``hopper_tiles`` and ``tile_config`` of :mod:`flashlib.launch`)."""
     if not _hopper_runs(problem, gpu):
         return _table("forward", problem, gpu)
     left, by_row = _left(problem), _by_row(problem)
@@ -426,7 +438,7 @@ def _from_memory(problem: Problem, mask: Visible, asked: Work, gpu: Device) -> f
 
 
 def _heads_together(problem: Problem, heads: int, row_blocks: int, programs: int) -> int:
-    """As ``heads_together`` of flashlib.kernels.hopper_launch."""
+    """As ``heads_together`` of flashlib.launch.hopper."""
     if not row_blocks or not heads:
         return 1
     seen = problem.kv_len if _by_row(problem) else problem.visible[0].seen_keys

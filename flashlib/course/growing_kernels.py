@@ -247,8 +247,8 @@ def instructions(arch: str = "sm_90") -> dict[str, Counter[str]]:
 
 
 def _count_instructions(arch: str) -> dict[str, Counter[str]]:
-    from flashlib.kernels.inspect import compile_launch
-    from flashlib.kernels.launch import Launch
+    from flashlib.launch.inspect import compile_launch
+    from flashlib.launch.start import Launch
 
     q, k, v = (torch.empty(1, 8, 4096, 64, dtype=torch.float16, device="meta") for _ in range(3))
     _, _, grid, arguments = _problem(q, k, v, 64, 64)

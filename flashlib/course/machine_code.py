@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from flashlib.kernels.inspect import KernelReport, inspect
+from flashlib.launch.inspect import KernelReport, inspect
 
 __all__ = ["compile_apart", "lines_with", "product_shapes", "resident_programs"]
 
@@ -23,7 +23,7 @@ _REGISTERS, _REGISTER_UNIT, _RESERVED = 65_536, 256, 1024
 
 
 def compile_apart(jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[KernelReport]]:
-    """`flashlib.kernels.inspect.inspect` for several sets of arguments, two at a time, in processes that do not interpret.
+    """`flashlib.launch.inspect.inspect` for several sets of arguments, two at a time, in processes that do not interpret.
 
     Args:
         jobs: by a name of your choice, the arguments of `inspect`.

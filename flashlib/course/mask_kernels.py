@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flashlib.kernels.common import key_ranges, place, visits
-from flashlib.kernels.launch import KernelOptions, forward_launch
-from flashlib.kernels.tiles import TileConfig
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import forward_launch
+from flashlib.launch.tiles import TileConfig
 from flashlib.masks import Mask, RowIntervals
 from flashlib.spec import AttentionSpec
 

@@ -256,8 +256,8 @@ def combine_splits(
         nothing = Partial.identity(*out.shape[1:], device=out.device)
         merged = fold([nothing, *(Partial(o, l) for o, l in zip(out, lse, strict=True))])
         return merged.out.to(dtype), merged.lse
-    from flashlib.kernels.decode_launch import combine_launch
-    from flashlib.kernels.launch import interpreting
+    from flashlib.launch.decode import combine_launch
+    from flashlib.launch.start import interpreting
 
     stored = torch.float32 if interpreting() else dtype  # the interpreter cuts off what a GPU rounds to bf16
     merged_out, merged_lse = out.new_empty(out.shape[1:], dtype=stored), lse.new_empty(lse.shape[1:])
@@ -451,7 +451,7 @@ def _triton(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def run_triton(problem: Problem, precision: str) -> tuple[Tensor, Tensor]:
     """By the kernels; ``precision`` of fp32 products as in :class:`flashlib.config.TritonConfig`."""
-    from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
+    from flashlib.launch.decode import DecodeOptions, launch_decode
 
     if may_read(*(x for x in (problem.q, problem.lengths, problem.block_table) if x is not None)):
         problem.check_values()
@@ -482,7 +482,7 @@ def _splits(problem: Problem) -> tuple[int, int]:
 
     From host-side numbers only, since lengths are on the device.
     """
-    from flashlib.kernels.decode_launch import most_keys, tiles_for
+    from flashlib.launch.decode import most_keys, tiles_for
 
     if problem.num_splits:
         return problem.num_splits, problem.num_splits
@@ -524,7 +524,7 @@ def _pick(backend: str, why_not: dict[str, Callable[[], str | None]]) -> str:
 
 
 def _no_triton(device: torch.device) -> str | None:
-    from flashlib.kernels.launch import TRITON_INSTALLED, interpreting
+    from flashlib.launch.start import TRITON_INSTALLED, interpreting
 
     if not TRITON_INSTALLED:
         return "triton is not installed (it exists for Linux only)"

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from flashlib.attention import attention
 from flashlib.inference.decode import combine_splits, decode_attention, no_combine_kernel
-from flashlib.kernels.decode_launch import PackedSplits, combine_packed_launch
-from flashlib.kernels.launch import interpreting
-from flashlib.kernels.tiles import multiprocessors
+from flashlib.launch.decode import PackedSplits, combine_packed_launch
+from flashlib.launch.start import interpreting
+from flashlib.launch.tiles import multiprocessors
 from flashlib.masks import Causal, KeyLengths
 from flashlib.partial import Partial, fold
 

@@ -24,6 +24,7 @@ import torch
 from flashlib.launch.cpu.library import library, why_missing
 from flashlib.measure.cases import PRESETS, Case, parse_grid, short_labels
 from flashlib.measure.contender import Contender, DecodeWitness, Inputs, Witness, draw_inputs, inputs_for, witness_of
+from flashlib.measure.counters import run_counters
 from flashlib.measure.decoding import DECODE_PRESETS, DecodeCase, decode_cases, decode_peers
 from flashlib.measure.machine import matmul_flops_per_s, stream_bytes_per_s
 from flashlib.measure.memory import peak_bytes
@@ -68,7 +69,8 @@ CPU_CLOCKS = {
 MEMORY_NOTES = (
     "Peak memory of one forward and backward, beyond q, k, v and the gradient of out, as the allocator counts it."
 )
-DECODING = ("combine", "decode", "decode_launch")  # modules of flashlib.kernels that only decoding uses
+# What only decoding runs.
+DECODING = ("kernels/combine.py", "kernels/decode.py", "launch/decode.py")
 Report = Callable[[Case, list[dict]], None]
 
 
@@ -202,7 +204,7 @@ def _record(plan: Plan, rows: list[dict], machine: dict, *, complete: bool) -> R
     notes = MEMORY_NOTES if plan.memory else DECODE_NOTES if plan.decodes else NOTES
     if plan.device == "cpu" and not plan.memory:
         notes, extra = CPU_NOTES.format(clock=CPU_CLOCKS[_one_thread()]), extra | _processor()
-    return new_record(plan.topic, rows, _sources(plan), notes, **extra)
+    return new_record(plan.topic, rows, sources_of(plan), notes, **extra)
 
 
 def _one_thread() -> bool:
@@ -221,7 +223,8 @@ def _processor() -> dict[str, str | int | None]:
     return {"cpu": name, "threads": torch.get_num_threads(), "cpu_kernels": variant}
 
 
-def _sources(plan: Plan) -> list[str]:
+def sources_of(plan: Plan) -> list[str]:
+    """Files that decide how fast our own peers in a plan are."""
     if plan.device == "cpu":
         return cpu_sources(decoding=plan.decodes)
     if not plan.decodes:
@@ -233,9 +236,9 @@ def _sources(plan: Plan) -> list[str]:
 
 def kernel_sources() -> list[str]:
     """Files that decide how fast our attention is, as :func:`flashlib.measure.record.sources_hash` takes them."""
-    others = ("__init__", "inspect", *DECODING)
-    kernels = [path for path in (PACKAGE / "kernels").glob("*.py") if path.stem not in others]
-    return sorted(str(path.relative_to(PACKAGE)) for path in [*kernels, PACKAGE / "backends" / "triton.py"])
+    others = {"kernels/__init__.py", "launch/__init__.py", "launch/inspect.py", *DECODING}
+    found = [path.relative_to(PACKAGE) for room in ("kernels", "launch") for path in (PACKAGE / room).glob("*.py")]
+    return sorted({*map(Path.as_posix, found), "backends/triton.py"} - others)
 
 
 def cpu_sources(*, decoding: bool = False) -> list[str]:
@@ -247,7 +250,8 @@ def cpu_sources(*, decoding: bool = False) -> list[str]:
 
 def decode_sources() -> list[str]:
     """The same for decoding."""
-    return sorted([*(f"kernels/{name}.py" for name in (*DECODING, "common", "launch", "tiles")), "inference/decode.py"])
+    shared = ("kernels/common.py", "launch/options.py", "launch/start.py", "launch/tiles.py")
+    return sorted([*DECODING, *shared, "inference/decode.py"])
 
 
 def ceilings(device: str) -> dict[str, float]:
@@ -392,6 +396,8 @@ def _free(device: str) -> None:
 
 def summary(record: Record) -> Table:
     """A record as a table: a line for each case, a column for each peer, and below it who could not run and why."""
+    if any("stalls" in row for row in record.rows):
+        return _counters_told(record)
     if any("gb_per_s" in row for row in record.rows):
         value, show, unit = "gb_per_s", format_number, "GB/s of K and V, each counted once; more is better."
     elif any("peak_bytes" in row for row in record.rows):
@@ -402,10 +408,10 @@ def summary(record: Record) -> Table:
         value, show, unit = "tflops", lambda rate: format_number(1e3 * rate), "GFLOP/s; more is better."
     peers = list(dict.fromkeys(row["peer"] for row in record.rows))
     ran = [peer for peer in peers if any(row.get(value) for row in record.select(peer=peer))]
-    labels, shared = short_labels(dict.fromkeys(map(_case_of, record.rows)))
+    labels, shared = short_labels(dict.fromkeys(map(case_of, record.rows)))
     lines: dict[str, dict[str, str]] = {}
     for row in record.rows:
-        line = lines.setdefault(labels[_case_of(row)], {})
+        line = lines.setdefault(labels[case_of(row)], {})
         line[row["peer"]] = show(row[value]) if row.get(value) else "-"
     rows = [(label, *(line.get(peer, "") for peer in ran)) for label, line in lines.items()]
     notes = [f"{unit} All: {shared}."]
@@ -413,11 +419,29 @@ def summary(record: Record) -> Table:
         reasons = dict.fromkeys(row["why_not"] for row in record.select(peer=peer) if row["why_not"])
         notes += [f"{peer}: {reason}" for reason in reasons]
     if value == "gb_per_s":
-        notes += [_told_bytes(labels[_case_of(row)], row) for row in record.rows if row.get("cache_bytes")]
+        notes += [_told_bytes(labels[case_of(row)], row) for row in record.rows if row.get("cache_bytes")]
     return table(rows, ["case", *ran], notes=notes)
 
 
-def _case_of(row: dict) -> Case | DecodeCase:
+def _counters_told(record: Record) -> Table:
+    """Hardware counters: a line for each peer in each case."""
+    labels, shared = short_labels(dict.fromkeys(map(case_of, record.rows)))
+    rows, notes = [], [f"All: {shared}."]
+    for row in record.rows:
+        if row["why_not"]:
+            notes.append(f"{labels[case_of(row)]}, {row['peer']}: {row['why_not']}")
+            continue
+        moved = (None if row[name] is None else format_bytes(row[name]) for name in ("dram_read", "dram_written", "l2_read", "l2_written", "shared_bytes"))  # fmt: skip
+        busy = (None if row[name] is None else f"{row[name]:.0%}" for name in ("tensor_pipe", "exponential_unit"))
+        waits = sorted(((reason, warps) for reason, warps in row["stalls"].items() if reason != "selected"), key=lambda stall: -stall[1])  # fmt: skip
+        waiting = ", ".join(f"{reason} {warps:.1f}" for reason, warps in waits[:3])
+        rows.append((labels[case_of(row)], row["peer"], 1e3 * row["seconds"], *moved, *busy, waiting))
+    headers = ["case", "peer", "ms", "memory read", "written", "L2 read", "written", "shared memory", "tensor pipe", "exponentials", "warps waiting for each issue"]  # fmt: skip
+    return table(rows, headers, notes=notes)
+
+
+def case_of(row: dict) -> Case | DecodeCase:
+    """The case of a record's row."""
     return (DecodeCase if "cache" in row else Case).from_columns(row)
 
 
@@ -440,12 +464,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--limit", type=float, dest="limit_s", help="begin no case after so many seconds")
     parser.add_argument("--compilers", type=int, default=0, help="compile ahead in so many processes")
+    parser.add_argument("--counters", action="store_true", help="read hardware counters instead of timing; needs ncu")
     options = vars(parser.parse_args())
-    out, what, compilers = (options.pop(name) for name in ("out", "what", "compilers"))
+    out, what, compilers, counters = (options.pop(name) for name in ("out", "what", "compilers", "counters"))
     chosen = plan(what, **options)
     if compilers:
         compile_ahead(chosen, compilers)
-    print(summary(run(chosen, out, report=_print_case)))
+    print(summary(run_counters(chosen, out) if counters else run(chosen, out, report=_print_case)))
 
 
 def _print_case(case: Case, rows: list[dict]) -> None:

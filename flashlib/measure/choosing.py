@@ -249,7 +249,7 @@ def _versions() -> dict[str, str]:
     """What else an answer depends on: PyTorch, Triton, and the text of our kernels and backends."""
     import importlib.metadata
 
-    texts = sorted([*(PACKAGE / "kernels").rglob("*.py"), *(PACKAGE / "backends").rglob("*.py")])
+    texts = sorted(path for room in ("kernels", "launch", "backends") for path in (PACKAGE / room).rglob("*.py"))
     ours = hashlib.sha256(b"\0".join(path.read_bytes() for path in texts)).hexdigest()[:20]
     try:
         triton = importlib.metadata.version("triton")

@@ -19,7 +19,7 @@ from flashlib.measure.peers import Attend, Peer
 from flashlib.measure.timing import capture
 from flashlib.reference import Comparison, check, check_gradients
 
-__all__ = ["Contender", "Inputs", "SampledRows", "Witness", "draw_inputs", "inputs_for", "witness_of"]
+__all__ = ["Contender", "Inputs", "SampledRows", "Witness", "draw_inputs", "inputs_for", "prepared", "witness_of"]
 
 ROWS_CHECKED = 256
 CACHES_FULL = 3  # all input sets together are at least so many times the L2 cache
@@ -154,15 +154,11 @@ class Contender:
     """
 
     def __init__(self, peer: Peer, case: Case, drawn: list[Inputs], witness: Witness) -> None:
-        sets = [inputs_for(peer, case, one) for one in drawn]
-        on_gpu = sets[0].q.is_cuda
+        on_gpu = drawn[0].q.is_cuda
         stream = torch.cuda.Stream() if on_gpu else None
         # Autograd runs a backward on the stream of its forward, so everything runs on the one that is captured.
         with _on(stream):
-            with torch.set_grad_enabled(case.needs_grad):
-                attend = peer.prepare(case, sets[0].q, sets[0].k, sets[0].v)
-            self.comparison = witness.check(attend, sets[0])
-            runs = [_run(attend, case, one) for one in sets]
+            self.comparison, sets, runs = prepared(peer, case, drawn, witness)
             for run in runs:
                 run()
         self.calls, self.once, self.cache_bytes = len(runs), runs[0], nbytes((sets[0].k, sets[0].v))
@@ -182,6 +178,20 @@ class Contender:
         except RuntimeError as error:
             torch.cuda.synchronize()  # raises if more is broken than the capture
             self.no_graph = str(error).splitlines()[0]
+
+
+def prepared(
+    peer: Peer, case: Case | DecodeCase, drawn: list[Inputs], witness: Witness | DecodeWitness
+) -> tuple[Comparison, list[Inputs], list[Callable[[], object]]]:
+    """A peer's result held against the oracle, the inputs as the peer arranged them, and on each set the call that is timed.
+
+    Raises:
+        flashlib.measure.peers.PeerUnavailableError: the peer cannot run the case.
+    """
+    sets = [inputs_for(peer, case, one) for one in drawn]
+    with torch.set_grad_enabled(case.needs_grad):
+        attend = peer.prepare(case, sets[0].q, sets[0].k, sets[0].v)
+    return witness.check(attend, sets[0]), sets, [_run(attend, case, one) for one in sets]
 
 
 def _on(stream: torch.cuda.Stream | None):

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from flashlib.course import mask_kernels, widgets
-from flashlib.kernels.tiles import TileConfig
+from flashlib.launch.tiles import TileConfig
 from flashlib.masks import Causal, Documents, KeyLengths, Prefix, Tile, Unmasked, Window
 from flashlib.reference import check
 

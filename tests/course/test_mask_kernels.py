@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 def test_compiled_beside_a_process_that_interprets(monkeypatch):
     from flashlib.course.machine_code import compile_apart, lines_with, product_shapes, resident_programs
-    from flashlib.kernels.tiles import TileConfig
+    from flashlib.launch.tiles import TileConfig
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     tiles = TileConfig(64, 32, 4, 2)

@@ -30,7 +30,7 @@ from flashlib import BackendUnavailableError, FlashAttentionConfig, attention, u
 from flashlib.backends import BACKENDS, available
 from flashlib.inference.decode import decode_attention
 from flashlib.interop import flash_attn
-from flashlib.kernels.launch import interpreting
+from flashlib.launch.start import interpreting
 from flashlib.reference import assert_within_budget
 
 LENGTHS = [3, 5]  # of the packed sequences

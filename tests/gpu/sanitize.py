@@ -36,8 +36,10 @@ from race_reports import CONTROL_OF, accesses, kind_of
 from torch import Tensor
 
 from flashlib import AttentionSpec, masks
-from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch, interpreting
-from flashlib.kernels.run import launch_backward, launch_forward
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import backward_launches, forward_launch
+from flashlib.launch.run import launch_backward, launch_forward
+from flashlib.launch.start import Launch, interpreting
 from flashlib.measure.bench import decode_sources, kernel_sources
 from flashlib.measure.record import new_record, save_record
 
@@ -409,7 +411,7 @@ def decode(
     split_size: int | None = None, page_size: int | None = None, softcap: float = 0.0, merge_in_kernel: bool = True,
 ) -> None:  # fmt: skip
     """One decoding step of four requests, one of them empty and one with room left."""
-    from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
+    from flashlib.launch.decode import DecodeOptions, launch_decode
 
     batch, kv_heads, lengths = 4, 2, [KV_LEN, 0, KV_LEN // 2, q_len]
     table, rows, room = None, batch, KV_LEN

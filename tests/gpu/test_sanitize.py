@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from gpu import planted
 
 from flashlib.kernels import hopper, hopper_backward, hopper_dq
-from flashlib.kernels.inspect import compile_launch
+from flashlib.launch.inspect import compile_launch
 
 HEADER = "========= COMPUTE-SANITIZER\n"
 RAN = "".join(f"{what} has run\n" for what in ["every case", *CONTROLS["racecheck"]])

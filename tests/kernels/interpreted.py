@@ -19,8 +19,8 @@ from seeds import seeds_asked_for
 from flashlib import attention
 from flashlib.backends.triton import count_tiles
 from flashlib.course.kernel_watch import KernelWatch, faults_raised
-from flashlib.kernels import tiles
-from flashlib.kernels.tiles import TileConfig
+from flashlib.launch import tiles
+from flashlib.launch.tiles import TileConfig
 from flashlib.masks import Tile
 from flashlib.reference import check, check_gradients
 

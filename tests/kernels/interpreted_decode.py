@@ -26,10 +26,10 @@ from flashlib.inference import decode, prefix
 from flashlib.inference.decode import combine_splits, decode_attention, split_ranges
 from flashlib.inference.decode_operator import decode_triton
 from flashlib.inference.prefix import SharedPrefix, shared_prefix_attention
-from flashlib.kernels import decode_launch
-from flashlib.kernels.decode_launch import DecodeOptions, decode_launches, launch_decode
-from flashlib.kernels.launch import Launch
-from flashlib.kernels.tiles import TileConfig
+from flashlib.launch import decode as decode_launch
+from flashlib.launch.decode import DecodeOptions, decode_launches, launch_decode
+from flashlib.launch.start import Launch
+from flashlib.launch.tiles import TileConfig
 from flashlib.partial import Partial, fold
 from flashlib.reference import check
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashlib.kernels.decode_launch import (
+from flashlib.launch.decode import (
     DecodeOptions,
     PackedSplits,
     combine_launch,
@@ -18,7 +18,7 @@ from flashlib.kernels.decode_launch import (
     decode_launches,
     decode_tiles,
 )
-from flashlib.kernels.inspect import ARCHITECTURES, compile_launch
+from flashlib.launch.inspect import ARCHITECTURES, compile_launch
 
 PROGRAM = Path(__file__).parent / "interpreted_decode.py"
 

@@ -68,11 +68,11 @@ def test_keys_are_counted_once_however_often_they_are_held():
 
 
 def test_sources_of_attention_and_of_decoding_are_all_that_there_are():
-    kernels = {f"kernels/{path.name}" for path in (PACKAGE / "kernels").glob("*.py")} - {
-        "kernels/__init__.py",
-        "kernels/inspect.py",
+    rooms = {f"{room}/{path.name}" for room in ("kernels", "launch") for path in (PACKAGE / room).glob("*.py")}
+    assert rooms - {"kernels/__init__.py", "launch/__init__.py", "launch/inspect.py"} <= {
+        *kernel_sources(),
+        *decode_sources(),
     }
-    assert kernels <= {*kernel_sources(), *decode_sources()}
     assert not [name for name in kernel_sources() if "decode" in name]
     assert len(sources_hash(decode_sources())) == 64
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashlib.kernels.launch import KernelOptions, batch_stride, empty_results
 from flashlib.launch.cpu.library import Library, Problem, Strides, library
+from flashlib.launch.options import KernelOptions, batch_stride, empty_results
 
 __all__ = ["decode", "run_backward", "run_decode", "run_forward"]
 

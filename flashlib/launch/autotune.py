@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from flashlib.kernels.tiles import TABLE, TileConfig
+from flashlib.launch.tiles import TABLE, TileConfig
 
 __all__ = ["CANDIDATES", "Device", "Problem", "fits", "search", "searches"]
 
@@ -98,7 +98,7 @@ class Problem:
 
     @classmethod
     def of(cls, kernel: str, q: torch.Tensor, arguments: dict) -> Problem:
-        """From the arguments that all attention kernels share (:meth:`flashlib.kernels.launch.KernelOptions.arguments`)."""
+        """From the arguments that all attention kernels share (:meth:`flashlib.launch.options.KernelOptions.arguments`)."""
         switches = ("HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "DROPOUT")
         features = [
             f"MASK={arguments['MASK']}",
@@ -275,9 +275,8 @@ def _versions() -> dict[str, str]:
     """What else an answer depends on: Triton, and the text of the kernels."""
     import triton
 
-    sources = (
-        Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in ("common", "forward", "backward")
-    )
+    kernels = Path(__file__).parents[1] / "kernels"
+    sources = ((kernels / f"{name}.py").read_text(encoding="utf-8") for name in ("common", "forward", "backward"))
     return {"triton": triton.__version__, "kernels": _digest("\0".join(sources))}
 
 

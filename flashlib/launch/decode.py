@@ -9,8 +9,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from flashlib.kernels.launch import Launch, blocks, checked_channels, padded, readable, strides
-from flashlib.kernels.tiles import TileConfig, capability_of, multiprocessors
+from flashlib.launch.counters import counters
+from flashlib.launch.options import blocks, checked_channels, padded, readable, strides
+from flashlib.launch.start import Launch
+from flashlib.launch.tiles import TileConfig, capability_of, multiprocessors
 
 __all__ = [
     "DECODE_TABLE",
@@ -126,7 +128,7 @@ def _decode_launches(
     block_d, block_dv = padded(head_dim), padded(v_head_dim)
     arguments = {
         "p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_partial_out": partial_out, "p_partial_lse": partial_lse,
-        "p_arrivals": arrivals(batch * kv_heads * row_blocks, q.device) if options.merge_in_kernel else None,
+        "p_arrivals": counters(q, batch * kv_heads * row_blocks) if options.merge_in_kernel else None,
         "p_lengths": options.lengths, "p_table": table, "stride_table": 0 if table is None else table.stride(0),
         "n_pages": None if table is None else len(k),
         **strides(q=q, k=k, v=v),
@@ -245,55 +247,3 @@ def tiles_for(q: Tensor, v: Tensor) -> TileConfig:
 @cache
 def _tiles(rows: int, dtype: torch.dtype, head_dim: int, device: torch.device) -> TileConfig:
     return decode_tiles(rows, dtype, head_dim, capability_of(device))
-
-
-class ArrivalCounters:
-    """Zeros in which the programs of a launch count who has arrived; the kernel leaves zeros behind, so they are written once.
-
-    Launches that may run at the same time must not share counters. Those of one stream follow one another, and share theirs. One
-    captured into a CUDA graph may be replayed on any stream, so it has its own, cut from a reserve and never given back.
-    """
-
-    RESERVE = 1 << 18
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.of_stream: dict[int, Tensor] = {}
-        self.reserve = self._zeros(0)
-        self.given: list[Tensor] = []  # to graphs; a graph keeps no tensor alive that existed before it
-
-    def take(self, count: int) -> Tensor:
-        if self.device.type != "cuda":
-            return self._of_stream(0, count)
-        if torch.cuda.is_current_stream_capturing():
-            return self._own(count)
-        if len(self.reserve) < self.RESERVE // 2:
-            self.reserve = self._zeros(self.RESERVE)
-        return self._of_stream(torch.cuda.current_stream(self.device).cuda_stream, count)
-
-    def _of_stream(self, stream: int, count: int) -> Tensor:
-        counters = self.of_stream.get(stream)
-        if counters is None or len(counters) < count:
-            counters = self.of_stream[stream] = self._zeros(max(count, 1024))
-        return counters
-
-    def _own(self, count: int) -> Tensor:
-        if len(self.reserve) < count:
-            return self._zeros(count)  # zeroed by the graph, each time it is replayed: right, but one more node
-        aligned = blocks(count, 4) * 4  # a pointer that is no multiple of 16 bytes would have the kernel compiled again
-        own, self.reserve = self.reserve[:count], self.reserve[aligned:]
-        self.given.append(own)
-        return own
-
-    def _zeros(self, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int32, device=self.device)
-
-
-@cache
-def _counters_of(device: torch.device) -> ArrivalCounters:
-    return ArrivalCounters(device)
-
-
-def arrivals(count: int, device: torch.device) -> Tensor:
-    """At least ``count`` counters that are zero, int32, for one launch on the current stream."""
-    return _counters_of(device).take(count)

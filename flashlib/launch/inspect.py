@@ -21,15 +21,11 @@ from pathlib import Path
 
 import torch
 
-from flashlib.kernels.hopper_launch import hopper_dkdv_launches, hopper_dq_launches, hopper_launches
-from flashlib.kernels.launch import (
-    KernelOptions,
-    Launch,
-    backward_launches,
-    forward_launch,
-    interpreting,
-)
-from flashlib.kernels.tiles import HopperTiles, TileConfig, tile_config
+from flashlib.launch.hopper import hopper_dkdv_launches, hopper_dq_launches, hopper_launches
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import backward_launches, forward_launch
+from flashlib.launch.start import Launch, interpreting
+from flashlib.launch.tiles import HopperTiles, TileConfig, tile_config
 from flashlib.masks import Window
 from flashlib.spec import AttentionSpec
 
@@ -205,7 +201,7 @@ def compile_launch(launch: Launch, arch: str) -> KernelReport:
     kernel = launch.kernel
     options = {**launch.compile_options, "debug": False}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, rest = bind(**launch.arguments, **options)
+    bound, specialization, rest = bind(**launch.triton_arguments, **options)
     compile_options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source_type(kernel, signature, constants, attributes)

@@ -39,8 +39,9 @@ from flashlib.kernels.common import (
 
 @triton.jit(do_not_specialize=["q_heads", "q_len"])
 def backward_delta(
-    p_out, p_do, p_lse, p_dlse, p_lse2, p_delta, stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_row,
-    q_heads, q_len, v_head_dim, CHECK_DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
+    p_out, p_do, p_lse, p_dlse, p_lse2, p_delta, stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs,
+    stride_row, q_heads, q_len, v_head_dim, CHECK_DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """Two numbers per row, fp32 ``[B, Hq, stride_row]``: delta = rowsum(dO * O) - dLSE, and the LSE in base 2.
 
@@ -103,19 +104,18 @@ def backward_row_ranges(
 
 @triton.jit(
     do_not_specialize=[
-        "stride_interval", "stride_slope", "stride_offset", "stride_range", "kv_heads", "q_len", "kv_len", "offset", "left", "right",
-        "drop_below",
+        "stride_interval", "stride_slope", "stride_offset", "stride_range", "kv_heads", "q_len", "kv_len", "offset",
+        "left", "right", "drop_below",
     ]
 )  # fmt: skip
 def backward_dkdv(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_start, p_stop, p_ranges, p_slopes, p_offsets, p_seed,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
-    stride_row, stride_interval, stride_slope, stride_offset, stride_range, kv_heads, group_size, q_len, kv_len, offset, left, right,
-    scale, softcap, drop_below, keep_factor, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_start, p_stop, p_ranges, p_slopes, p_offsets, p_seed, stride_qb,
+    stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_gb, stride_gh,
+    stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_row, stride_interval,
+    stride_slope, stride_offset, stride_range, kv_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
+    drop_below, keep_factor, head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys: every row of every query head of the group passes by, in a fixed order."""
     key_blocks = tl.cdiv(kv_len, BLOCK_N)
@@ -134,8 +134,8 @@ def backward_dkdv(
         softcap=softcap, MASK=MASK, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, SOFTCAP=SOFTCAP, ALIBI=ALIBI,
     )  # fmt: skip
     shape = Shape(
-        head_dim=head_dim, v_head_dim=v_head_dim, CHECK_D=CHECK_D, CHECK_DV=CHECK_DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PRECISION=PRECISION,
+        head_dim=head_dim, v_head_dim=v_head_dim, CHECK_D=CHECK_D, CHECK_DV=CHECK_DV, BLOCK_D=BLOCK_D,
+        BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
 
     n = i_n * BLOCK_N
@@ -197,9 +197,7 @@ def row_ranges(n, problem, p_ranges, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
-def gather_rows(
-    b_dk, b_dv, b_k, b_v, n, rows, slopes, ranges, problem, dropout, shape, MASKED: tl.constexpr
-):  # fmt: skip
+def gather_rows(b_dk, b_dv, b_k, b_v, n, rows, slopes, ranges, problem, dropout, shape, MASKED: tl.constexpr):
     """Add what the partial tiles of rows (MASKED), or the full ones, of one head give to dK and dV of these keys.
 
     Score tiles are transposed: keys first.
@@ -246,18 +244,18 @@ def gather_rows(
 
 @triton.jit(
     do_not_specialize=[
-        "stride_interval", "stride_slope", "stride_offset", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right",
-        "drop_below",
+        "stride_interval", "stride_slope", "stride_offset", "q_heads", "group_size", "q_len", "kv_len", "offset",
+        "left", "right", "drop_below",
     ]
 )  # fmt: skip
 def backward_dq(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_start, p_stop, p_slopes, p_offsets, p_seed,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_row, stride_interval, stride_slope,
-    stride_offset, q_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap, drop_below, keep_factor,
-    head_dim, v_head_dim, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_start, p_stop, p_slopes, p_offsets, p_seed, stride_qb, stride_qh,
+    stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_gb, stride_gh, stride_gs,
+    stride_dqb, stride_dqh, stride_dqs, stride_row, stride_interval, stride_slope, stride_offset, q_heads, group_size,
+    q_len, kv_len, offset, left, right, scale, softcap, drop_below, keep_factor, head_dim, v_head_dim,
+    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of rows: the keys pass by as in the forward."""
     row_blocks = tl.cdiv(q_len, BLOCK_M)
@@ -280,8 +278,8 @@ def backward_dq(
         softcap=softcap, MASK=MASK, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, SOFTCAP=SOFTCAP, ALIBI=ALIBI,
     )  # fmt: skip
     shape = Shape(
-        head_dim=head_dim, v_head_dim=v_head_dim, CHECK_D=CHECK_D, CHECK_DV=CHECK_DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PRECISION=PRECISION,
+        head_dim=head_dim, v_head_dim=v_head_dim, CHECK_D=CHECK_D, CHECK_DV=CHECK_DV, BLOCK_D=BLOCK_D,
+        BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
     dropout = Dropout(p_seed=p_seed, drop_below=drop_below, keep_factor=keep_factor, i_head=i_head, DROPOUT=DROPOUT)
     keys = Keys(p_k=p_k, p_v=p_v, stride_ks=stride_ks, stride_vs=stride_vs)
@@ -309,9 +307,7 @@ def backward_dq(
 
 
 @triton.jit
-def gather_keys(
-    b_dq, b_q, b_do, b_lse, b_delta, rows, keys, ranges, problem, dropout, shape, MASKED: tl.constexpr
-):  # fmt: skip
+def gather_keys(b_dq, b_q, b_do, b_lse, b_delta, rows, keys, ranges, problem, dropout, shape, MASKED: tl.constexpr):
     """Add what the partial tiles of keys (MASKED), or the full ones, give to dQ of these rows."""
     o_d, o_dv = tl.arange(0, shape.BLOCK_D), tl.arange(0, shape.BLOCK_DV)
     unit = score_unit(problem) * LOG2_E

@@ -237,7 +237,7 @@ class ForwardRings:
 
 
 @bundle
-class Heads:
+class PerHead:
     """Where the data of a batch entry and of a head lie, for consumers that go from one to another."""
 
     p_out: base_value
@@ -303,7 +303,9 @@ class DkdvRings:
 class DkdvSchedule:
     """Which rows pass by which keys."""
 
-    p_ranges: base_value  # what backward_row_ranges has looked up, and which tiles come from the copies of hopper_blank_rows
+    p_ranges: (
+        base_value  # what backward_row_ranges has looked up, and which tiles come from the copies of hopper_blank_rows
+    )
     p_blank: base_value
     stride_interval: base_value
     stride_blank: base_value
@@ -366,4 +368,3 @@ class DqTensors:
     k: base_value
     v: base_value
     blanked: base_value  # K in which keys that no row sees are zeros
-    dq: base_value

@@ -80,14 +80,14 @@ def merge_splits(splits, results, o_rows, m_rows, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_rows", "n_splits"])
 def combine(
-    p_partial_out, p_partial_lse, p_out, p_lse, n_rows, n_splits, v_head_dim, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr,
-    SPLITS: tl.constexpr,
+    p_partial_out, p_partial_lse, p_out, p_lse, n_rows, n_splits, v_head_dim, ROWS: tl.constexpr,
+    BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One program merges all splits of ``ROWS`` rows: ``[splits, n_rows, v_head_dim]`` becomes ``[n_rows, v_head_dim]``."""
     o_rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     splits = Splits(
-        p_out=p_partial_out, p_lse=p_partial_lse, n_rows=n_rows, n_splits=n_splits, v_head_dim=v_head_dim, BLOCK_DV=BLOCK_DV,
-        SPLITS=SPLITS,
+        p_out=p_partial_out, p_lse=p_partial_lse, n_rows=n_rows, n_splits=n_splits, v_head_dim=v_head_dim,
+        BLOCK_DV=BLOCK_DV, SPLITS=SPLITS,
     )  # fmt: skip
     results = Results(p_out=p_out, p_lse=p_lse, v_head_dim=v_head_dim, BLOCK_DV=BLOCK_DV)
     merge_splits(splits, results, o_rows, o_rows < n_rows, ROWS)
@@ -95,9 +95,9 @@ def combine(
 
 @triton.jit(do_not_specialize=["earlier_splits", "later_splits"])
 def combine_packed(
-    p_earlier_out, p_earlier_lse, p_later_out, p_later_lse, p_out, p_lse, earlier_rows, later_rows, earlier_splits, later_splits,
-    earlier_request, earlier_head, later_request, later_head, kv_heads, head_rows, v_head_dim, BLOCK_DV: tl.constexpr,
-    SPLITS: tl.constexpr,
+    p_earlier_out, p_earlier_lse, p_later_out, p_later_lse, p_out, p_lse, earlier_rows, later_rows, earlier_splits,
+    later_splits, earlier_request, earlier_head, later_request, later_head, kv_heads, head_rows, v_head_dim,
+    BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One program merges one row of two sets of splits, each of which has its rows in an order of its own.
 
@@ -112,8 +112,8 @@ def combine_packed(
         BLOCK_DV=BLOCK_DV, SPLITS=SPLITS,
     )  # fmt: skip
     later = Splits(
-        p_out=p_later_out, p_lse=p_later_lse, n_rows=later_rows, n_splits=later_splits, v_head_dim=v_head_dim, BLOCK_DV=BLOCK_DV,
-        SPLITS=SPLITS,
+        p_out=p_later_out, p_lse=p_later_lse, n_rows=later_rows, n_splits=later_splits, v_head_dim=v_head_dim,
+        BLOCK_DV=BLOCK_DV, SPLITS=SPLITS,
     )  # fmt: skip
     results = Results(p_out=p_out, p_lse=p_lse, v_head_dim=v_head_dim, BLOCK_DV=BLOCK_DV)
     b_m, b_l, b_infinite, b_acc = nothing_yet(1, BLOCK_DV)

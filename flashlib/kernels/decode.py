@@ -28,12 +28,13 @@ ACROSS_PAGES = tl.constexpr(2)  # it may begin and end anywhere in a page
     ]
 )  # fmt: skip
 def decode_split(
-    p_q, p_k, p_v, p_out, p_lse, p_partial_out, p_partial_lse, p_arrivals, p_lengths, p_table,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_table, n_pages,
-    q_heads, q_len, row_blocks, n_rows, capacity, fewest_splits, split_size, left, right, scale, softcap, head_dim, v_head_dim,
-    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    TILE: tl.constexpr, FIXED_SIZE: tl.constexpr, MERGE: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
+    p_q, p_k, p_v, p_out, p_lse, p_partial_out, p_partial_lse, p_arrivals, p_lengths, p_table, stride_qb, stride_qh,
+    stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_table, n_pages, q_heads, q_len,
+    row_blocks, n_rows, capacity, fewest_splits, split_size, left, right, scale, softcap, head_dim, v_head_dim,
+    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr,
+    FIXED_SIZE: tl.constexpr, MERGE: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one request and KV head, for ``BLOCK_M`` of the query rows that see them.
@@ -59,8 +60,8 @@ def decode_split(
         length = tl.where((given >= 0) & (given <= capacity), given, 0).to(tl.int32)
         b_l += tl.where(length == given, 0.0, float("nan"))
     problem = Problem(
-        q_len=q_len, kv_len=length, offset=length - q_len, left=left, right=right, p_start=None, p_stop=None, scale=scale,
-        softcap=softcap, MASK=BAND, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, SOFTCAP=SOFTCAP, ALIBI=0,
+        q_len=q_len, kv_len=length, offset=length - q_len, left=left, right=right, p_start=None, p_stop=None,
+        scale=scale, softcap=softcap, MASK=BAND, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, SOFTCAP=SOFTCAP, ALIBI=0,
     )  # fmt: skip
     start, stop = visible_keys(o_token, problem)
     stop = tl.where(m_rows, stop, 0)
@@ -132,8 +133,8 @@ def decode_split(
         store_rows(split, b_out, b_lse, o_rows, m_rows)
         if arrives_last(p_arrivals + i_b * tl.num_programs(0) + tl.program_id(0), n_live):
             splits = Splits(
-                p_out=p_partial_out, p_lse=p_partial_lse, n_rows=n_rows, n_splits=n_live, v_head_dim=v_head_dim, BLOCK_DV=BLOCK_DV,
-                SPLITS=MERGE_SPLITS,
+                p_out=p_partial_out, p_lse=p_partial_lse, n_rows=n_rows, n_splits=n_live, v_head_dim=v_head_dim,
+                BLOCK_DV=BLOCK_DV, SPLITS=MERGE_SPLITS,
             )  # fmt: skip
             merge_tile(splits, results, i_b, i_kv, i_m * BLOCK_M, q_heads, q_len, GROUP_SIZE, BLOCK_M, MERGE_ROWS)
 

@@ -35,8 +35,8 @@ from flashlib.kernels.common import (
 # strides that pays, since it decides how wide a load may be. For the rest it would only compile the same code again.
 @triton.jit(
     do_not_specialize=[
-        "stride_interval", "stride_slope", "stride_offset", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right",
-        "drop_below",
+        "stride_interval", "stride_slope", "stride_offset", "q_heads", "group_size", "q_len", "kv_len", "offset",
+        "left", "right", "drop_below",
     ]
 )  # fmt: skip
 def attention_forward(
@@ -116,8 +116,8 @@ def attention_forward(
         softcap=softcap, MASK=MASK, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, SOFTCAP=SOFTCAP, ALIBI=ALIBI,
     )  # fmt: skip
     shape = Shape(
-        head_dim=head_dim, v_head_dim=v_head_dim, CHECK_D=CHECK_D, CHECK_DV=CHECK_DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PRECISION=PRECISION,
+        head_dim=head_dim, v_head_dim=v_head_dim, CHECK_D=CHECK_D, CHECK_DV=CHECK_DV, BLOCK_D=BLOCK_D,
+        BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PRECISION=PRECISION,
     )  # fmt: skip
     dropout = Dropout(p_seed=p_seed, drop_below=drop_below, keep_factor=keep_factor, i_head=i_head, DROPOUT=DROPOUT)
     keys = Keys(p_k=p_k, p_v=p_v, stride_ks=stride_ks, stride_vs=stride_vs)

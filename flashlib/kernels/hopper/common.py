@@ -18,16 +18,14 @@ def of_entry(problem, i_b, stride_interval):
         p_start += i_b.to(gl.int64) * stride_interval
         p_stop += i_b.to(gl.int64) * stride_interval
     return Problem(
-        q_len=problem.q_len, kv_len=problem.kv_len, offset=problem.offset, left=problem.left, right=problem.right, p_start=p_start,
-        p_stop=p_stop, scale=problem.scale, softcap=problem.softcap, MASK=problem.MASK, HAS_LEFT=problem.HAS_LEFT,
-        HAS_RIGHT=problem.HAS_RIGHT, SOFTCAP=problem.SOFTCAP, ALIBI=problem.ALIBI,
+        q_len=problem.q_len, kv_len=problem.kv_len, offset=problem.offset, left=problem.left, right=problem.right,
+        p_start=p_start, p_stop=p_stop, scale=problem.scale, softcap=problem.softcap, MASK=problem.MASK,
+        HAS_LEFT=problem.HAS_LEFT, HAS_RIGHT=problem.HAS_RIGHT, SOFTCAP=problem.SOFTCAP, ALIBI=problem.ALIBI,
     )  # fmt: skip
 
 
 @gluon.jit
-def key_tiles(
-    i_b, rank, row_blocks, problem, p_tiles, stride_tiles, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
-):
+def key_tiles(i_b, rank, row_blocks, problem, p_tiles, stride_tiles, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Which block of rows this is, and which tiles of keys it needs: the first, how many, how many of the last are partial (all of
     them, if none is full), how many then are full.
 

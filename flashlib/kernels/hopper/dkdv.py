@@ -26,13 +26,18 @@ BATCH_ENTRY, KV_HEAD, FULL, TILES = (gl.constexpr(place) for place in range(4))
 warp_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until triton 3.6
 
 
-@gluon.jit(do_not_specialize=["stride_interval", "stride_blank", "stride_slope", "stride_range", "kv_heads", "group_size", "q_len", "kv_len", "unseeing", "offset", "left", "right"])  # fmt: skip
+@gluon.jit(
+    do_not_specialize=[
+        "stride_interval", "stride_blank", "stride_slope", "stride_range", "kv_heads", "group_size", "q_len", "kv_len",
+        "unseeing", "offset", "left", "right",
+    ]
+)  # fmt: skip
 def hopper_dkdv(
-    desc_q, desc_k, desc_v, desc_do, desc_blank_q, desc_blank_do, desc_rows, desc_dk, desc_dv, p_start, p_stop, p_ranges, p_blank, p_slopes,
-    stride_interval, stride_blank, stride_slope, stride_range, kv_heads, group_size, q_len, kv_len, unseeing, offset, left, right,
-    scale, softcap, unit, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    desc_q, desc_k, desc_v, desc_do, desc_blank_q, desc_blank_do, desc_rows, desc_dk, desc_dv, p_start, p_stop,
+    p_ranges, p_blank, p_slopes, stride_interval, stride_blank, stride_slope, stride_range, kv_heads, group_size, q_len,
+    kv_len, unseeing, offset, left, right, scale, softcap, unit, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     """``64 * CONSUMERS`` keys of one KV head: every row of every query head of the group passes by, in a fixed order."""
     smem_k = gl.allocate_shared_memory(desc_k.dtype, [CONSUMERS, 1, 1, KEYS, BLOCK_D], desc_k.layout)
@@ -63,21 +68,26 @@ def hopper_dkdv(
     )  # fmt: skip
     shape = HopperShape(BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK=BLOCK_M, CONSUMERS=CONSUMERS, STAGES=STAGES)
     rings = DkdvRings(
-        k=smem_k, v=smem_v, q=smem_q, do=smem_do, lse=smem_lse, delta=smem_delta, seen=smem_seen, row=smem_row, plan=smem_plan,
-        ready_kv=ready_kv, ready_q=ready_q, ready_do=ready_do, empty=empty, done=done,
+        k=smem_k, v=smem_v, q=smem_q, do=smem_do, lse=smem_lse, delta=smem_delta, seen=smem_seen, row=smem_row,
+        plan=smem_plan, ready_kv=ready_kv, ready_q=ready_q, ready_do=ready_do, empty=empty, done=done,
     )  # fmt: skip
     schedule = DkdvSchedule(
-        p_ranges=p_ranges, p_blank=p_blank, stride_interval=stride_interval, stride_blank=stride_blank, stride_range=stride_range,
-        kv_heads=kv_heads, group_size=group_size, unseeing=unseeing,
+        p_ranges=p_ranges, p_blank=p_blank, stride_interval=stride_interval, stride_blank=stride_blank,
+        stride_range=stride_range, kv_heads=kv_heads, group_size=group_size, unseeing=unseeing,
     )  # fmt: skip
     tensors = DkdvTensors(
-        q=desc_q, k=desc_k, v=desc_v, do=desc_do, blank_q=desc_blank_q, blank_do=desc_blank_do, rows=desc_rows, dk=desc_dk, dv=desc_dv
+        q=desc_q, k=desc_k, v=desc_v, do=desc_do, blank_q=desc_blank_q, blank_do=desc_blank_do, rows=desc_rows,
+        dk=desc_dk, dv=desc_dv
     )  # fmt: skip
-    gl.warp_specialize([
-        (consume, (0, rings, p_slopes, stride_slope, group_size, unit, problem, shape)),
-        (consume, (1, rings, p_slopes, stride_slope, group_size, unit, problem, shape)),
-        (produce, (tensors, rings, schedule, problem, shape)),
-    ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
+    gl.warp_specialize(
+        [
+            (consume, (0, rings, p_slopes, stride_slope, group_size, unit, problem, shape)),
+            (consume, (1, rings, p_slopes, stride_slope, group_size, unit, problem, shape)),
+            (produce, (tensors, rings, schedule, problem, shape)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, 24],
+    )
 
 
 @gluon.jit
@@ -236,13 +246,13 @@ def consume(which, rings, p_slopes, stride_slope, group_size, unit, problem, sha
             slope = gl.load(p_slopes)
             p_slopes += 1
         b_dk, b_dv = gather_rows(
-            before, before + noted(rings.plan, FULL), which, b_dk, b_dv, k, v, slope, rings, unit, problem, shape, dk_layout, dv_layout,
-            False,
+            before, before + noted(rings.plan, FULL), which, b_dk, b_dv, k, v, slope, rings, unit, problem, shape,
+            dk_layout, dv_layout, False,
         )  # fmt: skip
         if problem.MASK != UNMASKED:
             b_dk, b_dv = gather_rows(
-                before + noted(rings.plan, FULL), before + noted(rings.plan, TILES), which, b_dk, b_dv, k, v, slope, rings, unit, problem,
-                shape, dk_layout, dv_layout, True,
+                before + noted(rings.plan, FULL), before + noted(rings.plan, TILES), which, b_dk, b_dv, k, v, slope,
+                rings, unit, problem, shape, dk_layout, dv_layout, True,
             )  # fmt: skip
         before += noted(rings.plan, TILES)
     # K and V are no longer needed: the gradients take their places, and the producer has them fetched from there.
@@ -254,8 +264,8 @@ def consume(which, rings, p_slopes, stride_slope, group_size, unit, problem, sha
 
 @gluon.jit
 def gather_rows(
-    from_tile, to_tile, which, b_dk, b_dv, k, v, slope, rings, unit, problem, shape, dk_layout: gl.constexpr, dv_layout: gl.constexpr,
-    MASKED: gl.constexpr,
+    from_tile, to_tile, which, b_dk, b_dv, k, v, slope, rings, unit, problem, shape, dk_layout: gl.constexpr,
+    dv_layout: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Add what the tiles of rows from the ``from_tile``-th that the producer brings up to ``to_tile`` give."""
     BLOCK_M: gl.constexpr = shape.BLOCK

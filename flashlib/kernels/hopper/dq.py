@@ -19,13 +19,18 @@ from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
 from flashlib.kernels.hopper.common import ROWS, key_tiles, noted, of_entry, pack, unpack
 
 
-@gluon.jit(do_not_specialize=["stride_interval", "stride_tiles", "stride_blanked", "stride_slope", "q_heads", "group_size", "q_len", "kv_len", "offset", "left", "right"])  # fmt: skip
+@gluon.jit(
+    do_not_specialize=[
+        "stride_interval", "stride_tiles", "stride_blanked", "stride_slope", "q_heads", "group_size", "q_len", "kv_len",
+        "offset", "left", "right",
+    ]
+)  # fmt: skip
 def hopper_dq(
-    desc_q, desc_k, desc_v, desc_blanked, desc_do, desc_dq, p_lse, p_delta, p_start, p_stop, p_tiles, p_blanked, p_slopes, stride_row,
-    stride_interval, stride_tiles, stride_blanked, stride_slope, q_heads, group_size, q_len, kv_len, offset, left, right, scale, softcap,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr,
-    ALIBI: gl.constexpr,
+    desc_q, desc_k, desc_v, desc_blanked, desc_do, desc_dq, p_lse, p_delta, p_start, p_stop, p_tiles, p_blanked,
+    p_slopes, stride_row, stride_interval, stride_tiles, stride_blanked, stride_slope, q_heads, group_size, q_len,
+    kv_len, offset, left, right, scale, softcap, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, MASK: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     """``64 * CONSUMERS`` rows of one query head. Keys that none of all rows sees must not be given, or be zeros in ``desc_blanked``."""
     row_blocks = (q_len + ROWS * CONSUMERS - 1) // (ROWS * CONSUMERS)
@@ -68,18 +73,20 @@ def hopper_dq(
     p_delta += i_head.to(gl.int64) * stride_row
     shape = HopperShape(BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK=BLOCK_N, CONSUMERS=CONSUMERS, STAGES=STAGES)
     rings = DqRings(
-        q=smem_q, do=smem_do, k=smem_k, v=smem_v, place=smem_place, ready_q=ready_q, ready_k=ready_k, ready_v=ready_v, empty_k=empty_k,
-        empty_v=empty_v,
+        q=smem_q, do=smem_do, k=smem_k, v=smem_v, place=smem_place, ready_q=ready_q, ready_k=ready_k, ready_v=ready_v,
+        empty_k=empty_k, empty_v=empty_v,
     )  # fmt: skip
-    tensors = DqTensors(q=desc_q, do=desc_do, k=desc_k, v=desc_v, blanked=desc_blanked, dq=desc_dq)
-    block = DqBlock(
-        row=row, first=first, n_tiles=n_tiles, right_partial=right_partial, full=full, i_b=i_b, i_h=i_h
+    tensors = DqTensors(q=desc_q, do=desc_do, k=desc_k, v=desc_v, blanked=desc_blanked)
+    block = DqBlock(row=row, first=first, n_tiles=n_tiles, right_partial=right_partial, full=full, i_b=i_b, i_h=i_h)
+    gl.warp_specialize(
+        [
+            (consume, (0, rings, desc_dq, p_lse, p_delta, problem, slope, block, shape)),
+            (consume, (1, rings, desc_dq, p_lse, p_delta, problem, slope, block, shape)),
+            (produce, (tensors, rings, p_blanked, stride_blanked, group_size, block, problem, shape)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, 24],
     )
-    gl.warp_specialize([
-        (consume, (0, rings, desc_dq, p_lse, p_delta, problem, slope, block, shape)),
-        (consume, (1, rings, desc_dq, p_lse, p_delta, problem, slope, block, shape)),
-        (produce, (tensors, rings, p_blanked, stride_blanked, group_size, block, problem, shape)),
-    ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
 
 
 @gluon.jit
@@ -150,17 +157,17 @@ def consume(which, rings, desc_dq, p_lse, p_delta, problem, slope, block, shape)
 
     right_partial, full, n_tiles = block.right_partial, block.full, block.n_tiles
     b_dq, b_ds = turns(
-        1, gl.maximum(right_partial, 1), b_dq, b_ds, q, do, b_lse, b_delta, row, last_tile, slope, rings, problem, shape, s_layout,
-        dq_layout, True,
+        1, gl.maximum(right_partial, 1), b_dq, b_ds, q, do, b_lse, b_delta, row, last_tile, slope, rings, problem,
+        shape, s_layout, dq_layout, True,
     )  # fmt: skip
     b_dq, b_ds = turns(
-        gl.maximum(right_partial, 1), right_partial + full, b_dq, b_ds, q, do, b_lse, b_delta, row, last_tile, slope, rings, problem,
-        shape, s_layout, dq_layout, False,
+        gl.maximum(right_partial, 1), right_partial + full, b_dq, b_ds, q, do, b_lse, b_delta, row, last_tile, slope,
+        rings, problem, shape, s_layout, dq_layout, False,
     )  # fmt: skip
     if problem.HAS_LEFT or problem.MASK == INTERVALS:
         b_dq, b_ds = turns(
-            gl.maximum(right_partial + full, 1), n_tiles, b_dq, b_ds, q, do, b_lse, b_delta, row, last_tile, slope, rings, problem,
-            shape, s_layout, dq_layout, True,
+            gl.maximum(right_partial + full, 1), n_tiles, b_dq, b_ds, q, do, b_lse, b_delta, row, last_tile, slope,
+            rings, problem, shape, s_layout, dq_layout, True,
         )  # fmt: skip
 
     k = rings.k.index((n_tiles - 1) % STAGES).reshape([BLOCK_N, shape.BLOCK_D])
@@ -176,8 +183,8 @@ def consume(which, rings, desc_dq, p_lse, p_delta, problem, slope, block, shape)
 
 @gluon.jit
 def turns(
-    from_tile, to_tile, b_dq, b_ds, q, do, b_lse, b_delta, row, last_tile, slope, rings, problem, shape, s_layout: gl.constexpr,
-    dq_layout: gl.constexpr, MASKED: gl.constexpr,
+    from_tile, to_tile, b_dq, b_ds, q, do, b_lse, b_delta, row, last_tile, slope, rings, problem, shape,
+    s_layout: gl.constexpr, dq_layout: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """The tiles from the ``from_tile``-th visited on. Each turn starts S and dP of one tile, then dS K of the one before."""
     STAGES: gl.constexpr = shape.STAGES

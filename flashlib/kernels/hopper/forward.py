@@ -19,7 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from flashlib.kernels.bundles import ForwardRings, ForwardTensors, Heads, HopperShape, Problem, Schedule
+from flashlib.kernels.bundles import ForwardRings, ForwardTensors, HopperShape, PerHead, Problem, Schedule
 from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
 from flashlib.kernels.hopper.common import ROWS, key_tiles, note, noted, pack, unpack
 
@@ -29,13 +29,19 @@ PLANS = gl.constexpr(3)  # kept: of a block whose output is still written, of th
 FIRST_TURN = gl.constexpr(8)  # the hardware barrier of the first consumer's turn; the compiler uses those before it
 
 
-@gluon.jit(do_not_specialize=["stride_interval", "stride_tiles", "stride_slope", "heads", "q_heads", "group_size", "heads_together", "q_len", "kv_len", "offset", "left", "right"])  # fmt: skip
+@gluon.jit(
+    do_not_specialize=[
+        "stride_interval", "stride_tiles", "stride_slope", "heads", "q_heads", "group_size", "heads_together", "q_len",
+        "kv_len", "offset", "left", "right",
+    ]
+)  # fmt: skip
 def hopper_forward(
-    desc_q, desc_k, desc_v, desc_blanked, p_out, p_lse, p_counter, p_start, p_stop, p_tiles, p_blanked, p_slopes, stride_ob,
-    stride_oh, stride_os, stride_interval, stride_tiles, stride_blanked, stride_slope, heads, q_heads, group_size, heads_together,
-    q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    desc_q, desc_k, desc_v, desc_blanked, p_out, p_lse, p_counter, p_start, p_stop, p_tiles, p_blanked, p_slopes,
+    stride_ob, stride_oh, stride_os, stride_interval, stride_tiles, stride_blanked, stride_slope, heads, q_heads,
+    group_size, heads_together, q_len, kv_len, offset, left, right, scale, softcap, v_head_dim, CHECK_DV: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     """Blocks of ``64 * CONSUMERS`` rows of one query head. The keys given are those that some row sees, so that none need be blanked."""
     smem_q = gl.allocate_shared_memory(desc_q.dtype, [2 * CONSUMERS, 1, 1, ROWS, BLOCK_D], desc_q.layout)
@@ -65,34 +71,43 @@ def hopper_forward(
         q_len=q_len, kv_len=kv_len, offset=offset, left=left, right=right, p_start=p_start, p_stop=p_stop, scale=scale,
         softcap=softcap, MASK=MASK, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, SOFTCAP=SOFTCAP, ALIBI=ALIBI,
     )  # fmt: skip
-    heads_data = Heads(
+    per_head = PerHead(
         p_out=p_out, p_lse=p_lse, p_slopes=p_slopes, stride_ob=stride_ob, stride_oh=stride_oh, stride_os=stride_os,
-        stride_interval=stride_interval, stride_slope=stride_slope, q_heads=q_heads, v_head_dim=v_head_dim, CHECK_DV=CHECK_DV,
+        stride_interval=stride_interval, stride_slope=stride_slope, q_heads=q_heads, v_head_dim=v_head_dim,
+        CHECK_DV=CHECK_DV,
     )  # fmt: skip
     shape = HopperShape(BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK=BLOCK_N, CONSUMERS=CONSUMERS, STAGES=STAGES)
     rings = ForwardRings(
-        q=smem_q, k=smem_k, v=smem_v, plan=smem_plan, own=smem_own, ready_plan=ready_plan, ready_q=ready_q, empty_q=empty_q,
-        ready_k=ready_k, ready_v=ready_v, empty_k=empty_k, empty_v=empty_v,
+        q=smem_q, k=smem_k, v=smem_v, plan=smem_plan, own=smem_own, ready_plan=ready_plan, ready_q=ready_q,
+        empty_q=empty_q, ready_k=ready_k, ready_v=ready_v, empty_k=empty_k, empty_v=empty_v,
     )  # fmt: skip
     schedule = Schedule(
-        p_counter=p_counter, p_tiles=p_tiles, p_blanked=p_blanked, stride_tiles=stride_tiles, stride_blanked=stride_blanked,
-        heads=heads, q_heads=q_heads, group_size=group_size, heads_together=heads_together,
-        row_blocks=(q_len + ROWS * CONSUMERS - 1) // (ROWS * CONSUMERS),
+        p_counter=p_counter, p_tiles=p_tiles, p_blanked=p_blanked, stride_tiles=stride_tiles,
+        stride_blanked=stride_blanked, heads=heads, q_heads=q_heads, group_size=group_size,
+        heads_together=heads_together, row_blocks=(q_len + ROWS * CONSUMERS - 1) // (ROWS * CONSUMERS),
     )  # fmt: skip
     tensors = ForwardTensors(q=desc_q, k=desc_k, v=desc_v, blanked=desc_blanked)
     if CONSUMERS == 2:
-        gl.warp_specialize([
-            (consume, (0, rings, heads_data, problem, shape)),
-            (consume, (1, rings, heads_data, problem, shape)),
-            (produce, (tensors, rings, schedule, problem, shape)),
-        ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (consume, (0, rings, per_head, problem, shape)),
+                (consume, (1, rings, per_head, problem, shape)),
+                (produce, (tensors, rings, schedule, problem, shape)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, 24],
+        )
     else:
-        gl.warp_specialize([
-            (consume, (0, rings, heads_data, problem, shape)),
-            (consume, (1, rings, heads_data, problem, shape)),
-            (consume, (2, rings, heads_data, problem, shape)),
-            (produce, (tensors, rings, schedule, problem, shape)),
-        ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 32])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (consume, (0, rings, per_head, problem, shape)),
+                (consume, (1, rings, per_head, problem, shape)),
+                (consume, (2, rings, per_head, problem, shape)),
+                (produce, (tensors, rings, schedule, problem, shape)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 32],
+        )
 
 
 @gluon.jit
@@ -117,12 +132,13 @@ def produce(tensors, rings, schedule, problem, shape):
     are zeros too.
     """
     CONSUMERS: gl.constexpr = shape.CONSUMERS
+    BLOCK_N: gl.constexpr = shape.BLOCK
     block = gl.program_id(0)
     visited, done = 0, 0  # tiles of keys, and blocks of rows, so far
     while block < schedule.heads * schedule.row_blocks:
         i_b, i_h, rank = place(block, schedule)
         i_m, first, n_tiles, right_partial, full = key_tiles(
-            i_b, rank, schedule.row_blocks, problem, schedule.p_tiles, schedule.stride_tiles, ROWS * CONSUMERS, shape.BLOCK
+            i_b, rank, schedule.row_blocks, problem, schedule.p_tiles, schedule.stride_tiles, ROWS * CONSUMERS, BLOCK_N
         )
         if problem.MASK == INTERVALS:
             o_own = gl.arange(0, OWN, layout=gl.BlockedLayout([1], [32], [1], [0]))
@@ -152,17 +168,17 @@ def produce(tensors, rings, schedule, problem, shape):
             mbarrier.wait(rings.empty_k.index(stage), phase ^ 1)
             mbarrier.expect(rings.ready_k.index(stage), tensors.k.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                tensors.k, [i_b, i_kv, tile * shape.BLOCK, 0], rings.ready_k.index(stage), rings.k.index(stage)
+                tensors.k, [i_b, i_kv, tile * BLOCK_N, 0], rings.ready_k.index(stage), rings.k.index(stage)
             )
             mbarrier.wait(rings.empty_v.index(stage), phase ^ 1)
             mbarrier.expect(rings.ready_v.index(stage), tensors.v.block_type.nbytes)
             if blanked != 0:
                 tma.async_copy_global_to_shared(
-                    tensors.blanked, [i_b, i_kv, tile * shape.BLOCK, 0], rings.ready_v.index(stage), rings.v.index(stage)
+                    tensors.blanked, [i_b, i_kv, tile * BLOCK_N, 0], rings.ready_v.index(stage), rings.v.index(stage)
                 )
             else:
                 tma.async_copy_global_to_shared(
-                    tensors.v, [i_b, i_kv, tile * shape.BLOCK, 0], rings.ready_v.index(stage), rings.v.index(stage)
+                    tensors.v, [i_b, i_kv, tile * BLOCK_N, 0], rings.ready_v.index(stage), rings.v.index(stage)
                 )
         visited += n_tiles
         done += 1
@@ -215,7 +231,7 @@ def noted_place(rings, done):
 
 
 @gluon.jit
-def consume(which, rings, heads, problem, shape):
+def consume(which, rings, per_head, problem, shape):
     """Four warps that compute 64 rows of each block."""
     visited, done = 0, 0
     if which == shape.CONSUMERS - 1:
@@ -226,18 +242,19 @@ def consume(which, rings, heads, problem, shape):
     while i_m >= 0:
         slope = 0.0
         if problem.ALIBI:
-            slope = gl.load(heads.p_slopes + i_b * heads.stride_slope + i_h)
+            slope = gl.load(per_head.p_slopes + i_b * per_head.stride_slope + i_h)
         mbarrier.wait(rings.ready_q.index(done & 1), done // 2 & 1)
         q = rings.q.index((done & 1) * shape.CONSUMERS + which).reshape([ROWS, shape.BLOCK_D])
         empty_q = rings.empty_q.index(done & 1)
         b_m, b_l, b_acc = attend(
-            which, q, empty_q, done, i_b, i_m, visited, first, n_tiles, right_partial, full, slope, rings, heads, problem, shape
+            which, q, empty_q, done, i_b, i_m, visited, first, n_tiles, right_partial, full, slope, rings, per_head,
+            problem, shape,
         )  # fmt: skip
         i_b, i_h, i_m = noted_place(rings, done)  # read again: the loops need every register
         row = (i_m * shape.CONSUMERS + which) * ROWS
-        p_block = heads.p_out + i_b.to(gl.int64) * heads.stride_ob + i_h.to(gl.int64) * heads.stride_oh
-        p_rows = heads.p_lse + (i_b * heads.q_heads + i_h).to(gl.int64) * problem.q_len
-        store(p_block, p_rows, b_m, b_l, b_acc, row, heads, problem, shape)
+        p_block = per_head.p_out + i_b.to(gl.int64) * per_head.stride_ob + i_h.to(gl.int64) * per_head.stride_oh
+        p_rows = per_head.p_lse + (i_b * per_head.q_heads + i_h).to(gl.int64) * problem.q_len
+        store(p_block, p_rows, b_m, b_l, b_acc, row, per_head, problem, shape)
         visited += n_tiles
         done += 1
         place, tiles = next_plan(rings, done)
@@ -247,7 +264,8 @@ def consume(which, rings, heads, problem, shape):
 
 @gluon.jit
 def attend(
-    which, q, empty_q, done, i_b, i_m, visited, first, n_tiles, right_partial, full, slope, rings, heads, problem, shape
+    which, q, empty_q, done, i_b, i_m, visited, first, n_tiles, right_partial, full, slope, rings, per_head, problem,
+    shape,
 ):  # fmt: skip
     """Attention of 64 rows over their tiles: the running maximum, the sum of each thread's weights, and the unnormalised output."""
     CONSUMERS: gl.constexpr = shape.CONSUMERS
@@ -258,7 +276,7 @@ def attend(
     unit = problem.softcap if problem.SOFTCAP else problem.scale  # what one unit of a score tile is worth
     row = (i_m * CONSUMERS + which) * ROWS
     # They come while the first tile does.
-    start, stop = intervals(i_b * heads.stride_interval, row, problem, s_layout)
+    start, stop = intervals(i_b * per_head.stride_interval, row, problem, s_layout)
 
     # Of the tiles that a block of rows needs, these 64 of them may need fewer, from the ``skip``-th up to the ``end``-th visited, and
     # what is partial for the block may be full for them. A band is the same for all, but 192 rows are more than a tile has keys.
@@ -297,26 +315,26 @@ def attend(
     b_acc = gl.zeros([ROWS, shape.BLOCK_DV], gl.float32, o_layout)
 
     b_m, b_l, b_acc, p_left, p_right = turns(
-        skip + 1, gl.maximum(right_partial, skip + 1), which, b_m, b_l, b_acc, p_left, p_right, q, start, stop, visited, row,
-        first + n_tiles - 1, slope, rings, problem, shape, s_layout, o_layout, True,
+        skip + 1, gl.maximum(right_partial, skip + 1), which, b_m, b_l, b_acc, p_left, p_right, q, start, stop, visited,
+        row, first + n_tiles - 1, slope, rings, problem, shape, s_layout, o_layout, True,
     )  # fmt: skip
     b_m, b_l, b_acc, p_left, p_right = turns(
-        gl.maximum(right_partial, skip + 1), right_partial + full, which, b_m, b_l, b_acc, p_left, p_right, q, start, stop, visited,
-        row, first + n_tiles - 1, slope, rings, problem, shape, s_layout, o_layout, False,
+        gl.maximum(right_partial, skip + 1), right_partial + full, which, b_m, b_l, b_acc, p_left, p_right, q, start,
+        stop, visited, row, first + n_tiles - 1, slope, rings, problem, shape, s_layout, o_layout, False,
     )  # fmt: skip
     if problem.HAS_LEFT or problem.MASK == INTERVALS:
         # Looked up again: the loop over the full tiles needs every register. That is quick but for the intervals, which are in memory
         # and are kept if nothing else takes the registers.
         i_b, _, i_m = noted_place(rings, done)
         row = (i_m * CONSUMERS + which) * ROWS
-        if CONSUMERS == 3 or problem.SOFTCAP or problem.ALIBI or heads.CHECK_DV:
-            start, stop = intervals(i_b * heads.stride_interval, row, problem, s_layout)
+        if CONSUMERS == 3 or problem.SOFTCAP or problem.ALIBI or per_head.CHECK_DV:
+            start, stop = intervals(i_b * per_head.stride_interval, row, problem, s_layout)
         if problem.MASK == INTERVALS:
             first, n_tiles, right_partial, full = noted_tiles(rings, done)
             skip, end, right_partial, full = own_tiles(rings, done, which, first, n_tiles)
         b_m, b_l, b_acc, p_left, p_right = turns(
-            right_partial + full, end, which, b_m, b_l, b_acc, p_left, p_right, q, start, stop, visited, row, first + n_tiles - 1,
-            slope, rings, problem, shape, s_layout, o_layout, True,
+            right_partial + full, end, which, b_m, b_l, b_acc, p_left, p_right, q, start, stop, visited, row, first +
+            n_tiles - 1, slope, rings, problem, shape, s_layout, o_layout, True,
         )  # fmt: skip
 
     mbarrier.arrive(empty_q, count=1)
@@ -361,8 +379,8 @@ def pass_over(from_tile, to_tile, which, visited, rings, shape):
 
 @gluon.jit
 def turns(
-    from_tile, to_tile, which, b_m, b_l, b_acc, p_left, p_right, q, start, stop, visited, row, last_tile, slope, rings, problem, shape,
-    s_layout: gl.constexpr, o_layout: gl.constexpr, MASKED: gl.constexpr,
+    from_tile, to_tile, which, b_m, b_l, b_acc, p_left, p_right, q, start, stop, visited, row, last_tile, slope, rings,
+    problem, shape, s_layout: gl.constexpr, o_layout: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """The tiles from the ``from_tile``-th visited on. Each turn starts S of one tile, then P V of the one before, and computes
     the softmax of S while the latter runs."""
@@ -491,7 +509,7 @@ def thread_sums(b_p):
 
 
 @gluon.jit
-def store(p_out, p_lse, b_m, b_l, b_acc, row, heads, problem, shape):
+def store(p_out, p_lse, b_m, b_l, b_acc, row, per_head, problem, shape):
     """Normalise 64 rows and write them and their LSE. A row that saw nothing has l = 0: it gives 0, and an LSE of -inf."""
     BLOCK_DV: gl.constexpr = shape.BLOCK_DV
     unit = problem.softcap if problem.SOFTCAP else problem.scale
@@ -505,6 +523,6 @@ def store(p_out, p_lse, b_m, b_l, b_acc, row, heads, problem, shape):
     o_rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
     o_dv = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, out_layout))
     m_out = o_rows[:, None] < problem.q_len
-    if heads.CHECK_DV:
-        m_out = m_out & (o_dv[None, :] < heads.v_head_dim)
-    gl.store(p_out + o_rows.to(gl.int64)[:, None] * heads.stride_os + o_dv[None, :], b_out, mask=m_out)
+    if per_head.CHECK_DV:
+        m_out = m_out & (o_dv[None, :] < per_head.v_head_dim)
+    gl.store(p_out + o_rows.to(gl.int64)[:, None] * per_head.stride_os + o_dv[None, :], b_out, mask=m_out)

@@ -236,8 +236,9 @@ def sources_of(plan: Plan) -> list[str]:
 
 def kernel_sources() -> list[str]:
     """Files that decide how fast our attention is, as :func:`flashlib.measure.record.sources_hash` takes them."""
-    others = {"kernels/__init__.py", "launch/__init__.py", "launch/inspect.py", *DECODING}
-    found = [path.relative_to(PACKAGE) for room in ("kernels", "launch") for path in (PACKAGE / room).glob("*.py")]
+    rooms = ("kernels", "kernels/hopper", "launch")
+    others = {*(f"{room}/__init__.py" for room in rooms), "launch/inspect.py", *DECODING}
+    found = [path.relative_to(PACKAGE) for room in rooms for path in (PACKAGE / room).glob("*.py")]
     return sorted({*map(Path.as_posix, found), "backends/triton.py"} - others)
 
 
@@ -250,7 +251,7 @@ def cpu_sources(*, decoding: bool = False) -> list[str]:
 
 def decode_sources() -> list[str]:
     """The same for decoding."""
-    shared = ("kernels/common.py", "launch/options.py", "launch/start.py", "launch/tiles.py")
+    shared = ("kernels/bundles.py", "kernels/common.py", "launch/options.py", "launch/start.py", "launch/tiles.py")
     return sorted([*DECODING, *shared, "inference/decode.py"])
 
 

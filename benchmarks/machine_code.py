@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -83,9 +85,17 @@ def main() -> None:
 
 
 def compiled(only: str = "", processes: int = 1) -> dict[str, str]:
-    """The digests of all cases whose name contains ``only``."""
+    """The digests of all cases whose name contains ``only``, compiled anew: Triton's cache does not notice every change (bundles.py)."""
     wanted = [name for name in cases() if only in name]
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with (
+        TemporaryDirectory() as cache,
+        ProcessPoolExecutor(
+            processes,
+            mp_context=get_context("spawn"),
+            initializer=os.environ.update,
+            initargs=({"TRITON_CACHE_DIR": cache},),
+        ) as pool,
+    ):
         return {kernel: code for part in pool.map(digests, wanted) for kernel, code in part.items()}
 
 

@@ -14,11 +14,12 @@ compiler inlines, and benchmarks/machine_code.py says that no instruction change
 What to know before one is changed:
 
 * Fields are given by keyword alone, and all of them. The key of Triton's cache is made of the sources of functions, and a class is none:
-  if two fields changed places, a caller that goes by position would read the one for the other in code compiled before.
+  if two fields changed places, a caller that goes by position would run what was compiled for the other order.
 * A field cannot be assigned to, nor ``+=``. What changes is a local variable.
 * An annotation must be a class, which it would not be under ``from __future__ import annotations``.
 * A tuple, named or not, would do as well but for one thing: bound to a variable, it loses what is known to the compiler.
-* The fields' order is that in which they are handed to the other warps of a warp-specialised kernel.
+* The warps of a warp-specialised kernel are handed the fields through shared memory: in the order of the arguments of ``warp_specialize``,
+  and of each bundle's fields. Another order is as right, and may be other machine code.
 """
 
 import triton
@@ -37,12 +38,15 @@ def bundle(cls: type) -> type:
 
     def fill_interpreted(self, **values):
         if values.keys() != cls.__annotations__.keys():
-            raise TypeError(f"{cls.__name__} has the fields {', '.join(cls.__annotations__)}; got {', '.join(values)}")
+            raise AttributeError(f"{cls.__name__} has {', '.join(cls.__annotations__)}; got {', '.join(values)}")
         self.__dict__.update(values)
+
+    def refuse(self, name, value):
+        raise AttributeError(f"{name} of {cls.__name__} cannot be assigned to")
 
     # In the interpreter device code is Python, in which a constant is a plain number.
     if INTERPRETED:
-        cls.__init__ = fill_interpreted
+        cls.__init__, cls.__setattr__ = fill_interpreted, refuse
         return cls
     cls.__init__ = triton.constexpr_function(fill)
     return _aggregate(cls)

@@ -26,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from flashlib import attention, decode_attention
+from flashlib import attention
+from flashlib.inference import decode_attention
 from flashlib.interop.flash_attn import flash_attn_varlen_func
 from flashlib.masks import KeyLengths, Varlen, Window
 from flashlib.measure.bench import decode_sources, kernel_sources

@@ -10,6 +10,7 @@ of tensors, autocast, another current device. Nor does one whose mask holds tens
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,18 +20,23 @@ from torch.autograd import forward_ad
 
 from flashlib.config import FlashAttentionConfig
 from flashlib.engines import TritonEngine, differentiable_gradients
-from flashlib.launch.options import KernelOptions, aligned
+from flashlib.launch.decode import DecodeOptions, best_decode_launches
+from flashlib.launch.options import KernelOptions, aligned, readable
 from flashlib.launch.plans import MOST_PLANS, Plan, launches_are_watched, plan_for, plans_are_possible
 from flashlib.launch.run import best_backward_launches, best_forward_launches, launch_backward
 from flashlib.masks import Mask, Window
 from flashlib.spec import AttentionSpec
+from flashlib.values import values_are_asked_for
 
-__all__ = ["find_route", "keep_route", "route_key"]
+__all__ = ["decode_key", "find_route", "keep_decode_route", "keep_route", "route_key"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = (float, int, type(None))
 
-_routes: dict[tuple, Route] = {}
+_COUNTS = (int, type(None))
+
+_routes: dict[tuple, Route | DecodeRoute] = {}
+_lock = threading.Lock()
 
 
 def route_key(
@@ -45,6 +51,7 @@ def route_key(
         and q.is_cuda
         and plans_are_possible()
         and _nothing_between()
+        and not values_are_asked_for()
         and (mask is None or isinstance(mask, Window))
         and (causal is True or causal is False)
         and type(scale) in _NUMBERS
@@ -85,7 +92,7 @@ def _nothing_between() -> bool:
     )
 
 
-def find_route(key: tuple | None) -> Route | None:
+def find_route(key: tuple | None) -> Route | DecodeRoute | None:
     """The route of a class of calls, if one was kept."""
     return _routes.get(key)
 
@@ -99,10 +106,82 @@ def keep_route(key: tuple, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec,
     plan = plan_for(best_forward_launches, (q, k, v), options)
     if plan is None:
         return
-    while len(_routes) >= MOST_PLANS:
-        _routes.pop(next(iter(_routes)), None)
     engine = TritonEngine(config.triton.fp32_precision, config.triton.autotune)
-    _routes[key] = Route(plan, options, engine, config, spec.needs_grad, returns_lse)
+    _keep(key, Route(plan, options, engine, config, spec.needs_grad, returns_lse))
+
+
+def decode_key(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, block_table: Tensor | None, causal: bool, window: tuple | None,
+    scale: float | None, softcap: float, num_splits: int, split_size: int | None, backend: str, config: FlashAttentionConfig,
+) -> tuple | None:  # fmt: skip
+    """The same of a call of :func:`flashlib.inference.decode_attention`."""
+    if not (
+        type(q) is Tensor
+        and type(k) is Tensor
+        and type(v) is Tensor
+        and q.is_cuda
+        and plans_are_possible()
+        and _nothing_between()
+        and not values_are_asked_for()
+        and (causal is True or causal is False)
+        and type(scale) in _NUMBERS
+        and type(softcap) in _NUMBERS
+        and type(num_splits) is int
+        and type(split_size) in _COUNTS
+        and (window is None or (type(window) is tuple and all(type(width) in _COUNTS for width in window)))
+        and not ((q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled())
+    ):
+        return None
+    device, addresses, others = q.get_device(), q.data_ptr() | k.data_ptr() | v.data_ptr(), ()
+    for x in (lengths, block_table):
+        if x is not None:
+            if type(x) is not Tensor:
+                return None
+            addresses |= x.data_ptr()
+            others += (x.shape, x.stride(), x.dtype, x.get_device())
+        else:
+            others += (None,)
+    if addresses & 15 or device != torch._C._cuda_getDevice():
+        return None
+    return (
+        q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
+        *others, causal, window, scale, softcap, num_splits, split_size, backend, id(config),
+    )  # fmt: skip
+
+
+def keep_decode_route(
+    key: tuple, q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions, config: FlashAttentionConfig
+) -> None:
+    """Keep the route of a decoding step that our kernels have just run, if it has one."""
+    if all(readable(x) is x for x in (q, k, v)):
+        plan = plan_for(best_decode_launches, (q, k, v), options)
+        if plan is not None:
+            _keep(key, DecodeRoute(plan, config))
+
+
+def _keep(key: tuple, route: Route | DecodeRoute) -> None:
+    with _lock:
+        while len(_routes) >= MOST_PLANS:
+            _routes.pop(next(iter(_routes)))
+        _routes[key] = route
+
+
+@dataclass(eq=False)
+class DecodeRoute:
+    """The plan of a class of decoding steps."""
+
+    plan: Plan
+    config: FlashAttentionConfig
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, block_table: Tensor | None, returns_lse: bool
+    ):
+        tensors = [q, k, v]
+        if lengths is not None:
+            tensors.append(lengths)
+        if block_table is not None:
+            tensors.append(block_table)
+        return tuple(self.plan.run(tensors)) if returns_lse else self.plan.run_first(tensors)
 
 
 @dataclass(eq=False)

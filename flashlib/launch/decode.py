@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from flashlib.launch.counters import counters
 from flashlib.launch.options import blocks, checked_channels, padded, readable, strides
+from flashlib.launch.plans import plan_for
 from flashlib.launch.start import Launch
 from flashlib.launch.tiles import TileConfig, capability_of, multiprocessors
 
@@ -73,13 +75,43 @@ class DecodeOptions:
     precision: str = "ieee"
     fewest_splits: int | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """Those of its attributes that are tensors, in order."""
+        return [x for x in (self.lengths, self.block_table) if x is not None]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> DecodeOptions:
+        """The same with other :meth:`tensors`."""
+        others = iter(tensors)
+        return replace(
+            self, **{name: next(others) for name in ("lengths", "block_table") if getattr(self, name) is not None}
+        )
+
+    def key(self) -> tuple:
+        """Everything but the :meth:`tensors`, of which it says which there are."""
+        return (
+            self.lengths is None, self.block_table is None, self.left, self.right, self.scale, self.softcap, self.num_splits,
+            self.split_size, self.merge_in_kernel, self.precision, self.fewest_splits,
+        )  # fmt: skip
+
 
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions) -> tuple[Tensor, Tensor]:
     """Start the kernels: ``(out, lse)``, ``[B, Hq, Sq, Dv]`` in the dtype of q and fp32 ``[B, Hq, Sq]``."""
-    launches, out, lse = decode_launches(q, k, v, options)
+    read = [readable(x) for x in (q, k, v)]
+    plan = plan_for(best_decode_launches, read, options)
+    if plan is not None:
+        return tuple(plan.run((*read, *options.tensors())))
+    launches, (out, lse) = best_decode_launches(*read, options)
     for launch in launches:
         launch.start()
     return out.to(q.dtype), lse
+
+
+def best_decode_launches(
+    q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """:func:`decode_launches` with the table's tiles, as :func:`flashlib.launch.plans.plan_for` takes it."""
+    launches, out, lse = decode_launches(q, k, v, options)
+    return launches, (out, lse)
 
 
 def decode_launches(

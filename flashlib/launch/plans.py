@@ -49,6 +49,7 @@ class Plan:
         for index, form in enumerate(results, start=inputs):
             places[form.source] = (index, -form.offset)
         rest = [form for form in memory.made if form.source not in places]
+        self.asks_for_more = bool(rest)
         scratch, counters = inputs + len(results), inputs + len(results) + 1
         self.scratch = self.counts = 0
         for form in rest:
@@ -95,12 +96,11 @@ class Plan:
     def start_on(self, stream: int, tensors: Sequence[Tensor]) -> None:
         """Start the kernels: the inputs and the results are there."""
         addresses = [x.data_ptr() for x in tensors]
-        if self.scratch or self.counts:
+        if self.asks_for_more:
             # Held until the packets are started: what the allocator gives out afterwards, this stream uses afterwards.
             scratch = torch.empty(self.scratch, dtype=torch.uint8, device=self.device) if self.scratch else None
-            addresses.append(scratch.data_ptr() if self.scratch else 0)
-            if self.counts:
-                addresses.append(counters_of(self.device).take_on(stream, self.counts).data_ptr())
+            addresses.append(0 if scratch is None else scratch.data_ptr())
+            addresses.append(counters_of(self.device).take_on(stream, self.counts).data_ptr() if self.counts else 0)
         self.start(self.packets, stream, tuple(addresses))
 
 

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from in_sets import count_failures
 
-from flashlib import attention, decode_attention, routes
+from flashlib import attention, routes
+from flashlib.inference import decode_attention
 from flashlib.launch import packets, plans
 from flashlib.masks import Causal, KeyLengths, Varlen, Window
 from flashlib.measure.bench import decode_sources, kernel_sources

@@ -16,7 +16,7 @@ from flashlib.masks import Mask
 from flashlib.nested import is_nested, nested_attention
 from flashlib.packing import AlignedPack, sequences_of
 from flashlib.partial import merge_sinks
-from flashlib.routes import find_route, keep_route, route_key
+from flashlib.routes import find_route, new_route, route_key
 from flashlib.spec import AttentionSpec
 
 __all__ = ["attention"]
@@ -117,6 +117,10 @@ def attention(
         raise TypeError(f"config must be a FlashAttentionConfig; got {type(config).__name__}")
     config = config or current_config()
     chosen = choose(spec, backend, config)
+    if chosen.name == "triton" and not spec.is_empty:
+        route = new_route(key, q, k, v, spec, config, return_lse)
+        if route is not None:
+            return route(q, k, v, alibi_slopes)
     sequences = sequences_of(spec.mask) if config.packing == "aligned" and not spec.is_empty else None
     with autocast_off(spec.device):
         if sequences is not None:
@@ -126,8 +130,6 @@ def attention(
             out, lse = run_engine(TiledEngine(config.tiled), q, k, v, spec)
         else:
             out, lse = chosen.run(q, k, v, spec, config)
-            if key is not None and chosen.name == "triton" and sequences is None:
-                keep_route(key, q, k, v, spec, config, return_lse)
         if sequences is not None:
             out, lse = pack.gathered(out, lse)
         if sinks is not None and (spec.is_empty or not chosen.has_sinks):

@@ -43,7 +43,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, engine, *numbers):
-        return engine.forward(q, k, v, AttentionSpec.from_numbers(q, k, v, *numbers))
+        return engine.forward(q, k, v, numbers)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -72,7 +72,7 @@ class _Attention(torch.autograd.Function):
             raise NotImplementedError(
                 f"{name_of(ctx.engine)} attention has no forward-mode derivative; {_FORWARD_MODE}"
             )
-        return jvp(q, k, v, out, lse, (dq, dk, dv), AttentionSpec.from_numbers(q, k, v, *numbers))
+        return jvp(q, k, v, out, lse, (dq, dk, dv), numbers)
 
     @staticmethod
     def vmap(info, in_dims, q, k, v, engine, *numbers):
@@ -87,7 +87,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, out, lse, grad_out, grad_lse, engine, *numbers):
-        return engine.backward(q, k, v, out, lse, grad_out, grad_lse, AttentionSpec.from_numbers(q, k, v, *numbers))
+        return engine.backward(q, k, v, out, lse, grad_out, grad_lse, numbers)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -30,7 +30,7 @@ from flashlib.masks import Mask, Window
 from flashlib.spec import AttentionSpec
 from flashlib.values import values_are_asked_for
 
-__all__ = ["decode_key", "find_route", "keep_decode_route", "keep_route", "route_key"]
+__all__ = ["decode_key", "find_route", "keep_decode_route", "new_route", "route_key"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = (float, int, type(None))
@@ -108,17 +108,27 @@ def find_route(key: tuple | None) -> Any:
     return _routes.get(key)
 
 
-def keep_route(key: tuple, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, config: FlashAttentionConfig, returns_lse: bool) -> None:  # fmt: skip
-    """Keep the route of a call that our kernels have just run, if it has one."""
-    numbers = spec.numbers()
-    options = KernelOptions.from_numbers(*numbers, config.triton.fp32_precision, config.triton.autotune)
-    if options.start is not None or any(aligned(x) is not x for x in (q, k, v)):
-        return
+def new_route(
+    key: tuple | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    config: FlashAttentionConfig,
+    returns_lse: bool,
+) -> Route | None:
+    """The route of a class of calls that our kernels run, which is kept; None if it has none. ``spec``: of the first call, checked."""
+    if key is None or any(aligned(x) is not x for x in (q, k, v)):
+        return None
+    triton = config.triton
+    options = KernelOptions.from_numbers(*spec.numbers(), triton.fp32_precision, triton.autotune)
     plan = plan_for(best_forward_launches, (q, k, v), options)
     if plan is None:
-        return
-    engine = TritonEngine(config.triton.fp32_precision, config.triton.autotune)
-    _keep(key, Route(plan, options, engine, config, spec.needs_grad, returns_lse))
+        return None
+    engine = TritonEngine(triton.fp32_precision, triton.autotune)
+    route = Route(plan, options, engine, config, spec.needs_grad, returns_lse)
+    _keep(key, route)
+    return route
 
 
 def decode_key(

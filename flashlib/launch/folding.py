@@ -24,10 +24,10 @@ def folded_numbers(size: int, batch: int, in_dims: tuple[int | None, ...], numbe
     *rest, seed = numbers
     if in_dims[-1] is not None:
         raise ValueError("dropout under vmap needs randomness='same': one seed serves all of a batch")
-    folded = []
+    together = []
     for dim, x in zip(in_dims, rest, strict=False):
         if isinstance(x, Tensor) and (dim is not None or x.shape[0] != 1):
             x = _mapped_first(size, dim, x)
             x = x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)
-        folded.append(x)
-    return [*folded, seed]
+        together.append(x)
+    return [*together, seed]

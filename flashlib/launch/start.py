@@ -82,8 +82,11 @@ class Launch:
     @property
     def device(self) -> torch.device:
         """On which its tensors lie, or their forms."""
-        unwrapped = (getattr(argument, "base", argument) for argument in self.arguments.values())
-        return next(x.device for x in unwrapped if hasattr(x, "device"))
+        for x in self.arguments.values():
+            x = x.base if type(x) is TileMap else x
+            if hasattr(x, "device"):
+                return x.device
+        raise ValueError(f"{self.name} is given no tensor")
 
     @property
     def tensor(self) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashlib.kernels.common import INTERVALS, key_ranges, place, row_intervals, visits
+from flashlib.kernels.common import key_ranges, place, visits
 from flashlib.launch.options import KernelOptions
 from flashlib.launch.plain import forward_launch
 from flashlib.launch.tiles import TileConfig
@@ -84,17 +84,18 @@ def visits_kernel(
 ):
     i_m = tl.program_id(0)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    start, stop = row_intervals(o_m, q_len, kv_len, 0, 0, 0, p_start, p_stop, INTERVALS, False, False)
-    first, full_first, full_last, last = key_ranges(start, stop, o_m < q_len, kv_len, BLOCK_N)
-    tl.store(p_ranges + 4 * i_m, first)
-    tl.store(p_ranges + 4 * i_m + 1, full_first)
-    tl.store(p_ranges + 4 * i_m + 2, full_last)
-    tl.store(p_ranges + 4 * i_m + 3, last)
-    from_key, to_key = visits(first, full_first, full_last, last, False)
+    m_rows = o_m < q_len
+    start, stop = tl.load(p_start + o_m, mask=m_rows, other=0), tl.load(p_stop + o_m, mask=m_rows, other=0)
+    ranges = key_ranges(start, stop, m_rows, kv_len, BLOCK_N)
+    tl.store(p_ranges + 4 * i_m, ranges.first)
+    tl.store(p_ranges + 4 * i_m + 1, ranges.full_first)
+    tl.store(p_ranges + 4 * i_m + 2, ranges.full_last)
+    tl.store(p_ranges + 4 * i_m + 3, ranges.last)
+    from_key, to_key = visits(ranges, False)
     for at in range(from_key, to_key, BLOCK_N):
-        n = place(at, full_first, full_last, False)
+        n = place(at, ranges, False)
         tl.store(p_full + i_m * most + (at - from_key) // BLOCK_N, n // BLOCK_N)
-    from_key, to_key = visits(first, full_first, full_last, last, True)
+    from_key, to_key = visits(ranges, True)
     for at in range(from_key, to_key, BLOCK_N):
-        n = place(at, full_first, full_last, True)
+        n = place(at, ranges, True)
         tl.store(p_partial + i_m * most + (at - from_key) // BLOCK_N, n // BLOCK_N)

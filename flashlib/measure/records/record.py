@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -66,16 +66,24 @@ class Record:
         return [row for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]
 
 
-def sources_hash(sources: Iterable[str]) -> str:
+def source_text(name: str) -> str:
+    """The text of a package file."""
+    return (PACKAGE / name).read_text(encoding="utf-8")
+
+
+def sources_hash(sources: Iterable[str], read: Callable[[str], str] = source_text) -> str:
     """SHA-256 over what package files say to Python (paths relative to ``flashlib/``), however they are laid out.
 
     Comments, docstrings, line breaks, brackets that change nothing, quotes and trailing commas do not count. Of C++, comments and blanks
     do not.
+
+    Args:
+        read: gives the text of a file; by default that of today.
     """
     digest = hashlib.sha256()
     for name in sorted(sources):
         digest.update(name.encode())
-        text = (PACKAGE / name).read_text(encoding="utf-8")
+        text = read(name)
         digest.update((_code_alone(text) if name.endswith(".py") else _cpp_alone(text)).encode())
     return digest.hexdigest()
 

@@ -6,17 +6,35 @@ from pathlib import Path
 
 from flashlib.measure.records.record import PACKAGE
 
-__all__ = ["cpu_sources", "decode_sources", "kernel_sources"]
+__all__ = ["cpu_sources", "decode_sources", "kernel_sources", "launching_sources"]
 
 # What only decoding runs.
 DECODING = ("kernels/combine.py", "kernels/decode.py", "launch/decode.py")
 
 
+# How launches are handed to the driver: what it costs the host, and nothing that a GPU does.
+LAUNCHING = tuple(
+    f"launch/{name}.py" for name in ("checks", "counters", "engines", "folding", "forms", "packets", "plans")
+)
+
+
 def kernel_sources() -> list[str]:
     """Files that decide how fast our attention is, as :func:`flashlib.measure.records.record.sources_hash` takes them."""
-    others = {"kernels/__init__.py", "launch/__init__.py", "launch/inspect.py", *DECODING}
-    found = [path.relative_to(PACKAGE) for room in ("kernels", "launch") for path in (PACKAGE / room).glob("*.py")]
+    rooms = ("kernels", "kernels/hopper", "launch")
+    others = {
+        *(f"{room}/__init__.py" for room in rooms),
+        "launch/inspect.py",
+        "launch/operators.py",
+        *DECODING,
+        *LAUNCHING,
+    }
+    found = [path.relative_to(PACKAGE) for room in rooms for path in (PACKAGE / room).glob("*.py")]
     return sorted({*map(Path.as_posix, found), "backends/triton.py"} - others)
+
+
+def launching_sources() -> list[str]:
+    """Files between a call and its launches, by which what comes out is decided as well, and how long the host takes."""
+    return sorted(["attention.py", "engines.py", "routes.py", "spec.py", "masks.py", *LAUNCHING])
 
 
 def cpu_sources(*, decoding: bool = False) -> list[str]:
@@ -28,5 +46,5 @@ def cpu_sources(*, decoding: bool = False) -> list[str]:
 
 def decode_sources() -> list[str]:
     """The same for decoding."""
-    shared = ("kernels/common.py", "launch/options.py", "launch/start.py", "launch/tiles.py")
+    shared = ("kernels/bundles.py", "kernels/common.py", "launch/options.py", "launch/start.py", "launch/tiles.py")
     return sorted([*DECODING, *shared, "inference/decode.py"])

@@ -19,9 +19,10 @@ from flashlib.kernels.common import key_ranges, load_tile, store_tile
     ]
 )
 def hopper_prepare(
-    p_start, p_stop, p_v, p_tiles, p_blanked, p_flags, stride_interval, stride_tiles, stride_flags, stride_vb, stride_vh, stride_vs,
-    stride_bb, stride_bh, stride_bs, batch, entries, kv_heads, q_len, kv_len, v_head_dim, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
+    p_start, p_stop, p_v, p_tiles, p_blanked, p_flags, stride_interval, stride_tiles, stride_flags, stride_vb,
+    stride_vh, stride_vs, stride_bb, stride_bh, stride_bs, batch, entries, kv_heads, q_len, kv_len, v_head_dim,
+    BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, CHECK_DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """For each block of rows, which tiles of keys it needs; for each tile of keys, whether some of them are seen by no row.
 
@@ -73,9 +74,10 @@ def hopper_prepare(
 
 @triton.jit(do_not_specialize=["stride_interval", "stride_flags", "batch", "entries", "q_heads", "q_len"])
 def hopper_blank_rows(
-    p_start, p_stop, p_q, p_do, p_blank_q, p_blank_do, p_flags, stride_interval, stride_flags, stride_qb, stride_qh, stride_qs, stride_gb,
-    stride_gh, stride_gs, stride_bqb, stride_bqh, stride_bqs, stride_bgb, stride_bgh, stride_bgs, batch, entries, q_heads, q_len, head_dim,
-    v_head_dim, BLOCK_M: tl.constexpr, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    p_start, p_stop, p_q, p_do, p_blank_q, p_blank_do, p_flags, stride_interval, stride_flags, stride_qb, stride_qh,
+    stride_qs, stride_gb, stride_gh, stride_gs, stride_bqb, stride_bqh, stride_bqs, stride_bgb, stride_bgh, stride_bgs,
+    batch, entries, q_heads, q_len, head_dim, v_head_dim, BLOCK_M: tl.constexpr, CHECK_D: tl.constexpr,
+    CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """For each tile of rows, whether some of them see nothing. Of such a tile copies of Q and dO are made in which those are 0.
 
@@ -139,8 +141,9 @@ def count_tiles(p_tiles, start, stop, m_rows, least, most, kv_len, BLOCK_N: tl.c
 
     At least one tile is visited, so that rows that see nothing need no code of their own.
     """
-    first, full_first, full_last, last = key_ranges(start, stop, m_rows, kv_len, BLOCK_N)
-    first, full_first, full_last, last = first // BLOCK_N, full_first // BLOCK_N, full_last // BLOCK_N, last // BLOCK_N
+    ranges = key_ranges(start, stop, m_rows, kv_len, BLOCK_N)
+    first, full_first = ranges.first // BLOCK_N, ranges.full_first // BLOCK_N
+    full_last, last = ranges.full_last // BLOCK_N, ranges.last // BLOCK_N
     first = tl.maximum(tl.minimum(first, tl.minimum(last, most) - 1), least)
     last = tl.maximum(tl.minimum(last, most), first + 1)
     full_first = tl.minimum(tl.maximum(full_first, first), last)

@@ -10,7 +10,8 @@ from torch import Tensor
 from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import choose
 from flashlib.config import FlashAttentionConfig, current_config
-from flashlib.engines import TiledEngine, run_engine
+from flashlib.engines import run_engine
+from flashlib.launch.engines import TiledEngine
 from flashlib.masks import Mask
 from flashlib.nested import is_nested, nested_attention
 from flashlib.packing import AlignedPack, sequences_of

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flashlib.config import FlashAttentionConfig
-from flashlib.engines import TritonEngine, differentiable_gradients
+from flashlib.engines import differentiable_gradients
 from flashlib.launch.decode import DecodeOptions, best_decode_launches
+from flashlib.launch.engines import TritonEngine
 from flashlib.launch.options import KernelOptions, aligned, readable
 from flashlib.launch.plans import MOST_PLANS, Plan, launches_are_watched, plan_for, plans_are_possible
 from flashlib.launch.rules import RuledOptions, fits, rule_of, ruled_forward_launches, ruled_launches_kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from flashlib.masks import Mask
 from flashlib.nested import is_nested, nested_attention
 from flashlib.packing import AlignedPack, sequences_of
 from flashlib.partial import merge_sinks
-from flashlib.routes import find_route, keep_route, route_key
+from flashlib.routes import find_route, new_route, route_key
 from flashlib.spec import AttentionSpec
 
 __all__ = ["attention"]
@@ -84,16 +86,16 @@ def attention(
         if route is not None:
             return route(q, k, v, alibi_slopes)
     if is_nested(q, k, v):
-        inside = {
+        inside: dict[str, Any] = {
             "mask": mask,
             "causal": causal,
             "alibi_slopes": alibi_slopes,
             "return_lse": return_lse,
             "config": config,
         }
-        scores = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        scores: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
         return nested_attention(
-            q, k, v, **inside, **scores, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend
+            attention, q, k, v, **inside, **scores, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend
         )
     q, k, v = autocast_inputs(q, k, v)
     spec = AttentionSpec.from_tensors(
@@ -114,6 +116,10 @@ def attention(
         raise TypeError(f"config must be a FlashAttentionConfig; got {type(config).__name__}")
     config = config or current_config()
     chosen = choose(spec, backend, config)
+    if chosen.name == "triton" and not spec.is_empty:
+        route = new_route(key, q, k, v, spec, config, return_lse)
+        if route is not None:
+            return route(q, k, v, alibi_slopes)
     sequences = sequences_of(spec.mask) if config.packing == "aligned" and not spec.is_empty else None
     with autocast_off(spec.device):
         if sequences is not None:
@@ -123,10 +129,12 @@ def attention(
             out, lse = run_engine(TiledEngine(config.tiled), q, k, v, spec)
         else:
             out, lse = chosen.run(q, k, v, spec, config)
-            if key is not None and chosen.name == "triton" and sequences is None:
-                keep_route(key, q, k, v, spec, config, return_lse)
         if sequences is not None:
             out, lse = pack.gathered(out, lse)
         if sinks is not None and (spec.is_empty or not chosen.has_sinks):
+            assert lse is not None  # a problem with sinks asks for it
             out, lse = merge_sinks(out, lse, sinks)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse

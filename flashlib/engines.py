@@ -12,7 +12,7 @@ A second derivative is refused in plain words where somebody asks for it, and no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ class CPUEngine:
         return empty_results(q, v)
 
 
-_ENGINES = {"tiled": TiledEngine, "triton": TritonEngine, "cpu": CPUEngine}
+_ENGINES: dict[str, Any] = {"tiled": TiledEngine, "triton": TritonEngine, "cpu": CPUEngine}
 
 
 def engine_named(words: str) -> Engine:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -28,14 +29,14 @@ from flashlib.masks import Mask, Window
 from flashlib.spec import AttentionSpec
 from flashlib.values import values_are_asked_for
 
-__all__ = ["decode_key", "find_route", "keep_decode_route", "keep_route", "route_key"]
+__all__ = ["decode_key", "find_route", "keep_decode_route", "new_route", "route_key"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = (float, int, type(None))
 
 _COUNTS = (int, type(None))
 
-_routes: dict[tuple, Route | DecodeRoute] = {}
+_routes: dict[tuple | None, Route | DecodeRoute] = {}
 _lock = threading.Lock()
 
 
@@ -48,7 +49,7 @@ def route_key(
         type(q) in _PLAIN
         and type(k) in _PLAIN
         and type(v) in _PLAIN
-        and q.is_cuda
+        and _on_gpu(q)
         and plans_are_possible()
         and _nothing_between()
         and not values_are_asked_for()
@@ -70,44 +71,63 @@ def route_key(
             return None
         slopes = (alibi_slopes.shape, alibi_slopes.dtype, alibi_slopes.get_device())
         addresses |= alibi_slopes.data_ptr()
-    if addresses & 15 or device != torch._C._cuda_getDevice():
+    if addresses & 15 or device != _current_device():
         return None
-    needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+    needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on()
     return (
         q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
         needs_grad, band, causal, scale, softcap, slopes, return_lse, backend, id(config),
     )  # fmt: skip
 
 
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_autocast, _grad_is_on = torch.is_autocast_enabled, torch.is_grad_enabled
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+
+
 def _nothing_between() -> bool:
     """Whether PyTorch would hand operators straight to the device: no mode, no transform, no tracer, no autocast, no tangents."""
     return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+        _dispatch_modes() == 0
+        and _function_modes() == 0
+        and _transform() is None
+        and _tracing() is None
         and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cuda")
+        and not _autocast("cuda")
         and not launches_are_watched()
     )
 
 
-def find_route(key: tuple | None) -> Route | DecodeRoute | None:
+_on_gpu = attrgetter("is_cuda")
+
+
+def find_route(key: tuple | None) -> Any:
     """The route of a class of calls, if one was kept."""
     return _routes.get(key)
 
 
-def keep_route(key: tuple, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, config: FlashAttentionConfig, returns_lse: bool) -> None:  # fmt: skip
-    """Keep the route of a call that our kernels have just run, if it has one."""
-    numbers = spec.numbers()
-    options = KernelOptions.from_numbers(*numbers, config.triton.fp32_precision, config.triton.autotune)
-    if options.start is not None or any(aligned(x) is not x for x in (q, k, v)):
-        return
+def new_route(
+    key: tuple | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    config: FlashAttentionConfig,
+    returns_lse: bool,
+) -> Route | None:
+    """The route of a class of calls that our kernels run, which is kept; None if it has none. ``spec``: of the first call, checked."""
+    if key is None or any(aligned(x) is not x for x in (q, k, v)):
+        return None
+    triton = config.triton
+    options = KernelOptions.from_numbers(*spec.numbers(), triton.fp32_precision, triton.autotune)
     plan = plan_for(best_forward_launches, (q, k, v), options)
     if plan is None:
-        return
-    engine = TritonEngine(config.triton.fp32_precision, config.triton.autotune)
-    _keep(key, Route(plan, options, engine, config, spec.needs_grad, returns_lse))
+        return None
+    engine = TritonEngine(triton.fp32_precision, triton.autotune)
+    route = Route(plan, options, engine, config, spec.needs_grad, returns_lse)
+    _keep(key, route)
+    return route
 
 
 def decode_key(
@@ -119,7 +139,7 @@ def decode_key(
         type(q) is Tensor
         and type(k) is Tensor
         and type(v) is Tensor
-        and q.is_cuda
+        and _on_gpu(q)
         and plans_are_possible()
         and _nothing_between()
         and not values_are_asked_for()
@@ -129,7 +149,7 @@ def decode_key(
         and type(num_splits) is int
         and type(split_size) in _COUNTS
         and (window is None or (type(window) is tuple and all(type(width) in _COUNTS for width in window)))
-        and not ((q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled())
+        and not ((q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on())
     ):
         return None
     device, addresses, others = q.get_device(), q.data_ptr() | k.data_ptr() | v.data_ptr(), ()
@@ -141,7 +161,7 @@ def decode_key(
             others += (x.shape, x.stride(), x.dtype, x.get_device())
         else:
             others += (None,)
-    if addresses & 15 or device != torch._C._cuda_getDevice():
+    if addresses & 15 or device != _current_device():
         return None
     return (
         q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
@@ -206,7 +226,8 @@ class Route:
         if self.needs_grad:
             return _apply(self, *tensors)
         if self.returns_lse:
-            return tuple(self.plan.run(tensors))
+            out, lse = self.plan.run(tensors)
+            return out, lse
         return self.plan.run_first(tensors)
 
     def gradients(self, q, k, v, out, lse, grad_out, grad_lse, slopes: list[Tensor]) -> list[Tensor]:
@@ -221,7 +242,7 @@ class Route:
             plan = plan_for(best_backward_launches, tensors, options)
             if plan is not None and len(self.backward) < MOST_PLANS:
                 self.backward[at] = plan
-        return launch_backward(q, k, v, out, lse, grad_out, grad_lse, options)
+        return [*launch_backward(q, k, v, out, lse, grad_out, grad_lse, options)]
 
 
 class _Planned(torch.autograd.Function):
@@ -247,7 +268,7 @@ class _Planned(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         route = ctx.route
         plain = type(grad_out) is Tensor and torch._C._functorch.peek_interpreter_stack() is None
-        if plain and not torch.is_grad_enabled() and not launches_are_watched():
+        if plain and not _grad_is_on() and not launches_are_watched():
             gradients = route.gradients(q, k, v, out, lse, grad_out, grad_lse, slopes)
         else:  # what differentiates or maps this must find in it what it knows
             options = route.options.with_tensors(x if x.dim() > 1 else x[None] for x in slopes)

@@ -18,10 +18,10 @@ from torch import Tensor
 from flashlib import masks
 from flashlib.config import INJECTION_MODES, InjectionConfig
 from flashlib.course import figures
+from flashlib.course.chapters.memory_stories import Story, log_probabilities
+from flashlib.course.chapters.serving import SCRIPT, replay
 from flashlib.course.display import Figure, format_bytes, widgets_run
-from flashlib.course.memory_stories import Story, log_probabilities
 from flashlib.course.models import capture_qkv
-from flashlib.course.serving import SCRIPT, replay
 from flashlib.inference.injection import KVInjector
 from flashlib.masks import Mask
 from flashlib.reference import naive_attention
@@ -285,7 +285,7 @@ def visits_explorer(length: int = 64, head_dim: int = 64, itemsize: int = 2) -> 
         length: queries and keys.
         head_dim, itemsize: of K and V, for the bytes that are loaded.
     """
-    from flashlib.course.mask_kernels import visits_of
+    from flashlib.course.chapters.mask_kernels import visits_of
 
     def draw(row_block: int, kind: str, size: int, block_q: int, block_k: int) -> Figure:
         mask, title = _MASKS[kind](size, length, length)
@@ -423,7 +423,7 @@ def memory_explorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
     Args:
         model, tokenizer: from `flashlib.course.load_smollm2`.
-        story: what it is given as a memory, as `flashlib.course.memory_stories.HARBOR`.
+        story: what it is given as a memory, as `flashlib.course.chapters.memory_stories.HARBOR`.
     """
     from flashlib.interop.transformers_memory import encode_memory, with_memory
 

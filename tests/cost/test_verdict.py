@@ -9,7 +9,7 @@ from flashlib.cost.counts import Problem, naive
 from flashlib.cost.devices import device
 from flashlib.cost.roofs import UNCERTAIN_MEASURED, attention_time
 from flashlib.cost.verdict import DECODING, PEERS, TRAINING, further, verdict
-from flashlib.measure.record import load_record
+from flashlib.measure.records.record import load_record
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,8 @@ from flashlib.launch.options import KernelOptions
 from flashlib.launch.plain import backward_launches, forward_launch
 from flashlib.launch.run import launch_backward, launch_forward
 from flashlib.launch.start import Launch, interpreting
-from flashlib.measure.bench import decode_sources, kernel_sources
-from flashlib.measure.record import new_record, save_record
+from flashlib.measure.records.record import new_record, save_record
+from flashlib.measure.records.sources import decode_sources, kernel_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "synccheck")

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from carry_over import changed_besides_kernels, fresh_at, read_at, sources_today
 from machine_code import differences
 
-from flashlib.measure.record import BENCHMARKS, new_record, sources_hash
+from flashlib.measure.records.record import BENCHMARKS, new_record, sources_hash
 
 LAUNCH = "from flashlib.kernels.hopper import hopper_forward\nimport math\n\n\ndef launch():\n    return math.pi\n"
 MOVED = LAUNCH.replace("kernels.hopper ", "kernels.hopper.forward ")

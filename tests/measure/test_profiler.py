@@ -11,8 +11,8 @@ import torch
 
 from flashlib import FlashAttentionConfig, use_config
 from flashlib.config import ProfilingConfig
-from flashlib.measure import profiler as module
-from flashlib.measure.profiler import AttentionProfiler, Clock, RunningStatistics, profile
+from flashlib.measure.racing import profiler as module
+from flashlib.measure.racing.profiler import AttentionProfiler, Clock, RunningStatistics, profile
 
 
 class Turned(Clock):

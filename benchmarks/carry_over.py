@@ -23,7 +23,15 @@ from dataclasses import replace
 
 from machine_code import compiled, differences, kept, table
 
-from flashlib.measure.records.record import BENCHMARKS, PACKAGE, Record, load_record, save_record, source_text, sources_hash
+from flashlib.measure.records.record import (
+    BENCHMARKS,
+    PACKAGE,
+    Record,
+    load_record,
+    save_record,
+    source_text,
+    sources_hash,
+)
 
 Read = Callable[[str], str]
 

@@ -19,7 +19,13 @@ LAUNCHING = ("launch/counters.py", "launch/forms.py", "launch/packets.py", "laun
 def kernel_sources() -> list[str]:
     """Files that decide how fast our attention is, as :func:`flashlib.measure.records.record.sources_hash` takes them."""
     rooms = ("kernels", "kernels/hopper", "launch")
-    others = {*(f"{room}/__init__.py" for room in rooms), "launch/inspect.py", "launch/operators.py", *DECODING, *LAUNCHING}
+    others = {
+        *(f"{room}/__init__.py" for room in rooms),
+        "launch/inspect.py",
+        "launch/operators.py",
+        *DECODING,
+        *LAUNCHING,
+    }
     found = [path.relative_to(PACKAGE) for room in rooms for path in (PACKAGE / room).glob("*.py")]
     return sorted({*map(Path.as_posix, found), "backends/triton.py"} - others)
 

@@ -78,13 +78,13 @@ def attention(
 
     Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; Dao et al. 2022 (arXiv 2205.14135).
     """
-    key = None
+    key, given = None, []
     if not torch.compiler.is_compiling() and sinks is None and not dropout_p:
         chosen_config = current_config() if config is None else config
-        key = route_key(q, k, v, mask, causal, scale, softcap, alibi_slopes, return_lse, backend, chosen_config)
+        key, given = route_key(q, k, v, mask, causal, scale, softcap, alibi_slopes, return_lse, backend, chosen_config)
         route = find_route(key)
         if route is not None:
-            return route(q, k, v, alibi_slopes)
+            return route(q, k, v, given)
     if is_nested(q, k, v):
         inside: dict[str, Any] = {
             "mask": mask,
@@ -116,11 +116,11 @@ def attention(
         raise TypeError(f"config must be a FlashAttentionConfig; got {type(config).__name__}")
     config = config or current_config()
     chosen = choose(spec, backend, config)
-    if chosen.name == "triton" and not spec.is_empty:
-        route = new_route(key, q, k, v, spec, config, return_lse)
-        if route is not None:
-            return route(q, k, v, alibi_slopes)
     sequences = sequences_of(spec.mask) if config.packing == "aligned" and not spec.is_empty else None
+    if key is not None and chosen.name == "triton" and sequences is None and not spec.is_empty:
+        route = new_route(key, q, k, v, spec, config, return_lse, given)
+        if route is not None:
+            return route(q, k, v, given)
     with autocast_off(spec.device):
         if sequences is not None:
             pack = AlignedPack.of(q, k, v, spec, sequences)

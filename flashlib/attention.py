@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flashlib.autocast import autocast_inputs, autocast_off
@@ -12,6 +13,7 @@ from flashlib.masks import Mask
 from flashlib.nested import is_nested, nested_attention
 from flashlib.packing import AlignedPack, sequences_of
 from flashlib.partial import merge_sinks
+from flashlib.routes import find_route, keep_route, route_key
 from flashlib.spec import AttentionSpec
 
 __all__ = ["attention"]
@@ -74,6 +76,13 @@ def attention(
 
     Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; Dao et al. 2022 (arXiv 2205.14135).
     """
+    key = None
+    if not torch.compiler.is_compiling() and sinks is None and not dropout_p:
+        chosen_config = current_config() if config is None else config
+        key = route_key(q, k, v, mask, causal, scale, softcap, alibi_slopes, return_lse, backend, chosen_config)
+        route = find_route(key)
+        if route is not None:
+            return route(q, k, v, alibi_slopes)
     if is_nested(q, k, v):
         inside = {
             "mask": mask,
@@ -114,6 +123,8 @@ def attention(
             out, lse = run_engine(TiledEngine(config.tiled), q, k, v, spec)
         else:
             out, lse = chosen.run(q, k, v, spec, config)
+            if key is not None and chosen.name == "triton" and sequences is None:
+                keep_route(key, q, k, v, spec, config, return_lse)
         if sequences is not None:
             out, lse = pack.gathered(out, lse)
         if sinks is not None and (spec.is_empty or not chosen.has_sinks):

@@ -203,7 +203,13 @@ def current_config() -> FlashAttentionConfig:
     A thread that has not entered a :func:`use_config` of its own sees the newest that any thread is inside of: worker threads, and those in which
     autograd runs a backward pass. Under ``torch.compile`` it is read once, when the call is traced.
     """
-    return _current.get() or (_entered[-1] if _entered else FlashAttentionConfig())
+    return _current.get() or (_entered[-1] if _entered else _defaults())
+
+
+@functools.cache
+def _defaults() -> FlashAttentionConfig:
+    """One and the same: who calls under the defaults is known by it again (:mod:`flashlib.routes`)."""
+    return FlashAttentionConfig()
 
 
 # What torch.compiler.assume_constant_result does to a function, without importing the compiler for it: half a second and more.

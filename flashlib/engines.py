@@ -178,8 +178,7 @@ class _Attention(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return None, None, None, *nothing
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        with autocast_off(q.device):
-            return *_Gradients.apply(q, k, v, out, lse, grad_out, grad_lse, ctx.engine, *numbers), *nothing
+        return *differentiable_gradients(q, k, v, out, lse, grad_out, grad_lse, ctx.engine, tuple(numbers)), *nothing
 
     @staticmethod
     def jvp(ctx, dq, dk, dv, *_):
@@ -222,6 +221,14 @@ class _Gradients(torch.autograd.Function):
         batch = folded[0].shape[0] // info.batch_size
         results = _Gradients.apply(*folded, engine, *_folded_numbers(info.batch_size, batch, in_dims[8:], numbers))
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
+
+
+def differentiable_gradients(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, engine: Engine, numbers: tuple,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(dq, dk, dv)`` as a node of its own, which knows ``vmap`` and refuses to be differentiated; ``numbers`` as of the forward."""
+    with autocast_off(q.device):
+        return _Gradients.apply(q, k, v, out, lse, grad_out, grad_lse, engine, *numbers)
 
 
 _FORWARD_MODE = "the backends 'tiled', 'reference' and 'torch_sdpa_math' have one"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["check_values", "has_data", "has_tangent", "has_values", "may_read", "transforms"]
+__all__ = ["check_values", "has_data", "has_tangent", "has_values", "may_read", "transforms", "values_are_asked_for"]
 
 _asked: ContextVar[bool] = ContextVar("flashlib_check_values", default=False)
 
@@ -31,6 +31,11 @@ def check_values() -> Iterator[None]:
         yield
     finally:
         _asked.reset(token)
+
+
+def values_are_asked_for() -> bool:
+    """Whether this is inside of :func:`check_values`."""
+    return _asked.get()
 
 
 def has_values(*tensors: Tensor) -> bool:

@@ -18,10 +18,12 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from flashlib import routes
 from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import BackendUnavailableError
 from flashlib.config import current_config
 from flashlib.inference.checks import no_such_page
+from flashlib.launch.decode import DecodeOptions, launch_decode
 from flashlib.masks import NO_LIMIT, KeyLengths, Window
 from flashlib.partial import Partial, fold
 from flashlib.reference import naive_attention
@@ -97,11 +99,22 @@ def decode_attention(
             outside of the cache is read.
         flashlib.BackendUnavailableError: the named backend cannot run this problem; the message says why.
     """
+    key = None
+    if not torch.compiler.is_compiling():
+        config = current_config()
+        numbers = (causal, window, scale, softcap, num_splits, split_size, backend)
+        key = routes.decode_key(q, k, v, lengths, block_table, *numbers, config)
+        route = routes.find_route(key)
+        if route is not None:
+            return route(q, k, v, lengths, block_table, return_lse)
     q, k, v = autocast_inputs(q, k, v)
     problem = Problem.checked(q, k, v, lengths, block_table, causal, window, scale, softcap, num_splits, split_size)
     why_not = {"triton": problem.triton_why_not, "cpu": problem.cpu_why_not}
+    chosen = _pick(backend, why_not)
     with autocast_off(q.device):
-        out, lse = _RUN[_pick(backend, why_not)](problem)
+        out, lse = _RUN[chosen](problem)
+    if key is not None and chosen == "triton":
+        routes.keep_decode_route(key, q, k, v, decode_options(problem, _precision(problem)), config)
     return (out, lse) if return_lse else out
 
 
@@ -440,7 +453,7 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
 
 
 def _triton(problem: Problem) -> tuple[Tensor, Tensor]:
-    precision = current_config().triton.fp32_precision if problem.q.dtype == torch.float32 else "ieee"
+    precision = _precision(problem)
     if not has_data(*problem.tensors()):
         from flashlib.inference.decode_operator import decode_triton
 
@@ -449,24 +462,30 @@ def _triton(problem: Problem) -> tuple[Tensor, Tensor]:
     return run_triton(problem, precision)
 
 
+def _precision(problem: Problem) -> str:
+    return current_config().triton.fp32_precision if problem.q.dtype == torch.float32 else "ieee"
+
+
 def run_triton(problem: Problem, precision: str) -> tuple[Tensor, Tensor]:
     """By the kernels; ``precision`` of fp32 products as in :class:`flashlib.config.TritonConfig`."""
-    from flashlib.launch.decode import DecodeOptions, launch_decode
-
     if may_read(*(x for x in (problem.q, problem.lengths, problem.block_table) if x is not None)):
         problem.check_values()
+    return launch_decode(problem.q, problem.k, problem.v, decode_options(problem, precision))
+
+
+def decode_options(problem: Problem, precision: str) -> DecodeOptions:
+    """What the kernels must know of a problem, and into how many splits it is cut."""
     splits, fewest = _splits(problem)
     if splits > MOST_PROGRAMS:
         raise ValueError(
             f"a launch takes at most {MOST_PROGRAMS} splits; got {splits} (split_size={problem.split_size})"
         )
     split_size = problem.split_size or _blocks(problem.capacity, splits)
-    options = DecodeOptions(
+    return DecodeOptions(
         problem.lengths, problem.block_table, problem.left, problem.right, problem.scale, problem.softcap, splits,
         problem.split_size, merge_in_kernel=splits == 1 or split_size >= LEAST_MERGED_IN_KERNEL, precision=precision,
         fewest_splits=fewest,
     )  # fmt: skip
-    return launch_decode(problem.q, problem.k, problem.v, options)
 
 
 def _cpu(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from flashlib.launch.counters import counters
 from flashlib.launch.options import blocks, checked_channels, padded, readable, strides
+from flashlib.launch.plans import plan_for
 from flashlib.launch.start import Launch
 from flashlib.launch.tiles import TileConfig, capability_of, multiprocessors
 
@@ -72,13 +75,43 @@ class DecodeOptions:
     precision: str = "ieee"
     fewest_splits: int | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """Those of its attributes that are tensors, in order."""
+        return [x for x in (self.lengths, self.block_table) if x is not None]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> DecodeOptions:
+        """The same with other :meth:`tensors`."""
+        others = iter(tensors)
+        return replace(
+            self, **{name: next(others) for name in ("lengths", "block_table") if getattr(self, name) is not None}
+        )
+
+    def key(self) -> tuple:
+        """Everything but the :meth:`tensors`, of which it says which there are."""
+        return (
+            self.lengths is None, self.block_table is None, self.left, self.right, self.scale, self.softcap, self.num_splits,
+            self.split_size, self.merge_in_kernel, self.precision, self.fewest_splits,
+        )  # fmt: skip
+
 
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions) -> tuple[Tensor, Tensor]:
     """Start the kernels: ``(out, lse)``, ``[B, Hq, Sq, Dv]`` in the dtype of q and fp32 ``[B, Hq, Sq]``."""
-    launches, out, lse = decode_launches(q, k, v, options)
+    read = [readable(x) for x in (q, k, v)]
+    plan = plan_for(best_decode_launches, read, options)
+    if plan is not None:
+        return tuple(plan.run((*read, *options.tensors())))
+    launches, (out, lse) = best_decode_launches(*read, options)
     for launch in launches:
         launch.start()
     return out.to(q.dtype), lse
+
+
+def best_decode_launches(
+    q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """:func:`decode_launches` with the table's tiles, as :func:`flashlib.launch.plans.plan_for` takes it."""
+    launches, out, lse = decode_launches(q, k, v, options)
+    return launches, (out, lse)
 
 
 def decode_launches(
@@ -127,7 +160,7 @@ def _decode_launches(
     block_d, block_dv = padded(head_dim), padded(v_head_dim)
     arguments = {
         "p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_partial_out": partial_out, "p_partial_lse": partial_lse,
-        "p_arrivals": arrivals(batch * kv_heads * row_blocks, q.device) if options.merge_in_kernel else None,
+        "p_arrivals": counters(q, batch * kv_heads * row_blocks) if options.merge_in_kernel else None,
         "p_lengths": options.lengths, "p_table": table, "stride_table": 0 if table is None else table.stride(0),
         "n_pages": None if table is None else len(k),
         **strides(q=q, k=k, v=v),
@@ -246,55 +279,3 @@ def tiles_for(q: Tensor, v: Tensor) -> TileConfig:
 @cache
 def _tiles(rows: int, dtype: torch.dtype, head_dim: int, device: torch.device) -> TileConfig:
     return decode_tiles(rows, dtype, head_dim, capability_of(device))
-
-
-class ArrivalCounters:
-    """Zeros in which the programs of a launch count who has arrived; the kernel leaves zeros behind, so they are written once.
-
-    Launches that may run at the same time must not share counters. Those of one stream follow one another, and share theirs. One
-    captured into a CUDA graph may be replayed on any stream, so it has its own, cut from a reserve and never given back.
-    """
-
-    RESERVE = 1 << 18
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.of_stream: dict[int, Tensor] = {}
-        self.reserve = self._zeros(0)
-        self.given: list[Tensor] = []  # to graphs; a graph keeps no tensor alive that existed before it
-
-    def take(self, count: int) -> Tensor:
-        if self.device.type != "cuda":
-            return self._of_stream(0, count)
-        if torch.cuda.is_current_stream_capturing():
-            return self._own(count)
-        if len(self.reserve) < self.RESERVE // 2:
-            self.reserve = self._zeros(self.RESERVE)
-        return self._of_stream(torch.cuda.current_stream(self.device).cuda_stream, count)
-
-    def _of_stream(self, stream: int, count: int) -> Tensor:
-        counters = self.of_stream.get(stream)
-        if counters is None or len(counters) < count:
-            counters = self.of_stream[stream] = self._zeros(max(count, 1024))
-        return counters
-
-    def _own(self, count: int) -> Tensor:
-        if len(self.reserve) < count:
-            return self._zeros(count)  # zeroed by the graph, each time it is replayed: right, but one more node
-        aligned = blocks(count, 4) * 4  # a pointer that is no multiple of 16 bytes would have the kernel compiled again
-        own, self.reserve = self.reserve[:count], self.reserve[aligned:]
-        self.given.append(own)
-        return own
-
-    def _zeros(self, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int32, device=self.device)
-
-
-@cache
-def _counters_of(device: torch.device) -> ArrivalCounters:
-    return ArrivalCounters(device)
-
-
-def arrivals(count: int, device: torch.device) -> Tensor:
-    """At least ``count`` counters that are zero, int32, for one launch on the current stream."""
-    return _counters_of(device).take(count)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashlib.launch.counters import counters
 from flashlib.launch.options import (
     INTERVALS,
     KernelOptions,
@@ -21,7 +21,7 @@ from flashlib.launch.options import (
     strides,
 )
 from flashlib.launch.plain import BackwardTensors, row_ranges_launch
-from flashlib.launch.start import Launch
+from flashlib.launch.start import Launch, TileMap
 from flashlib.launch.tiles import (
     HOPPER,
     HOPPER_BACKWARD,
@@ -119,7 +119,7 @@ def hopper_launches(
     arguments |= {
         **{"desc_q": tile_descriptor(q, HOPPER_ROWS, block_d), "desc_k": tile_descriptor(k, tiles.block_n, block_d)},
         **{"desc_v": tile_descriptor(v, tiles.block_n, block_dv), "desc_blanked": tile_descriptor(blanked, tiles.block_n, block_dv)},
-        **{"p_out": out, "p_lse": lse, "p_counter": torch.zeros(2, dtype=torch.int32, device=q.device), "offset": offset},
+        **{"p_out": out, "p_lse": lse, "p_counter": counters(q, 2), "offset": offset},
         **{"p_tiles": prepared["tiles"], "stride_tiles": row_blocks if batch_stride(prepared["tiles"]) else 0},
         **{"p_blanked": prepared["flags"], "stride_blanked": batch_stride(prepared["flags"])},
         **strides(o=out),
@@ -168,9 +168,9 @@ def prepare_launch(
     batch, kv_heads, kv_len, v_head_dim = v.shape
     entries, row_blocks, key_tiles = options.start.shape[0], blocks(q_len, tiles.block_m), blocks(kv_len, tiles.block_n)
     prepared = {
-        "tiles": torch.empty(entries, row_blocks, 5 + 4 * tiles.consumers, dtype=torch.int32, device=v.device),
-        "flags": torch.empty(entries, key_tiles, dtype=torch.int32, device=v.device),
-        "blanked": torch.empty(v.shape, dtype=v.dtype, device=v.device),
+        "tiles": v.new_empty(entries, row_blocks, 5 + 4 * tiles.consumers, dtype=torch.int32),
+        "flags": v.new_empty(entries, key_tiles, dtype=torch.int32),
+        "blanked": v.new_empty(v.shape),
     }
     arguments = {
         **{"p_start": options.start, "p_stop": options.stop, "p_v": v, "p_tiles": prepared["tiles"]},
@@ -299,9 +299,9 @@ def blank_rows_launch(
     batch, q_heads, q_len, head_dim = q.shape
     entries, tiles, v_head_dim = options.start.shape[0], blocks(q_len, block_m), grad_out.shape[3]
     blank = {
-        "flags": torch.empty(entries, tiles, dtype=torch.int32, device=q.device),
-        "q": torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        "do": torch.empty(grad_out.shape, dtype=q.dtype, device=q.device),
+        "flags": q.new_empty(entries, tiles, dtype=torch.int32),
+        "q": q.new_empty(q.shape),
+        "do": q.new_empty(grad_out.shape),
     }
     arguments = {
         **{"p_start": options.start, "p_stop": options.stop, "p_q": q, "p_do": grad_out, "p_blank_q": blank["q"]},
@@ -314,24 +314,15 @@ def blank_rows_launch(
     return Launch(hopper_blank_rows, (tiles * entries,), arguments), blank
 
 
-def tile_descriptor(x: Tensor, rows: int, channels: int) -> Any:
+def tile_descriptor(x: Tensor, rows: int, channels: int) -> TileMap:
     """What the copy engine must know of a tensor ``[B, H, S, D]`` to bring tiles of ``rows x channels`` of one head."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     # A dimension of size 1 may have any stride; the engine accepts only multiples of 16 bytes.
-    step = 16 // x.element_size()
-    x_strides = [x.shape[3] * step if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    x_strides[3] = 1
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
-    return TensorDescriptor(x, list(x.shape), x_strides, [1, 1, rows, channels], layout)
+    outer = x.shape[3] * (16 // x.element_size())
+    steps = (outer if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return TileMap(x, tuple(x.shape), (*steps, 1), (1, 1, rows, channels), swizzle=128)
 
 
-def row_descriptor(x: Tensor, rows: int) -> Any:
+def row_descriptor(x: Tensor, rows: int) -> TileMap:
     """The same of the numbers that the backward keeps for each row, fp32 ``[2, B, H, S]``."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     heads = x.flatten(1, 2)
-    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
-    return TensorDescriptor(heads, list(heads.shape), list(heads.stride()), [1, 1, rows], layout)
+    return TileMap(heads, tuple(heads.shape), tuple(heads.stride()), (1, 1, rows), swizzle=0)

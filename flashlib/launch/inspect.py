@@ -201,7 +201,7 @@ def compile_launch(launch: Launch, arch: str) -> KernelReport:
     kernel = launch.kernel
     options = {**launch.compile_options, "debug": False}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, rest = bind(**launch.arguments, **options)
+    bound, specialization, rest = bind(**launch.triton_arguments, **options)
     compile_options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source_type(kernel, signature, constants, attributes)

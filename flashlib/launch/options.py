@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,9 +66,39 @@ class KernelOptions:
     @classmethod
     def from_spec(cls, spec: AttentionSpec, precision: str = "ieee", autotune: str = "never") -> KernelOptions:
         """:meth:`flashlib.AttentionSpec.numbers`, with integers as wide as the kernels read them."""
-        start, stop, left, right, slopes, offsets, *rest = spec.numbers()
+        return cls.from_numbers(*spec.numbers(), precision, autotune)
+
+    @classmethod
+    def from_numbers(cls, start, stop, left, right, slopes, offsets, *rest) -> KernelOptions:
+        """From :meth:`flashlib.AttentionSpec.numbers`, precision and autotune."""
         start, stop, offsets = (None if x is None else x.to(torch.int32).contiguous() for x in (start, stop, offsets))
-        return cls(start, stop, left, right, slopes, offsets, *rest, precision, autotune)
+        return cls(start, stop, left, right, slopes, offsets, *rest)
+
+    def tensors(self) -> list[Tensor]:
+        """Those of its attributes that are tensors, in order."""
+        return [
+            x for x in (self.start, self.stop, self.alibi_slopes, self.row_offsets, self.dropout_seed) if x is not None
+        ]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> KernelOptions:
+        """The same with other :meth:`tensors`."""
+        others = iter(tensors)
+        names = ("start", "stop", "alibi_slopes", "row_offsets", "dropout_seed")
+        return replace(self, **{name: next(others) for name in names if getattr(self, name) is not None})
+
+    def numbers(self) -> tuple:
+        """As :meth:`flashlib.AttentionSpec.numbers`."""
+        return (
+            self.start, self.stop, self.left, self.right, self.alibi_slopes, self.row_offsets, self.scale, self.softcap,
+            self.dropout_p, self.dropout_seed,
+        )  # fmt: skip
+
+    def key(self) -> tuple:
+        """Everything but the :meth:`tensors`, of which it says which there are."""
+        return (
+            self.start is None, self.left, self.right, self.alibi_slopes is None, self.row_offsets is None, self.scale, self.softcap,
+            self.dropout_p, self.precision, self.autotune,
+        )  # fmt: skip
 
     @property
     def mask_kind(self) -> int:

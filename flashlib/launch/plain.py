@@ -110,7 +110,7 @@ def backward_launches(
             stands for.
     """
     q, k, v, out, grad_out = (aligned(x) for x in (q, k, v, out, grad_out))
-    gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
     padded_rows = blocks(q.shape[2], ROW_PADDING) * ROW_PADDING
     rows = lse.new_empty(2, *lse.shape[:2], padded_rows)
     tensors = BackwardTensors(q, k, v, grad_out, rows, *gradients)
@@ -150,7 +150,7 @@ def row_ranges_launch(tensors: BackwardTensors, options: KernelOptions, block_n:
 
     shared = options.arguments(tensors.q, tensors.k, tensors.v)
     entries, key_blocks = options.start.shape[0], blocks(tensors.k.shape[2], block_n)
-    ranges = torch.empty(entries, key_blocks, 4, dtype=torch.int32, device=tensors.q.device)
+    ranges = tensors.q.new_empty(entries, key_blocks, 4, dtype=torch.int32)
     arguments = {name: shared[name] for name in ("p_start", "p_stop", "stride_interval", "q_len", "kv_len")}
     arguments |= {"p_ranges": ranges, "BLOCK_N": block_n, "CHUNK": RANGES_CHUNK}
     return Launch(backward_row_ranges, (key_blocks * entries,), arguments), ranges

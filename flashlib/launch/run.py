@@ -13,6 +13,7 @@ from flashlib.launch.hopper import (
 )
 from flashlib.launch.options import KernelOptions, aligned, empty_results
 from flashlib.launch.plain import BackwardTensors, backward_launches, dkdv_launches, dq_launches, forward_launch
+from flashlib.launch.plans import plan_for
 from flashlib.launch.start import Launch
 from flashlib.launch.tiles import TileConfig
 
@@ -20,15 +21,15 @@ __all__ = ["launch_backward", "launch_forward"]
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> tuple[Tensor, Tensor]:
-    """Start the forward kernel: ``(out, lse)``, ``[B, Hq, Sq, Dv]`` in the dtype of q and fp32 ``[B, Hq, Sq]``."""
+    """Start the forward kernels: ``(out, lse)``, ``[B, Hq, Sq, Dv]`` in the dtype of q and fp32 ``[B, Hq, Sq]``."""
     read = [aligned(x) for x in (q, k, v)]
-    if hopper_runs(*read, options):
-        launches, out, lse = hopper_launches(*read, options)
+    plan = plan_for(best_forward_launches, read, options)
+    if plan is not None:
+        out, lse = plan.run((*read, *options.tensors()))
     else:
-        launch, out, lse = forward_launch(*read, options)
-        launches = [launch]
-    for launch in launches:
-        launch.start()
+        launches, (out, lse) = best_forward_launches(*read, options)
+        for launch in launches:
+            launch.start()
     if read[0] is q and read[2] is v:
         return out, lse
     # Copies were read. What is returned has the width, the layout and the dtype that the originals ask for.
@@ -40,13 +41,36 @@ def launch_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, options: KernelOptions
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Start the backward kernels: ``(dq, dk, dv)``, shaped and typed like q, k, v."""
-    best = {"dkdv": best_dkdv_launches, "dq": best_dq_launches}
-    launches, gradients = backward_launches(q, k, v, out, lse, grad_out, grad_lse, options, **best)
-    for launch in launches:
-        launch.start()
+    read = [aligned(x) for x in (q, k, v, out, grad_out)]
+    read += [lse.contiguous(), *([] if grad_lse is None else [grad_lse.contiguous()])]
+    plan = plan_for(best_backward_launches, read, options)
+    if plan is not None:
+        gradients = plan.run((*read, *options.tensors()))
+    else:
+        launches, gradients = best_backward_launches(*read, options)
+        for launch in launches:
+            launch.start()
     return tuple(
         gradient[..., : x.shape[3]].to(x.dtype).contiguous() for gradient, x in zip(gradients, (q, k, v), strict=True)
     )
+
+
+def best_forward_launches(
+    q: Tensor, k: Tensor, v: Tensor, options: KernelOptions
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """The launches of the forward, and ``(out, lse)``, of tensors that are :func:`flashlib.launch.options.aligned`, or of their forms."""
+    if hopper_runs(q, k, v, options):
+        launches, out, lse = hopper_launches(q, k, v, options)
+        return launches, (out, lse)
+    launch, out, lse = forward_launch(q, k, v, options)
+    return [launch], (out, lse)
+
+
+def best_backward_launches(*tensors_and_options) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+    """The launches of the backward, and ``(dq, dk, dv)``: of ``q, k, v, out, grad_out, lse``, the gradient of the LSE if there is one, and options."""
+    q, k, v, out, grad_out, lse, *grad_lse, options = tensors_and_options
+    best = {"dkdv": best_dkdv_launches, "dq": best_dq_launches}
+    return backward_launches(q, k, v, out, lse, grad_out, grad_lse[0] if grad_lse else None, options, **best)
 
 
 def best_dkdv_launches(tensors: BackwardTensors, options: KernelOptions, tiles: TileConfig) -> list[Launch]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashlib.launch.tiles import HopperTiles, TileConfig
 
-__all__ = ["TRITON_INSTALLED", "Launch", "interpreting"]
+__all__ = ["TRITON_INSTALLED", "Launch", "TileMap", "interpreting"]
 
 # Asked once: torch.compile cannot trace the question.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -28,6 +28,31 @@ INTERPRETER = threading.Lock()
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, as ``TRITON_INTERPRET=1`` asks for."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True, slots=True)
+class TileMap:
+    """What the copy engine must know of a tensor to bring tiles of it: sizes and strides in elements, the tile, and how it lies in shared memory.
+
+    Attributes:
+        base: the tensor, or its form. shape, strides: of all dimensions, innermost last, whose stride is 1.
+        block: the tile. swizzle: bytes over which its rows are spread, 0 or 128.
+    """
+
+    base: Any
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+    swizzle: int
+
+    def descriptor(self) -> Any:
+        """The same, as Triton takes it."""
+        from triton.experimental.gluon.language import NVMMASharedLayout
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        bits = 8 * self.base.element_size()
+        layout = NVMMASharedLayout(swizzle_byte_width=self.swizzle, element_bitwidth=bits, rank=len(self.shape))
+        return TensorDescriptor(self.base, list(self.shape), list(self.strides), list(self.block), layout)
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,17 @@ class Launch:
         return {"num_warps": self.tiles.num_warps, "num_stages": self.tiles.num_stages}
 
     @property
+    def triton_arguments(self) -> dict[str, Any]:
+        """The arguments as Triton takes them."""
+        return {name: x.descriptor() if isinstance(x, TileMap) else x for name, x in self.arguments.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """On which its tensors lie, or their forms."""
+        unwrapped = (getattr(argument, "base", argument) for argument in self.arguments.values())
+        return next(x.device for x in unwrapped if hasattr(x, "device"))
+
+    @property
     def tensor(self) -> Tensor:
         """One of its tensors; all of them lie on one device. What the copy engine reads is wrapped in a descriptor."""
         unwrapped = (getattr(argument, "base", argument) for argument in self.arguments.values())
@@ -59,4 +95,4 @@ class Launch:
         """Start the kernel on the device that its tensors lie on. Triton by itself takes the current one, which may be another."""
         if 0 not in self.grid:
             with torch.cuda.device_of(self.tensor), INTERPRETER if interpreting() else nullcontext():
-                self.kernel[self.grid](**self.arguments, **self.compile_options)
+                self.kernel[self.grid](**self.triton_arguments, **self.compile_options)

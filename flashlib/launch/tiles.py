@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -160,11 +161,13 @@ def tile_config(
     return tiles
 
 
+@cache
 def capability_of(device: torch.device) -> int:
     """Major compute capability of a GPU. Where there is none, as in Triton's interpreter, that of a Hopper GPU."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors a GPU has; where there is none, as many as an H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

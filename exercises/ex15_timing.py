@@ -18,6 +18,7 @@ class Session:
         self._steps = globals()[function](*arguments)
 
     def send(self, answer=None) -> list:
+        """``["request", what it yields]``, or ``["done", what it returns]``."""
         try:
             return ["request", self._steps.send(answer)]
         except StopIteration as end:

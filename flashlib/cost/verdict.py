@@ -119,7 +119,7 @@ class Verdict:
             rows,
             headers,
             notes=[
-                f"Of {len(self.judged)} points; the record cost_peers says why not the others. "
+                f"Of {len(self.judged)} points; the record cost_peers says why not the others of the races. Those of cost_points were not asked. "
                 "aiconfigurator's tables are of TensorRT-LLM's kernels."
             ],
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from flashlib.course.grader.exercise import Exercise, Misconception
 from flashlib.course.grader.trial import Trial
+from flashlib.course.timing_machine import FLUSH_MS, Machine
 from flashlib.measure.record import load_record
 
 exercise = Exercise(
@@ -24,71 +25,9 @@ exercise = Exercise(
     minutes=60,
 )
 
-LAUNCH_MS, FLUSH_MS, COMPILE_MS = 0.01, 5.0, 300.0
-WARM_UPS, CACHED, DISTURBED = 2, 0.4, 30.0
+DISTURBED = 30.0
 MOST_REQUESTS = 4000
 NEAR = 0.05
-
-# ---------------------------------------------------------------------------------------------------------- the machine
-
-
-@dataclass
-class Machine:
-    """A device and a clock. What it does not do is off, so that each of its habits can be asked for alone.
-
-    Attributes:
-        costs: milliseconds of each call. early: launches come back before the work is done. compiles: the first runs of a name are slow.
-        caches: the same call again is quicker. drift: by which share everything is slower after a second. varies: factors of the runs of a
-            name, one after the other, again and again.
-    """
-
-    costs: Mapping[str, float]
-    early: bool = False
-    compiles: bool = False
-    caches: bool = False
-    drift: float = 0.0
-    varies: Sequence[float] = (1.0,)
-    now: float = 0.0
-    done_at: float = 0.0
-    hot: str | None = None
-    runs: Counter = field(default_factory=Counter)
-
-    def answer(self, request: Sequence) -> float | None:
-        """Do what is asked.
-
-        Raises:
-            ValueError: it is no request.
-        """
-        match list(request) if isinstance(request, (tuple, list)) else request:
-            case ["clock"]:
-                return self.now
-            case ["wait"]:
-                self.now = max(self.now, self.done_at)
-            case ["flush"]:
-                self._work(FLUSH_MS)
-                self.hot = None
-            case ["run", str(name)] if name in self.costs:
-                self._run(name)
-            case _:
-                raise ValueError(request)
-        return None
-
-    def _run(self, name: str) -> None:
-        ms = self.costs[name] * self.varies[self.runs[name] % len(self.varies)]
-        if self.caches and self.hot == name:
-            ms *= CACHED
-        if self.compiles and self.runs[name] < WARM_UPS:
-            ms += COMPILE_MS
-        self.runs[name] += 1
-        self.hot = name
-        self._work(ms)
-
-    def _work(self, ms: float) -> None:
-        self.now += LAUNCH_MS
-        ms *= 1 + self.drift * self.now / 1e3
-        self.done_at = max(self.now, self.done_at) + ms
-        if not self.early:
-            self.now = self.done_at
 
 
 def timed_on(t: Trial, machine: Machine, rounds: int) -> dict[str, float]:

@@ -32,12 +32,12 @@ from flashlib.config import ProfilingConfig
 from flashlib.cost import Problem, backward_launches, decode_launches, device, forward_launches
 from flashlib.inference import decode_attention
 from flashlib.measure import save_record
-from flashlib.measure.bench import decode_sources, kernel_sources
-from flashlib.measure.choosing import HOPELESS, autoselect
-from flashlib.measure.counters import marked, read
-from flashlib.measure.profiler import AttentionProfiler
-from flashlib.measure.record import new_record
-from flashlib.measure.timing import capture, time_in_turns
+from flashlib.measure.counting.counters import marked, read
+from flashlib.measure.racing.choosing import HOPELESS, autoselect
+from flashlib.measure.racing.profiler import AttentionProfiler
+from flashlib.measure.racing.timing import capture, time_in_turns
+from flashlib.measure.records.record import new_record
+from flashlib.measure.records.sources import decode_sources, kernel_sources
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
@@ -376,9 +376,9 @@ def main() -> None:
     if options.bytes:
         record = new_record("cost_bytes", counted_bytes(), sources, BYTES_NOTES)
     elif options.profiler:
-        record = new_record("profiler_cost", profiler_costs(), ["measure/profiler.py"], PROFILER_NOTES)
+        record = new_record("profiler_cost", profiler_costs(), ["measure/racing/profiler.py"], PROFILER_NOTES)
     elif options.choices:
-        record = new_record("choices", choices(), sorted({*sources, "measure/choosing.py"}), CHOICES_NOTES)
+        record = new_record("choices", choices(), sorted({*sources, "measure/racing/choosing.py"}), CHOICES_NOTES)
     else:
         record = new_record("cost_points", times(), sources, NOTES)
     print(save_record(record, options.out))

@@ -19,6 +19,6 @@ step 150 "$python" benchmarks/cost_points.py --out "$out"
 step 100 "$python" benchmarks/cost_points.py --out "$out" --bytes
 step 60 "$python" benchmarks/cost_points.py --out "$out" --profiler
 step 120 "$python" benchmarks/cost_points.py --out "$out" --choices
-step 90 "$python" -m flashlib.measure.bench "length=4096 tokens=4096 head_dim=64,128 mask=full direction=forward,backward" \
+step 90 "$python" -m flashlib.measure.racing.bench "length=4096 tokens=4096 head_dim=64,128 mask=full direction=forward,backward" \
   --counters --topic training --peers triton torch_sdpa_cudnn torch_sdpa_flash naive --out "$out"
-step 90 "$python" -m flashlib.measure.bench decode --counters --peers flashlib torch_sdpa_cudnn naive --out "$out"
+step 90 "$python" -m flashlib.measure.racing.bench decode --counters --peers flashlib torch_sdpa_cudnn naive --out "$out"

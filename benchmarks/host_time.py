@@ -30,12 +30,10 @@ from flashlib import attention
 from flashlib.inference import decode_attention
 from flashlib.interop.flash_attn import flash_attn_varlen_func
 from flashlib.masks import KeyLengths, Varlen, Window
-from flashlib.measure.bench import decode_sources, kernel_sources
-from flashlib.measure.record import new_record, save_record
+from flashlib.measure.records.record import new_record, save_record
+from flashlib.measure.records.sources import decode_sources, kernel_sources, launching_sources
 
-SOURCES = sorted(
-    {"attention.py", "routes.py", "engines.py", "masks.py", "spec.py", *kernel_sources(), *decode_sources()}
-)
+SOURCES = sorted({*launching_sources(), *kernel_sources(), *decode_sources()})
 Call = Callable[[], object]
 
 

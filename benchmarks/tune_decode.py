@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flashlib.inference import decode
 from flashlib.launch.decode import DecodeOptions, decode_launches
 from flashlib.launch.tiles import TileConfig
-from flashlib.measure.timing import capture, time_call, time_in_turns
+from flashlib.measure.racing.timing import capture, time_call, time_in_turns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128

@@ -10,7 +10,6 @@ Both are generators. What they yield is a request to somebody who has the machin
 """
 
 
-
 class Session:
     """Given. How a generator of this file is driven from outside: its first request, and then the next for each answer."""
 

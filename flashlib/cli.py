@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,9 +25,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Say what this machine has: processor, GPUs, packages, which attention backends run and why not, weights."""
+    from flashlib.course.weights import find_weights
     from flashlib.doctor import examine, print_report
 
-    report = examine()
+    report = examine(find_weights())
     if as_json:
         typer.echo(report.to_json())
     else:
@@ -62,17 +63,17 @@ def bench(
     figures: Annotated[bool, typer.Option(help="Draw the record.")] = True,
 ) -> None:
     """Race attention against its peers on this machine: every result checked first, then timed in turns, and recorded."""
-    from flashlib.measure.bench import compile_ahead, plan
-    from flashlib.measure.console import print_record, run_with_progress
-    from flashlib.measure.counters import run_counters
-    from flashlib.measure.record import load_record
+    from flashlib.measure.racing.bench import compile_ahead, plan
+    from flashlib.measure.racing.console import print_record, run_with_progress
+    from flashlib.measure.racing.counted import run_counters
+    from flashlib.measure.records.record import load_record
 
     try:
         if what.endswith(".json"):
             out, record = Path(what).parent, load_record(Path(what).stem, Path(what).parent)
         else:
             names = [name for name in peers.split(",") if name]
-            options = {"topic": topic, "seconds": seconds, "limit_s": limit, "seed": seed}
+            options: dict[str, Any] = {"topic": topic, "seconds": seconds, "limit_s": limit, "seed": seed}
             chosen = plan(what, peers=names, device=device, tutorial=tutorial, **options)
             if compilers:
                 compile_ahead(chosen, compilers)
@@ -109,7 +110,7 @@ def inspect(
     from flashlib.launch import inspect as kernels
 
     try:
-        options = {"causal": causal, "intervals": intervals, "softcap": softcap, "alibi": alibi}
+        options: dict[str, Any] = {"causal": causal, "intervals": intervals, "softcap": softcap, "alibi": alibi}
         band = None if window is None else (window, None)
         element = getattr(torch, dtype, None)
         if not isinstance(element, torch.dtype):

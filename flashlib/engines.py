@@ -11,8 +11,10 @@ A second derivative is refused in plain words where somebody asks for it, and no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,14 +30,16 @@ __all__ = ["Engine", "TiledEngine", "TritonEngine", "engine_named", "refuse_seco
 class Engine(Protocol):
     """How a checked problem is computed. ``str(engine)`` says its name and its settings; :func:`engine_named` reads them back."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, numbers: Sequence) -> tuple[Tensor, Tensor]:
+        """``(out, lse)``; numbers as :meth:`flashlib.AttentionSpec.numbers`."""
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+        numbers: Sequence,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """``(dq, dk, dv)``."""
 
-    def empty_results(self, q: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    def empty_results(self, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """``(out, lse)`` as :meth:`forward` would return them, not filled in."""
 
 
@@ -52,17 +56,19 @@ class TiledEngine:
     def from_words(cls, block_q: str, block_k: str, loop_order: str) -> TiledEngine:
         return cls(Tiling(int(block_q), int(block_k), loop_order))
 
-    def forward(self, q, k, v, spec):
-        return tiled_forward(q, k, v, spec, self.tiling)
+    def forward(self, q, k, v, numbers):
+        return tiled_forward(q, k, v, AttentionSpec.from_numbers(q, k, v, *numbers), self.tiling)
 
-    def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
+    def backward(self, q, k, v, out, lse, grad_out, grad_lse, numbers):
+        spec = AttentionSpec.from_numbers(q, k, v, *numbers)
         return tiled_backward(q, k, v, out, lse, grad_out, grad_lse, spec, self.tiling)
 
-    def jvp(self, q, k, v, out, lse, tangents, spec):
-        return tiled_jvp(q, k, v, out, lse, tangents, spec, self.tiling)
+    def jvp(self, q, k, v, out, lse, tangents, numbers):
+        return tiled_jvp(q, k, v, out, lse, tangents, AttentionSpec.from_numbers(q, k, v, *numbers), self.tiling)
 
-    def empty_results(self, q, v, spec):
-        return q.new_empty(spec.out_shape), q.new_empty(spec.out_shape[:3], dtype=spec.accumulate_dtype)
+    def empty_results(self, q, v):
+        shape = *q.shape[:3], v.shape[3]
+        return q.new_empty(shape), q.new_empty(shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -79,25 +85,25 @@ class TritonEngine:
     def from_words(cls, precision: str, autotune: str) -> TritonEngine:
         return cls(precision, autotune)
 
-    def forward(self, q, k, v, spec):
+    def forward(self, q, k, v, numbers):
         from flashlib.launch.run import launch_forward
 
-        return launch_forward(q, k, v, self._options(spec))
+        return launch_forward(q, k, v, self._options(numbers))
 
-    def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
+    def backward(self, q, k, v, out, lse, grad_out, grad_lse, numbers):
         from flashlib.launch.run import launch_backward
 
-        return launch_backward(q, k, v, out, lse, grad_out, grad_lse, self._options(spec))
+        return launch_backward(q, k, v, out, lse, grad_out, grad_lse, self._options(numbers))
 
-    def empty_results(self, q, v, spec):
+    def empty_results(self, q, v):
         from flashlib.launch.options import empty_results
 
         return empty_results(q, v)
 
-    def _options(self, spec):
+    def _options(self, numbers):
         from flashlib.launch.options import KernelOptions
 
-        return KernelOptions.from_spec(spec, self.precision, self.autotune)
+        return KernelOptions.from_numbers(*numbers, self.precision, self.autotune)
 
 
 @dataclass(frozen=True)
@@ -111,28 +117,29 @@ class CPUEngine:
     def from_words(cls) -> CPUEngine:
         return cls()
 
-    def forward(self, q, k, v, spec):
+    def forward(self, q, k, v, numbers):
         from flashlib.launch.cpu import operators
         from flashlib.launch.options import KernelOptions
 
-        return operators.run_forward(q, k, v, KernelOptions.from_spec(spec), operators.library())
+        return operators.run_forward(q, k, v, KernelOptions.from_numbers(*numbers), operators.library())
 
-    def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
+    def backward(self, q, k, v, out, lse, grad_out, grad_lse, numbers):
         from flashlib.launch.cpu import operators
         from flashlib.launch.options import KernelOptions
 
-        options = KernelOptions.from_spec(spec)
+        options = KernelOptions.from_numbers(*numbers)
         return operators.run_backward(q, k, v, out, lse, grad_out, grad_lse, options, operators.library())
 
-    def empty_results(self, q, v, spec):
+    def empty_results(self, q, v):
         from flashlib.launch.options import empty_results
 
         return empty_results(q, v)
 
 
-_ENGINES = {"tiled": TiledEngine, "triton": TritonEngine, "cpu": CPUEngine}
+_ENGINES: dict[str, Any] = {"tiled": TiledEngine, "triton": TritonEngine, "cpu": CPUEngine}
 
 
+@cache
 def engine_named(words: str) -> Engine:
     """The engine of which ``words`` is the ``str``: operators take no other arguments than numbers, tensors and text."""
     name, *settings = words.split()
@@ -159,7 +166,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, engine, *numbers):
-        return engine.forward(q, k, v, AttentionSpec.from_numbers(q, k, v, *numbers))
+        return engine.forward(q, k, v, numbers)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -186,7 +193,7 @@ class _Attention(torch.autograd.Function):
         jvp = getattr(ctx.engine, "jvp", None)
         if jvp is None:
             raise NotImplementedError(f"{_name(ctx.engine)} attention has no forward-mode derivative; {_FORWARD_MODE}")
-        return jvp(q, k, v, out, lse, (dq, dk, dv), AttentionSpec.from_numbers(q, k, v, *numbers))
+        return jvp(q, k, v, out, lse, (dq, dk, dv), numbers)
 
     @staticmethod
     def vmap(info, in_dims, q, k, v, engine, *numbers):
@@ -201,7 +208,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, out, lse, grad_out, grad_lse, engine, *numbers):
-        return engine.backward(q, k, v, out, lse, grad_out, grad_lse, AttentionSpec.from_numbers(q, k, v, *numbers))
+        return engine.backward(q, k, v, out, lse, grad_out, grad_lse, numbers)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

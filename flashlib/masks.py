@@ -19,6 +19,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,7 +164,8 @@ class Mask:
         """
         device = torch.device(device or "cpu")
         start, stop = self.bounds(batch, q_len, kv_len, device)
-        (entries,) = torch.broadcast_shapes(start.shape[:1], stop.shape[:1])  # 0 for a mask of no sequences
+        # 0 for a mask of no sequences. Not torch.broadcast_shapes, which imports PyTorch's compiler.
+        entries = stop.shape[0] if start.shape[0] == 1 else start.shape[0]
         start = start.clamp(0, kv_len).expand(entries, q_len)
         stop = stop.clamp(0, kv_len).expand(entries, q_len)
         sees_something = start < stop
@@ -366,16 +368,22 @@ class Varlen(Mask):
             )
 
     @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Both cumulative lengths, as the tensors that they have become."""
+        ends: Any = self.cu_seqlens_q, self.cu_seqlens_k
+        return ends
+
+    @property
     def num_sequences(self) -> int:
-        return self.cu_seqlens_q.shape[0] - 1
+        return self.ends[0].shape[0] - 1
 
     @property
     def lengths_q(self) -> Tensor:
-        return self.cu_seqlens_q.cpu().diff()
+        return self.ends[0].cpu().diff()
 
     @property
     def lengths_k(self) -> Tensor:
-        return self.cu_seqlens_k.cpu().diff()
+        return self.ends[1].cpu().diff()
 
     def offset(self, q_len: int, device: torch.device | str | None = None) -> Tensor:
         """The key at which each row sits, less the row: int64 ``[1, q_len]``. In each sequence, the last row sits at the last key."""
@@ -402,7 +410,7 @@ class Varlen(Mask):
 
     def _sequences(self, q_len: int, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
         """Both cumulative lengths on ``device``, and the number of the sequence to which each row belongs: ``[1, q_len]``."""
-        ends_q, ends_k = (x.to(device or x.device) for x in (self.cu_seqlens_q, self.cu_seqlens_k))
+        ends_q, ends_k = (x.to(device or x.device) for x in self.ends)
         rows = torch.arange(q_len, device=ends_q.device)[None]
         sequence = torch.searchsorted(ends_q, rows, right=True) - 1
         return ends_q, ends_k, sequence.clamp(min=0)  # below 0 only where cumulative lengths do not begin with 0

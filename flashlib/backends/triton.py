@@ -6,6 +6,8 @@ how they are written and debugged on a laptop. Only then do they take CPU tensor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,8 +59,8 @@ def count_tiles(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tiles: Til
         tiles: tile sizes; None for those that the forward would use.
     """
     options = KernelOptions.from_spec(spec)
-    tiles = tiles or forward_launch(q, k, v, options)[0].tiles
-    shape = (spec.batch, spec.q_heads, blocks(spec.q_len, tiles.block_m), 3)
+    used: Any = tiles or forward_launch(q, k, v, options)[0].tiles
+    shape = (spec.batch, spec.q_heads, blocks(spec.q_len, used.block_m), 3)
     counts = torch.zeros(shape, dtype=torch.int32, device=spec.device)
-    forward_launch(q, k, v, options, tiles=tiles, counts=counts)[0].start()
+    forward_launch(q, k, v, options, tiles=used, counts=counts)[0].start()
     return counts

@@ -410,14 +410,20 @@ def _given(mask: Visible, hopper: bool) -> Visible:
 
 
 def _left(problem: Problem) -> int | None:
-    return None if _by_row(problem) else problem.visible[0].widths[0]
+    return None if _by_row(problem) else _widths(problem)[0]
+
+
+def _widths(problem: Problem) -> tuple[int | None, int | None]:
+    """Of a band, left and right; None for no limit on that side."""
+    widths = problem.visible[0].widths
+    return (None, None) if widths is None else widths
 
 
 def _keys_per_row(problem: Problem) -> int:
     """About how many keys a row sees under a band; all of them if it is told row by row."""
     if _by_row(problem):
         return problem.kv_len
-    left, right = problem.visible[0].widths
+    left, right = _widths(problem)
     seen = problem.visible[0].seen_keys
     if right is not None and left is None:
         return seen - min(problem.q_len, seen) // 2
@@ -461,7 +467,7 @@ def _heads_together(problem: Problem, heads: int, row_blocks: int, programs: int
         return 1
     seen = problem.kv_len if _by_row(problem) else problem.visible[0].seen_keys
     bytes_per_head = seen * (problem.head_dim + problem.v_head_dim) * problem.kv_itemsize / problem.group
-    right = None if _by_row(problem) else problem.visible[0].widths[1]
+    right = None if _by_row(problem) else _widths(problem)[1]
     spread = HOPPER_SPREAD if _by_row(problem) or right is not None else 0
     least = max(1, HOPPER_CACHE // max(1, int(bytes_per_head)), -(-int(spread * programs) // row_blocks))
     together = heads

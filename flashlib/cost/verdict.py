@@ -23,10 +23,10 @@ from flashlib.cost.devices import Device, device
 from flashlib.cost.launches import shared_prefix_launches
 from flashlib.cost.roofs import attention_time, launch_time, total
 from flashlib.cost.visible import Visible
-from flashlib.measure.cases import Case
-from flashlib.measure.decoding import DecodeCase
-from flashlib.measure.record import BENCHMARKS, load_record
-from flashlib.measure.tables import Table, table
+from flashlib.measure.racing.cases import Case
+from flashlib.measure.racing.decoding import DecodeCase
+from flashlib.measure.records.record import BENCHMARKS, load_record
+from flashlib.measure.records.tables import Table, table
 
 __all__ = ["Point", "Verdict", "points", "verdict"]
 

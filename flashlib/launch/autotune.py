@@ -71,7 +71,8 @@ class Device:
     @classmethod
     def of(cls, device: torch.device) -> Device:
         properties = torch.cuda.get_device_properties(device)
-        return cls(properties.name, (properties.major, properties.minor), properties.shared_memory_per_block_optin)
+        shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined] # PyTorch's own stubs lack it
+        return cls(properties.name, (properties.major, properties.minor), shared)
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _search(
         return known
     candidates = [default, *(c for c in CANDIDATES[problem.kernel] if c != default and fits(problem, c, device))]
     logging.getLogger(__name__).info("timing %d tile sizes: %s on %s", len(candidates), problem, device.name)
-    times = {}
+    times: dict[TileConfig, float] = {}
     failures = []
     for tiles in candidates:
         try:
@@ -208,7 +209,7 @@ def _search(
             failures.append(f"{tiles}: {type(error).__name__}: {error}")
     if not times:
         raise RuntimeError(f"no tile size runs {problem} on {device.name}:\n" + "\n".join(failures))
-    best = min(times, key=times.get)
+    best = min(times, key=times.__getitem__)
     timings = [{**asdict(tiles), "ms": ms} for tiles, ms in sorted(times.items(), key=lambda timed: timed[1])]
     _write(path, {"key": key, "tiles": asdict(best), "timings": timings, "failures": failures})
     return best

@@ -12,6 +12,8 @@ from flashlib.launch.options import blocks
 
 __all__ = ["arrivals", "counters", "counters_of"]
 
+_capturing = torch._C._cuda_isCurrentStreamCapturing
+
 
 class ArrivalCounters:
     """Zeros in which the programs of a launch count who has arrived; the kernel leaves zeros behind, so they are written once.
@@ -35,7 +37,7 @@ class ArrivalCounters:
 
     def take_on(self, stream: int, count: int) -> Tensor:
         """The same on the current stream, which is number ``stream``, of the current device."""
-        if torch._C._cuda_isCurrentStreamCapturing():
+        if _capturing():
             return self._own(count)
         if self.left < self.RESERVE // 2:
             self.reserve, self.left = self._zeros(self.RESERVE), self.RESERVE

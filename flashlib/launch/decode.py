@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,9 +83,9 @@ class DecodeOptions:
     def with_tensors(self, tensors: Iterable[Tensor]) -> DecodeOptions:
         """The same with other :meth:`tensors`."""
         others = iter(tensors)
-        return replace(
-            self, **{name: next(others) for name in ("lengths", "block_table") if getattr(self, name) is not None}
-        )
+        names = ("lengths", "block_table")
+        changed: dict[str, Any] = {name: next(others) for name in names if getattr(self, name) is not None}
+        return replace(self, **changed)
 
     def key(self) -> tuple:
         """Everything but the :meth:`tensors`, of which it says which there are."""
@@ -99,8 +100,9 @@ def launch_decode(q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions) -> tu
     read = [readable(x) for x in (q, k, v)]
     plan = plan_for(best_decode_launches, read, options)
     if plan is not None:
-        return tuple(plan.run((*read, *options.tensors())))
-    launches, (out, lse) = best_decode_launches(*read, options)
+        out, lse = plan.run((*read, *options.tensors()))
+        return out, lse
+    launches, (out, lse) = best_decode_launches(read[0], read[1], read[2], options)
     for launch in launches:
         launch.start()
     return out.to(q.dtype), lse

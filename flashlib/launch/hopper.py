@@ -40,6 +40,7 @@ from flashlib.launch.tiles import (
 __all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_dq_launches", "hopper_launches", "hopper_runs"]
 
 
+GPU = "cuda"
 HOPPER_CACHE = 8 << 20  # bytes of K and V that heads worked on together may take
 # Blocks of rows for each program that a group of heads must have where some have more work than others. On an H200 at head_dim 128,
 # where K and V of 16k keys take 8 MiB a head: 4 heads together, as this gives, or 8 ran causal attention of 16k keys at 639 or 626
@@ -57,7 +58,7 @@ def takes(options: KernelOptions, *tensors: Tensor) -> bool:
     """What the warp-specialised kernels ask of a problem, forward and backward."""
     first = tensors[0]
     return (
-        first.device.type == "cuda"
+        first.device.type == GPU
         and capability_of(first.device) == 9
         and first.dtype in (torch.float16, torch.bfloat16)
         and all(x.shape[3] <= 128 and copy_engine_reads(x) for x in tensors)
@@ -87,6 +88,11 @@ def seen_range(q_len: int, kv_len: int, options: KernelOptions) -> range:
     return range(first, last)
 
 
+def only_seen(x: Tensor, seen: range) -> Tensor:
+    """Of keys, or values, those in a range."""
+    return x if len(seen) == x.shape[2] else x[:, :, seen.start : seen.stop]
+
+
 def hopper_launches(
     q: Tensor, k: Tensor, v: Tensor, options: KernelOptions, *, tiles: HopperTiles | None = None
 ) -> tuple[list[Launch], Tensor, Tensor]:
@@ -95,13 +101,13 @@ def hopper_launches(
     It multiplies whole tiles of V by weights, and a weight of 0 does not hide a NaN. So it is given only keys that some row
     sees: a band's are a range, and under row intervals a first kernel blanks the others in a copy.
     """
-    from flashlib.kernels.hopper import hopper_forward
+    from flashlib.kernels.hopper.forward import hopper_forward
 
     batch, q_heads, q_len, head_dim = q.shape
     seen = seen_range(q_len, k.shape[2], options)
     tiles = tiles or hopper_tiles(max(head_dim, v.shape[3]), keys_per_row(q_len, k.shape[2], options), options)
     offset = k.shape[2] - q_len - seen.start
-    k, v = (x[:, :, seen.start : seen.stop] for x in (k, v))
+    k, v = (only_seen(x, seen) for x in (k, v))
     out, lse = empty_results(q, v)
     arguments = options.arguments(q, k, v)
     for name in ("head_dim", "CHECK_D", "PRECISION", "p_offsets", "stride_offset", *dropout_arguments(0.0, None)):
@@ -161,10 +167,11 @@ NOTHING_PREPARED = {"tiles": None, "flags": None, "blanked": None}
 
 def prepare_launch(
     v: Tensor, options: KernelOptions, q_len: int, tiles: HopperTiles
-) -> tuple[Launch, dict[str, Tensor | None]]:
+) -> tuple[Launch, dict[str, Tensor]]:
     """The launch that looks up what row intervals mean for the tiles, and what it will write. ``v``: for dQ, k."""
-    from flashlib.kernels.hopper_prepare import hopper_prepare
+    from flashlib.kernels.hopper.prepare import hopper_prepare
 
+    assert options.start is not None
     batch, kv_heads, kv_len, v_head_dim = v.shape
     entries, row_blocks, key_tiles = options.start.shape[0], blocks(q_len, tiles.block_m), blocks(kv_len, tiles.block_n)
     prepared = {
@@ -206,7 +213,7 @@ def hopper_dkdv_launches(
     It multiplies whole tiles of Q and dO by weights, and a weight of 0 does not hide a NaN. So rows that see nothing must not
     be given to it: under a band they are the first ones, and under row intervals a kernel blanks them in copies of their tiles.
     """
-    from flashlib.kernels.hopper_backward import hopper_dkdv
+    from flashlib.kernels.hopper.dkdv import hopper_dkdv
 
     q, grad_out = tensors.q, tensors.grad_out
     batch, kv_heads, kv_len, _ = tensors.k.shape
@@ -252,7 +259,7 @@ def hopper_dq_launches(
 
     Keys that no row sees are not given to it, or come from a copy in which they are zeros, as in :func:`hopper_launches`.
     """
-    from flashlib.kernels.hopper_dq import hopper_dq
+    from flashlib.kernels.hopper.dq import hopper_dq
 
     q, rows = tensors.q, tensors.rows
     batch, q_heads, q_len, _ = q.shape
@@ -262,7 +269,7 @@ def hopper_dq_launches(
         tensors.dq.zero_()
         return []
     offset = tensors.k.shape[2] - q_len - seen.start
-    k, v = (x[:, :, seen.start : seen.stop] for x in (tensors.k, tensors.v))
+    k, v = (only_seen(x, seen) for x in (tensors.k, tensors.v))
     shared = options.arguments(q, k, v)
     block_d, block_dv = (max(64, shared[name]) for name in ("BLOCK_D", "BLOCK_DV"))
     launches, prepared = [], NOTHING_PREPARED
@@ -294,9 +301,10 @@ def blank_rows_launch(
     q: Tensor, grad_out: Tensor, options: KernelOptions, block_m: int
 ) -> tuple[Launch, dict[str, Tensor]]:
     """The launch that blanks, in copies of q and dO, the rows that see nothing, and what it will write."""
-    from flashlib.kernels.hopper_prepare import hopper_blank_rows
+    from flashlib.kernels.hopper.prepare import hopper_blank_rows
 
     batch, q_heads, q_len, head_dim = q.shape
+    assert options.start is not None
     entries, tiles, v_head_dim = options.start.shape[0], blocks(q_len, block_m), grad_out.shape[3]
     blank = {
         "flags": q.new_empty(entries, tiles, dtype=torch.int32),

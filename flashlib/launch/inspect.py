@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from flashlib.launch.hopper import hopper_dkdv_launches, hopper_dq_launches, hop
 from flashlib.launch.options import KernelOptions
 from flashlib.launch.plain import backward_launches, forward_launch
 from flashlib.launch.start import Launch, interpreting
-from flashlib.launch.tiles import HopperTiles, TileConfig, tile_config
+from flashlib.launch.tiles import HopperBackwardTiles, HopperTiles, TileConfig, tile_config
 from flashlib.masks import Window
 from flashlib.spec import AttentionSpec
 
@@ -51,7 +52,7 @@ class KernelReport:
 
     name: str
     arch: str
-    tiles: TileConfig | None
+    tiles: TileConfig | HopperTiles | HopperBackwardTiles | None
     num_warps: int
     registers: int
     spills: int
@@ -169,18 +170,18 @@ def inspect(
         name: tile_config(name, dtype, widest, capability, demands=options.demands(q, k, v))
         for name in ("forward", "dkdv", "dq")
     }
-    tiles = table | ({kernel: tiles} if isinstance(tiles, TileConfig | HopperTiles) else tiles or {})
-    launch, out, lse = forward_launch(q, k, v, options, tiles=tiles["forward"])
+    chosen: dict[str, Any] = table | ({kernel: tiles} if isinstance(tiles, TileConfig | HopperTiles) else tiles or {})
+    launch, out, lse = forward_launch(q, k, v, options, tiles=chosen["forward"])
     launches = [launch]
     if kernel == "hopper":
-        launches, _, _ = hopper_launches(q, k, v, options, tiles=tiles.get("hopper"))
+        launches, _, _ = hopper_launches(q, k, v, options, tiles=chosen.get("hopper"))
     if kernel in ("backward", "hopper-backward"):
         hopper = {
             "dkdv": lambda tensors, options, _: hopper_dkdv_launches(tensors, options),
             "dq": lambda tensors, options, _: hopper_dq_launches(tensors, options),
         }
-        own = hopper if kernel == "hopper-backward" else {}
-        launches, _ = backward_launches(q, k, v, out, lse, torch.empty_like(out), None, options, tiles=tiles, **own)
+        own: dict[str, Any] = hopper if kernel == "hopper-backward" else {}
+        launches, _ = backward_launches(q, k, v, out, lse, torch.empty_like(out), None, options, tiles=chosen, **own)
     names = [launch.name for launch in launches]
     if only is not None and only not in names:
         raise ValueError(f"only must be one of {', '.join(names)}; got {only!r}")

@@ -84,7 +84,8 @@ class KernelOptions:
         """The same with other :meth:`tensors`."""
         others = iter(tensors)
         names = ("start", "stop", "alibi_slopes", "row_offsets", "dropout_seed")
-        return replace(self, **{name: next(others) for name in names if getattr(self, name) is not None})
+        changed: dict[str, Any] = {name: next(others) for name in names if getattr(self, name) is not None}
+        return replace(self, **changed)
 
     def numbers(self) -> tuple:
         """As :meth:`flashlib.AttentionSpec.numbers`."""
@@ -176,11 +177,16 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     A dimension of size 1 is never stepped over, so its stride counts as 0, whatever it is: a stride that is no multiple of 16
     would have the kernel compiled again, with narrower loads.
     """
-    return {
-        f"stride_{name}{axis}": 0 if x.shape[dim] == 1 else x.stride(dim)
-        for name, x in tensors.items()
-        for dim, axis in enumerate("bhs")
-    }
+    found = {}
+    for name, x in tensors.items():
+        found[f"stride_{name}b"], found[f"stride_{name}h"], found[f"stride_{name}s"] = steps(x)
+    return found
+
+
+def steps(x: Tensor) -> list[int]:
+    """The first three strides of a tensor, as :func:`strides` counts them."""
+    shape, stride = x.shape, x.stride()
+    return [0 if shape[dim] == 1 else stride[dim] for dim in (0, 1, 2)]
 
 
 def dropout_arguments(dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
@@ -212,11 +218,11 @@ def checked_channels(*tensors: Tensor) -> int:
     """
     first = tensors[0]
     pointers = [x.data_ptr() for x in tensors]
-    steps = [stride for x in tensors for stride in strides(x=x).values()]
-    if first.shape[3] == padded(first.shape[3]) and math.gcd(*pointers, *steps) % 16 == 0:
+    found = [step for x in tensors for step in steps(x)]
+    if first.shape[3] == padded(first.shape[3]) and math.gcd(*pointers, *found) % 16 == 0:
         return 0
     begins = (pointer // first.element_size() for pointer in pointers)
-    return math.gcd(16 // first.element_size(), first.shape[3], *begins, *steps)
+    return math.gcd(16 // first.element_size(), first.shape[3], *begins, *found)
 
 
 def blocks(length: int, block: int) -> int:
@@ -248,5 +254,7 @@ def aligned(x: Tensor) -> Tensor:
 
 def begins_at_16_bytes(x: Tensor) -> bool:
     """Whether every row begins at a multiple of 16 bytes, the step of a thread's widest load and of Hopper's copy engine."""
-    step = 16 // x.element_size()
-    return x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides(x=x).values())
+    bits = x.data_ptr()
+    for step in steps(x):
+        bits |= step * x.element_size()
+    return bits % 16 == 0

@@ -50,6 +50,18 @@ def library() -> ModuleType | None:
     return _library()[0]
 
 
+def needed() -> ModuleType:
+    """:func:`library`, which is there.
+
+    Raises:
+        NotPlannable: it is not.
+    """
+    found, why = _library()
+    if found is None:
+        raise NotPlannable(str(why))
+    return found
+
+
 def why_missing() -> str | None:
     """Why there is no :func:`library`; None if there is."""
     return _library()[1]
@@ -85,12 +97,12 @@ def packet(launch: Launch, places: Places) -> Any:
             values.append(x)
     image = b"".join(maps) + code.values.pack(*values, 0, 0)
     grid = launch.grid if len(launch.grid) == 3 else (*launch.grid, 1, 1)[:3]
-    return library().Packet(code.function, grid, code.threads, code.shared, image, code.offsets, tuple(slots))
+    return needed().Packet(code.function, grid, code.threads, code.shared, image, code.offsets, tuple(slots))
 
 
 def _tensor_map(meta: tuple, x: TileMap) -> bytes:
     element_type, element_bytes, swizzle, block = meta
-    return library().encode(element_type, element_bytes, swizzle, x.shape, x.strides, block)
+    return needed().encode(element_type, element_bytes, swizzle, x.shape, x.strides, block)
 
 
 @dataclass(frozen=True)
@@ -188,7 +200,7 @@ def compile_code(launch: Launch) -> Code:
     code = lay_out(
         kernel, kernel.function, 32 * metadata.num_warps, metadata.shared, kernel.src.signature, maps, launch
     )
-    sizes = library().parameter_sizes(kernel.function)
+    sizes = needed().parameter_sizes(kernel.function)
     if sizes != _sizes(code, kernel.src.signature, launch):
         raise NotPlannable(f"{launch.name} takes parameters of {sizes} bytes, which is not how they are laid out here")
     return code

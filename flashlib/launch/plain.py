@@ -120,7 +120,7 @@ def backward_launches(
         *(dkdv or dkdv_launches)(tensors, options, tiles.get("dkdv")),
         *(dq or dq_launches)(tensors, options, tiles.get("dq")),
     ]
-    return launches, gradients
+    return launches, (tensors.dq, tensors.dk, tensors.dv)
 
 
 def delta_launch(out: Tensor, lse: Tensor, grad_lse: Tensor | None, tensors: BackwardTensors) -> Launch:
@@ -149,6 +149,7 @@ def row_ranges_launch(tensors: BackwardTensors, options: KernelOptions, block_n:
     from flashlib.kernels.backward import backward_row_ranges
 
     shared = options.arguments(tensors.q, tensors.k, tensors.v)
+    assert options.start is not None
     entries, key_blocks = options.start.shape[0], blocks(tensors.k.shape[2], block_n)
     ranges = tensors.q.new_empty(entries, key_blocks, 4, dtype=torch.int32)
     arguments = {name: shared[name] for name in ("p_start", "p_stop", "stride_interval", "q_len", "kv_len")}

@@ -10,11 +10,11 @@ Without a plan (no C compiler, a profiler that listens to each launch, tiles tha
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +27,16 @@ from flashlib.launch.start import TRITON_INSTALLED, Launch, interpreting
 __all__ = ["Plan", "launches_are_watched", "plan_for", "plannable"]
 
 MOST_PLANS = 1024  # kept; the oldest goes first
-MOST_UNREAD = 1 << 18  # numbers
+UNREAD_BYTES = 1 << 20  # results that nobody asked for, if they take no more, are written where nobody looks
 SCRATCH_STEP = 256  # bytes; what every piece of scratch memory begins at a multiple of
+
+
+# Asked of PyTorch itself: its public functions of the same purpose take several times as long, and some make an object.
+PLANNED = "cuda"  # devices whose launches are planned
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_capturing = torch._C._cuda_isCurrentStreamCapturing
+_empty = torch.empty_strided
 
 
 class Plan:
@@ -41,10 +49,8 @@ class Plan:
 
     def __init__(self, memory: Memory, inputs: int, launches: Sequence[Launch], results: Sequence[Form]):
         self.device = memory.device
-        self.index = memory.device.index
-        self.results = tuple(
-            (form.shape, form.stride(), {"dtype": form.dtype, "device": self.device}) for form in results
-        )
+        self.results = [(form.shape, form.stride(), form.dtype) for form in results]
+        self.others_are_small = sum(form.bytes for form in results[1:]) <= UNREAD_BYTES
         places = packets.Places({source: (source, 0) for source in range(inputs)})
         for index, form in enumerate(results, start=inputs):
             places[form.source] = (index, -form.offset)
@@ -61,8 +67,8 @@ class Plan:
                 self.scratch += -(-form.bytes // SCRATCH_STEP) * SCRATCH_STEP
         launches = [launch for launch in launches if 0 not in launch.grid]
         self.names = [launch.name for launch in launches]
-        self.packets = tuple(packets.packet(launch, places) for launch in launches)
-        self.start = packets.library().start
+        self.packets = tuple([packets.packet(launch, places) for launch in launches])
+        self.start = packets.needed().start
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Start the kernels on the current stream, and return the results.
@@ -70,46 +76,79 @@ class Plan:
         Args:
             inputs: tensors of the forms that the plan was made for, on its device, which is the current one.
         """
-        results = [torch.empty_strided(shape, strides, **kind) for shape, strides, kind in self.results]
-        self.start_on(torch._C._cuda_getCurrentRawStream(self.index), [*inputs, *results])
+        device = self.device
+        results = [_empty(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in self.results]
+        addresses = [x.data_ptr() for x in inputs]
+        addresses += [x.data_ptr() for x in results]
+        self.start_on(_raw_stream(device.index), addresses)
         return results
 
     def run_first(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Start the kernels, and return the first result. The others are not wanted; where they are small, all calls write them to one place."""
-        stream = torch._C._cuda_getCurrentRawStream(self.index)
-        (shape, strides, kind), *others = self.results
-        tensors = [*inputs, torch.empty_strided(shape, strides, **kind)]
-        tensors += [self._unread(stream, result) for result in others]
-        self.start_on(stream, tensors)
-        return tensors[len(inputs)]
+        """Start the kernels, and return the first result. The others are not wanted: where they are small, all calls write them to one place."""
+        if not self.others_are_small or _capturing():  # what a graph writes whenever it is replayed must be its own
+            return self.run(inputs)[0]
+        shape, strides, dtype = self.results[0]
+        out = _empty(shape, strides, dtype=dtype, device=self.device)
+        stream = _raw_stream(self.device.index)
+        addresses = [x.data_ptr() for x in inputs]
+        addresses.append(out.data_ptr())
+        unread = _memory_of(self.device, stream).unread.address
+        for _ in self.results[1:]:
+            addresses.append(unread)
+        self.start_on(stream, addresses)
+        return out
 
-    def _unread(self, stream: int, result: tuple) -> Tensor:
-        shape, strides, kind = result
-        # What a graph writes whenever it is replayed must be its own. Long calls do not mind an allocation.
-        if math.prod(shape) > MOST_UNREAD or torch._C._cuda_isCurrentStreamCapturing():
-            return torch.empty_strided(shape, strides, **kind)
-        place = _unread.get((self.index, stream))
-        if place is None:
-            place = _unread[self.index, stream] = torch.empty(8 * MOST_UNREAD, dtype=torch.uint8, device=self.device)
-        return place
-
-    def start_on(self, stream: int, tensors: Sequence[Tensor]) -> None:
+    def start_on(self, stream: int, addresses: list[int]) -> None:
         """Start the kernels: the inputs and the results are there."""
-        addresses = [x.data_ptr() for x in tensors]
         if self.asks_for_more:
             # Held until the packets are started: what the allocator gives out afterwards, this stream uses afterwards.
-            scratch = torch.empty(self.scratch, dtype=torch.uint8, device=self.device) if self.scratch else None
+            scratch = _empty((self.scratch,), (1,), dtype=torch.uint8, device=self.device) if self.scratch else None
             addresses.append(0 if scratch is None else scratch.data_ptr())
-            addresses.append(counters_of(self.device).take_on(stream, self.counts).data_ptr() if self.counts else 0)
+            addresses.append(_counters(self.device, stream, self.counts) if self.counts else 0)
         self.start(self.packets, stream, tuple(addresses))
+
+
+class _Piece:
+    """A tensor and its address, which takes as long to ask for as the rest of what is done with it."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.address, self.length = tensor, tensor.data_ptr(), len(tensor)
+
+
+class _StreamMemory:
+    """What calls on one stream use one after the other: it is freed in the stream's order, like all that is allocated on it."""
+
+    def __init__(self, device: torch.device):
+        self.unread = _Piece(torch.empty(UNREAD_BYTES, dtype=torch.uint8, device=device))
+        self.counters = _Piece(torch.empty(0, dtype=torch.int32, device=device))
+
+
+_memories: dict[tuple[torch.device, int], _StreamMemory] = {}
+
+
+def _memory_of(device: torch.device, stream: int) -> _StreamMemory:
+    memory = _memories.get((device, stream))
+    if memory is None:
+        memory = _memories[device, stream] = _StreamMemory(device)
+    return memory
+
+
+def _counters(device: torch.device, stream: int, count: int) -> int:
+    """The address of so many zeros, for the next launch on a stream."""
+    if _capturing():
+        return counters_of(device).take_on(stream, count).data_ptr()
+    memory = _memory_of(device, stream)
+    if memory.counters.length < count:
+        memory.counters = _Piece(counters_of(device).take_on(stream, count))
+    return memory.counters.address
 
 
 @dataclass
 class _Kept:
     """Plans by class, and None for a class that has none. Bounded."""
 
-    plans: dict[tuple, Plan | None]
-    lock: threading.Lock
+    plans: dict[tuple, Plan | None] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, key: tuple, plan: Plan | None) -> None:
         with self.lock:
@@ -118,10 +157,7 @@ class _Kept:
             self.plans[key] = plan
 
 
-_unread: dict[
-    tuple[int, int], Tensor
-] = {}  # by device and stream, so that its memory is freed and used again in the stream's order
-_kept = _Kept({}, threading.Lock())
+_kept = _Kept()
 
 
 def form_of(x: Tensor) -> tuple:
@@ -132,8 +168,8 @@ def form_of(x: Tensor) -> tuple:
 def plannable(device: torch.device) -> bool:
     """Whether launches on ``device`` go by plans now."""
     return (
-        device.type == "cuda"
-        and device.index == torch._C._cuda_getDevice()
+        device.type == PLANNED
+        and device.index == _current_device()
         and plans_are_possible()
         and not launches_are_watched()
     )
@@ -147,13 +183,16 @@ def plans_are_possible() -> bool:
 
 def launches_are_watched() -> bool:
     """Whether somebody, such as Triton's profiler, wants to be told of every launch by Triton's launcher."""
-    return any(getattr(hooks, "calls", hooks) for hooks in _hooks())
+    runtime = _triton_runtime()
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def _hooks() -> tuple:
+@cache
+def _triton_runtime():
     from triton import knobs
 
-    return knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return knobs.runtime
 
 
 def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None:
@@ -168,7 +207,7 @@ def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None
         return None
     more = options.tensors()
     key = (build, device.index, *map(form_of, tensors), options.key(), *map(form_of, more))
-    plan = _kept.plans.get(key, _kept)
+    plan: Any = _kept.plans.get(key, _kept)
     if plan is _kept:
         if any(x.data_ptr() % 16 for x in (*tensors, *more)):
             return None

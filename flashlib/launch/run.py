@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from flashlib.launch.hopper import (
@@ -27,7 +29,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> t
     if plan is not None:
         out, lse = plan.run((*read, *options.tensors()))
     else:
-        launches, (out, lse) = best_forward_launches(*read, options)
+        launches, (out, lse) = best_forward_launches(read[0], read[1], read[2], options)
         for launch in launches:
             launch.start()
     if read[0] is q and read[2] is v:
@@ -50,9 +52,10 @@ def launch_backward(
         launches, gradients = best_backward_launches(*read, options)
         for launch in launches:
             launch.start()
-    return tuple(
+    dq, dk, dv = (
         gradient[..., : x.shape[3]].to(x.dtype).contiguous() for gradient, x in zip(gradients, (q, k, v), strict=True)
     )
+    return dq, dk, dv
 
 
 def best_forward_launches(
@@ -69,7 +72,7 @@ def best_forward_launches(
 def best_backward_launches(*tensors_and_options) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
     """The launches of the backward, and ``(dq, dk, dv)``: of ``q, k, v, out, grad_out, lse``, the gradient of the LSE if there is one, and options."""
     q, k, v, out, grad_out, lse, *grad_lse, options = tensors_and_options
-    best = {"dkdv": best_dkdv_launches, "dq": best_dq_launches}
+    best: dict[str, Any] = {"dkdv": best_dkdv_launches, "dq": best_dq_launches}
     return backward_launches(q, k, v, out, lse, grad_out, grad_lse[0] if grad_lse else None, options, **best)
 
 

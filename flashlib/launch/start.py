@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashlib.launch.tiles import HopperTiles, TileConfig
+from flashlib.launch.tiles import HopperBackwardTiles, HopperTiles, TileConfig
 
 __all__ = ["TRITON_INSTALLED", "Launch", "TileMap", "interpreting"]
 
@@ -62,7 +62,7 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    tiles: TileConfig | HopperTiles | None = None
+    tiles: TileConfig | HopperTiles | HopperBackwardTiles | None = None
 
     @property
     def name(self) -> str:
@@ -82,8 +82,11 @@ class Launch:
     @property
     def device(self) -> torch.device:
         """On which its tensors lie, or their forms."""
-        unwrapped = (getattr(argument, "base", argument) for argument in self.arguments.values())
-        return next(x.device for x in unwrapped if hasattr(x, "device"))
+        for x in self.arguments.values():
+            x = x.base if type(x) is TileMap else x
+            if hasattr(x, "device"):
+                return x.device
+        raise ValueError(f"{self.name} is given no tensor")
 
     @property
     def tensor(self) -> Tensor:

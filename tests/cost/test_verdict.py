@@ -10,7 +10,7 @@ from flashlib.cost.devices import device
 from flashlib.cost.launches import backward_launches, decode_launches, forward_launches
 from flashlib.cost.roofs import UNCERTAIN_MEASURED, attention_time
 from flashlib.cost.verdict import DECODING, FURTHER, PEERS, TRAINING, further, verdict
-from flashlib.measure.record import load_record
+from flashlib.measure.records.record import load_record
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import torch
 
 from flashlib.launch.plans import Plan
 from flashlib.launch.start import Launch
-from flashlib.measure.record import Record, save_record
+from flashlib.measure.records.record import Record, save_record
 
 PROBLEMS_IN_A_SET = 10
 SAVE_EVERY_S = 5

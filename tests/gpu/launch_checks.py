@@ -30,10 +30,10 @@ from flashlib import attention, routes
 from flashlib.inference import decode_attention
 from flashlib.launch import packets, plans
 from flashlib.masks import Causal, KeyLengths, Varlen, Window
-from flashlib.measure.bench import decode_sources, kernel_sources
-from flashlib.measure.record import Record, new_record, save_record
+from flashlib.measure.records.record import Record, new_record, save_record
+from flashlib.measure.records.sources import decode_sources, kernel_sources, launching_sources
 
-CHECKED_ON = sorted({"attention.py", "routes.py", "engines.py", *kernel_sources(), *decode_sources()})
+CHECKED_ON = sorted({*launching_sources(), *kernel_sources(), *decode_sources()})
 
 
 @dataclass(frozen=True)

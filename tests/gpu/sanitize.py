@@ -40,8 +40,8 @@ from flashlib.launch.options import KernelOptions
 from flashlib.launch.plain import backward_launches, forward_launch
 from flashlib.launch.run import launch_backward, launch_forward
 from flashlib.launch.start import Launch, interpreting
-from flashlib.measure.bench import decode_sources, kernel_sources
-from flashlib.measure.record import new_record, save_record
+from flashlib.measure.records.record import new_record, save_record
+from flashlib.measure.records.sources import decode_sources, kernel_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -199,9 +199,9 @@ def warp_specialised() -> dict:
     """The warp-specialised kernels, ours and those beside them, by name."""
     import planted
 
-    from flashlib.kernels.hopper import hopper_forward
-    from flashlib.kernels.hopper_backward import hopper_dkdv
-    from flashlib.kernels.hopper_dq import hopper_dq
+    from flashlib.kernels.hopper.dkdv import hopper_dkdv
+    from flashlib.kernels.hopper.dq import hopper_dq
+    from flashlib.kernels.hopper.forward import hopper_forward
 
     others = (getattr(planted, f"{name}_kernel") for name in KIND_OF)
     return {kernel.__name__: kernel for kernel in (hopper_forward, hopper_dkdv, hopper_dq, *others)}

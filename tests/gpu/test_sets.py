@@ -18,7 +18,7 @@ from flashlib.launch.decode import DecodeOptions, decode_launches
 from flashlib.launch.options import KernelOptions
 from flashlib.launch.plain import backward_launches, forward_launch
 from flashlib.launch.start import Launch
-from flashlib.measure.record import new_record
+from flashlib.measure.records.record import new_record
 
 pytest.importorskip("triton")
 

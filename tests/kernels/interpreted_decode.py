@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from decode_problems import random_decode_problem
 from seeds import seeds_asked_for
 
-from flashlib.course.kernel_watch import KernelWatch, faults_raised
 from flashlib.inference import decode, prefix
 from flashlib.inference.decode import combine_splits, decode_attention, split_ranges
 from flashlib.inference.decode_operator import decode_triton
@@ -31,6 +30,7 @@ from flashlib.launch import decode as decode_launch
 from flashlib.launch.decode import DecodeOptions, decode_launches, launch_decode
 from flashlib.launch.start import Launch
 from flashlib.launch.tiles import TileConfig
+from flashlib.measure.counting.kernel_watch import KernelWatch, faults_raised
 from flashlib.partial import Partial, fold
 from flashlib.reference import check
 

@@ -7,9 +7,9 @@ import torch
 
 from flashlib import attention, masks
 from flashlib.backends import BACKENDS, PREFERENCES
-from flashlib.measure import choosing as module
-from flashlib.measure.choosing import HOPELESS, ROUNDS, autoselect, class_of, race, recorded_order
-from flashlib.measure.record import load_record
+from flashlib.measure.racing import choosing as module
+from flashlib.measure.racing.choosing import HOPELESS, ROUNDS, autoselect, class_of, race, recorded_order
+from flashlib.measure.records.record import load_record
 from flashlib.spec import AttentionSpec
 
 

@@ -12,9 +12,17 @@ import torch
 from typer.testing import CliRunner
 
 from flashlib.cli import app
-from flashlib.measure import counters as module
-from flashlib.measure.bench import plan, summary
-from flashlib.measure.counters import COUNTERS, STALL_SECTION, CountersUnavailableError, parse, read, run_counters
+from flashlib.measure.counting import counters as module
+from flashlib.measure.counting.counters import (
+    COUNTERS,
+    STALL_SECTION,
+    CountersUnavailableError,
+    parse,
+    read,
+)
+from flashlib.measure.racing import counted
+from flashlib.measure.racing.bench import plan, summary
+from flashlib.measure.racing.counted import run_counters
 
 MARKS = "thread Domain:Push/Pop_Range:PL_Type:PL_Value:CLR_Type:Color:Msg_Type:Msg"
 STALLS = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
@@ -99,7 +107,8 @@ sys.stdout.write(open({str(folder / "printed")!r}).read()); sys.exit({status})
         (folder / "ncu").write_text(script)
         (folder / "ncu").chmod(0o755 | stat.S_IEXEC)
         monkeypatch.setenv("PATH", str(folder), prepend=":")
-        monkeypatch.setattr(module, "why_not", lambda: None)
+        for part in (module, counted):
+            monkeypatch.setattr(part, "why_not", lambda: None)
         return lambda: json.loads((folder / "called").read_text())
 
     return make
@@ -135,7 +144,7 @@ def test_a_plan_becomes_a_record(rng, stand_in, tmp_path) -> None:
     kernels = [_kernel(rng, f"kernel {n}", n) for n in range(2 * len(chosen.cases)) if n != 1]
     called = stand_in(_table(kernels, COLUMNS, UNITS), writes={"1": "out of memory"})
     record = run_counters(chosen, tmp_path)
-    assert called()[-4:-1][:2] == ["-m", "flashlib.measure.counters"]
+    assert called()[-4:-1][:2] == ["-m", "flashlib.measure.racing.counted"]
     assert [row["peer"] for row in record.rows] == ["flashlib", "naive"] * len(chosen.cases)
     assert record.rows[1]["why_not"] == "out of memory" and record.rows[1]["kernels"] == []
     assert (
@@ -156,9 +165,9 @@ def test_the_watched_program_runs_each_peer_in_each_case_once(what, peers, fails
     asked = {"cases": [asdict(case) for case in cases], "peers": peers, "tutorial": None, "seed": 5, "device": "cpu"}
     (tmp_path / "asked").write_text(json.dumps(asked))
     numbers = []
-    monkeypatch.setattr(module, "marked", lambda number: numbers.append(number) or contextlib.nullcontext())
+    monkeypatch.setattr(counted, "marked", lambda number: numbers.append(number) or contextlib.nullcontext())
     monkeypatch.setattr(sys, "argv", ["counters", str(tmp_path / "asked"), str(tmp_path / "told")])
-    module.main()
+    counted.main()
     told = json.loads((tmp_path / "told").read_text())
     assert set(told) == set(fails) and {str(number) for number in numbers} == {"0", "1", "2", "3"} - set(fails)
     assert all("needs a CUDA GPU" in why for why in told.values())

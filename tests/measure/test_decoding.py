@@ -8,11 +8,19 @@ from typer.testing import CliRunner
 
 from flashlib.inference.decode import decode_attention
 from flashlib.measure import load_record, sources_hash
-from flashlib.measure.bench import decode_sources, kernel_sources, plan, race, run, summary
-from flashlib.measure.contender import draw_inputs
-from flashlib.measure.decoding import DECODE_PRESETS, Decode, DecodeCase, SharedPrefixPeer, decode_cases, decode_peers
-from flashlib.measure.peers import Peer
-from flashlib.measure.record import PACKAGE
+from flashlib.measure.racing.bench import plan, race, run, summary
+from flashlib.measure.racing.contender import draw_inputs
+from flashlib.measure.racing.decoding import (
+    DECODE_PRESETS,
+    Decode,
+    DecodeCase,
+    SharedPrefixPeer,
+    decode_cases,
+    decode_peers,
+)
+from flashlib.measure.racing.peers import Peer
+from flashlib.measure.records.record import PACKAGE
+from flashlib.measure.records.sources import decode_sources, kernel_sources
 
 CPU = torch.device("cpu")
 

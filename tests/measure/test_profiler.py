@@ -11,9 +11,9 @@ import torch
 
 from flashlib import FlashAttentionConfig, use_config
 from flashlib.config import ProfilingConfig
-from flashlib.measure import profiler as module
-from flashlib.measure.profiler import AttentionProfiler, Clock, RunningStatistics, profile
-from flashlib.measure.record import load_record
+from flashlib.measure.racing import profiler as module
+from flashlib.measure.racing.profiler import AttentionProfiler, Clock, RunningStatistics, profile
+from flashlib.measure.records.record import load_record
 
 
 class Turned(Clock):

@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from flashlib.cli import app
 from flashlib.course.figures.speed import protocol_by_length, save_figures
-from flashlib.measure import events, protocol
-from flashlib.measure.bench import plan, run, summary
-from flashlib.measure.cases import Case
-from flashlib.measure.events import EventsUnavailableError, count_events
-from flashlib.measure.protocol import Protocol, latencies, protocol_cases
+from flashlib.measure.counting import events
+from flashlib.measure.counting.events import EventsUnavailableError, count_events
+from flashlib.measure.racing import protocol
+from flashlib.measure.racing.bench import plan, run, summary
+from flashlib.measure.racing.cases import Case
+from flashlib.measure.racing.protocol import Protocol, latencies, protocol_cases
 
 SMALL = Case(2, 4, 2, 24, 16, "causal", "forward", "fp32")
 
@@ -22,7 +23,7 @@ SMALL = Case(2, 4, 2, 24, 16, "causal", "forward", "fp32")
 @pytest.fixture
 def small(monkeypatch):
     """A plan of one small case and one of another batch."""
-    monkeypatch.setattr("flashlib.measure.bench.protocol_cases", lambda device: [SMALL, Case(1, 4, 2, 24, 16, "causal", "forward", "fp32")])  # fmt: skip
+    monkeypatch.setattr("flashlib.measure.racing.bench.protocol_cases", lambda device: [SMALL, Case(1, 4, 2, 24, 16, "causal", "forward", "fp32")])  # fmt: skip
     return plan("protocol", device="cpu", peers=["tiled", "naive"], seconds=0.0, seed=1)
 
 

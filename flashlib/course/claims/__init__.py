@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashlib.measure.record import load_record
-from flashlib.measure.tables import Table, table
+from flashlib.measure.records.record import load_record
+from flashlib.measure.records.tables import Table, table
 
 __all__ = [
     "PARTLY",

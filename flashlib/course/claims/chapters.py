@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 
 from flashlib.course.claims import REPOSITORY, Statement
-from flashlib.measure.record import load_record
+from flashlib.measure.records.record import load_record
 
 __all__ = ["NOTEBOOKS", "STATEMENTS", "printed", "prose"]
 
@@ -55,7 +55,7 @@ def _moved() -> Mapping[str, float]:
 
 
 def _tile_machines() -> Mapping[str, float]:
-    from flashlib.course.io_model import tile_machine
+    from flashlib.course.chapters.io_model import tile_machine
 
     return {"whole": 1152 * 64 * 4 // 1024, "machine": tile_machine(64, 64, 64) // 1024}
 

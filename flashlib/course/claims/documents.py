@@ -10,9 +10,9 @@ import torch
 
 from flashlib.cost import Problem, StepCost, decode, decode_launches, device, formula, largest_tile, model
 from flashlib.cost.conventions import corrected, exact
+from flashlib.course.chapters.io_model import fit_exponent
 from flashlib.course.claims import PARTLY, RIGHT, WRONG, Claim, Evidence
-from flashlib.course.io_model import fit_exponent
-from flashlib.measure.record import load_record
+from flashlib.measure.records.record import load_record
 
 __all__ = ["CLAIMS"]
 
@@ -52,7 +52,7 @@ def fp8_needs_ampere() -> Evidence:
 
 def tiling_on_a_cpu() -> Evidence:
     from flashlib import attention
-    from flashlib.measure.memory import peak_bytes
+    from flashlib.measure.racing.memory import peak_bytes
 
     peaks = {}
     for tokens in (512, 1024):
@@ -143,7 +143,7 @@ def cost_of_splits() -> Evidence:
 
 def summed_splits() -> Evidence:
     from flashlib import attention
-    from flashlib.course.split_decoding import sum_of_splits
+    from flashlib.course.chapters.split_decoding import sum_of_splits
     from flashlib.partial import Partial, fold
     from flashlib.reference import oracle
 
@@ -159,7 +159,7 @@ def summed_splits() -> Evidence:
 
 
 def determinism() -> Evidence:
-    from flashlib.course.split_decoding import distinct
+    from flashlib.course.chapters.split_decoding import distinct
     from flashlib.inference import decode_attention
 
     rows = [row for name in ("h200/decode_determinism", "h200/triton_determinism") for row in load_record(name).rows]

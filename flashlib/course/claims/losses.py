@@ -5,9 +5,9 @@ Nothing is chosen by hand: a cell in which another peer won is here, whichever p
 
 from __future__ import annotations
 
-from flashlib.measure.bench import case_of
-from flashlib.measure.record import load_record
-from flashlib.measure.tables import Table, table
+from flashlib.measure.racing.plan import case_of
+from flashlib.measure.records.record import load_record
+from flashlib.measure.records.tables import Table, table
 
 __all__ = ["PRICES", "losses", "lost_cells", "prices"]
 

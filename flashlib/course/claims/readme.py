@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flashlib.course.claims import REPOSITORY, Statement
-from flashlib.measure.record import load_record
+from flashlib.measure.records.record import load_record
 
 __all__ = ["MEASURED", "STATEMENTS", "measured_paragraphs"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashlib import reference
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
-from flashlib.course.grader.report import Failure
+from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.trial import Trial, contrast, show
 
 exercise = Exercise(

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from flashlib.course.chapters.timing_machine import FLUSH_MS, Machine
 from flashlib.course.grader.exercise import Exercise, Misconception
 from flashlib.course.grader.trial import Trial
-from flashlib.course.timing_machine import FLUSH_MS, Machine
-from flashlib.measure.record import load_record
+from flashlib.measure.records.record import load_record
 
 exercise = Exercise(
     name="ex15",

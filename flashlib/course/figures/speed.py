@@ -8,8 +8,8 @@ from pathlib import Path
 from flashlib.course.display import Figure, format_number
 from flashlib.course.figures import style
 from flashlib.course.figures.charts import byte_axis, power_axis
-from flashlib.measure.cases import Case, short_labels
-from flashlib.measure.record import Record
+from flashlib.measure.racing.cases import Case, short_labels
+from flashlib.measure.records.record import Record
 
 __all__ = ["memory_by_length", "protocol_by_length", "ratio_to_best", "roofline", "save_figures", "speed_by_length"]
 

@@ -6,6 +6,7 @@ import math
 import operator
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from torch import SymInt, Tensor
 
@@ -59,7 +60,7 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
-def whole(value: object) -> int:
+def whole(value: Any) -> Any:
     """``value`` as an int; TypeError if it is none. A symbolic size stays one."""
     return value if isinstance(value, int | SymInt) else operator.index(value)
 

@@ -45,9 +45,9 @@ def _ranges() -> Mapping[str, float | str]:
     forward, backward = (_training(direction, "torch_sdpa_cudnn") for direction in ("forward", "backward"))
     lengths = sorted({length for _, _, length in forward})
     slower = [length for _, _, length in (cell for cell, ratio in forward.items() if ratio < 1)]
-    never = next(length for length in lengths if length > max(slower, default=0))
+    never = next((f"{length // 1024}k" for length in lengths if length > max(slower, default=0)), "no length")
     return {
-        "from": f"{lengths[0] // 1024}k", "to": f"{lengths[-1] // 1024}k", "never": f"{never // 1024}k",
+        "from": f"{lengths[0] // 1024}k", "to": f"{lengths[-1] // 1024}k", "never": never,
         "dims": " and ".join(map(str, sorted({dim for dim, _, _ in forward}))),
         "f_least": min(forward.values()), "f_most": max(forward.values()), "b_least": min(backward.values()), "b_most": max(backward.values()),
     }  # fmt: skip

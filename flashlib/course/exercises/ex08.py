@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises.compiled import expect_compiled
 from flashlib.course.exercises.ex04 import IntervalMistake, blocks, exact_intervals
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
@@ -514,3 +515,17 @@ def counts(t: Trial) -> None:
 def inputs_left_alone(t: Trial) -> None:
     """does not change q, k or v"""
     t.check_inputs_untouched(masked_attention, *draw(t, 20, 64), 7, 0, 32, 32)
+
+
+@exercise.property(
+    points=1,
+    hints=[
+        "The interpreter runs any Python. A GPU's kernel has numbers, blocks, tl's functions and constexprs, and no more.",
+        "What do the products of your tiles round to, if their inputs are float32?",
+    ],
+)
+def compiles_for_gpus(t: Trial) -> None:
+    """the kernel compiles for GPUs, sm_80 and sm_90, and multiplies float32 in float32"""
+    arguments = (*draw(t, 40, 70), 23, 3, 16, 16)
+    t.check(masked_attention, *arguments)  # who fails anyway is told so at less expense
+    expect_compiled(t, NO_KERNEL, "masked_attention", *draw(t, 20, 40), 7, 0, 32, 32)

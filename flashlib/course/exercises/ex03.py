@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -446,6 +447,37 @@ def memory_traffic(t: Trial) -> None:
         t.fail_as(BLOCK_K_IGNORED, got=got, expected=f"at most {allowed:,}")
     if made <= allowed:
         t.expect_calls_to_grow("tiled_attention", (q, k, v, 8, 128), (q, k, v, 8, 16), BLOCK_K_IGNORED)
+    see_traffic_from_outside(t)
+
+
+def see_traffic_from_outside(t: Trial) -> None:
+    """The inputs are handed out piece by piece, and there is room for a tile of each.
+
+    Rows outside: q comes once, and K and V once for each block of rows, in turn, a tile at a time.
+    """
+    dim, block_q, block_k, queries, keys = 64, 32, 1024, 64, 32_768
+    q, k, v = draw(t, queries, keys, batch=1, heads=1, dim=dim, v_dim=dim)
+    room = {"q": (q, block_q * dim * 4), "k": (k, block_k * dim * 4), "v": (v, block_k * dim * 4)}
+    first = q[:, :, :2].clone(), k[:, :, :2].clone(), v[:, :, :2].clone(), 2, 2
+    reply = t.watch(
+        "tiled_attention", q, k, v, block_q, block_k, first=first, room=room, memory=6 * MIB, copied=READ_TOO_OFTEN
+    )
+    if reply is None:
+        return
+    out, lse = t.expect_tuple(reply.value, "out", "lse")
+    out, lse = t.expect_tensor(out, "out", q.shape), t.expect_tensor(lse, "lse", q.shape[:3])
+    t.judge(forward, (out[:, :, ::16], lse[:, :, ::16]), q[:, :, ::16], k, v, block_q, block_k)
+    seen, passes = reply.seen, queries // block_q
+    for name in ("k", "v"):
+        if (times := seen.times(name)) > passes:
+            t.fail_as(READ_TOO_OFTEN, got=f"{name} read {times:.3g} times", expected=f"at most {passes} times")
+    if (times := seen.times("q")) > 1.5:
+        t.fail_as(OUT_REWRITTEN, got=f"q read {times:.3g} times, by rows that come again", expected="once")
+    pieces, in_tile = median(seen.runs("k")), block_k * dim * 4 // seen.piece["k"]
+    if not in_tile / 2 <= pieces <= 2 * in_tile:
+        got = f"about {pieces * block_k // in_tile:,.0f} keys read between values and values"
+        t.fail_as(BLOCK_K_IGNORED, got=got, expected=f"a tile of {block_k:,}")
+    t.confirmed()
 
 
 def expect_traffic_of_rows_outside(t: Trial) -> None:

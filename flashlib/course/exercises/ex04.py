@@ -863,6 +863,34 @@ def attention_skips_tiles(t: Trial) -> None:
     if 4 * 128 * 16 < made < 128 * 256:  # all keys at once are another check's
         got = f"a tensor of {made:,} elements, with tiles of 128 x 16"
         t.fail_as(BLOCK_K_IGNORED, got=got, expected=f"at most {4 * 128 * 16:,}")
+    see_tiles_from_outside(t)
+
+
+def see_tiles_from_outside(t: Trial) -> None:
+    """K and V are handed out piece by piece, each piece part of one tile: those of tiles that nobody sees are not asked for."""
+    queries, keys, block_q, block_k, dim = 128, 2048, 64, 64, 64
+    q, k, v = draw(t, queries, keys, batch=1, heads=1, dim=dim, v_dim=dim)
+    bounds = exact_intervals(queries, keys, left=t.integer(300, 700), right=0)
+    arguments, small = (q, k, v, *bounds, block_q, block_k), exact_intervals(2, 2)
+    first = q[:, :, :2].clone(), k[:, :, :2].clone(), v[:, :, :2].clone(), *small, 2, 2
+    tile = block_k * dim * 4
+    reply = t.watch("masked_attention", *arguments, first=first, room={"k": (k, tile), "v": (v, tile)})
+    if reply is None:
+        return
+    t.judge(masked_attention, reply.value, *arguments)
+    seen = exact_map(*bounds, keys, block_q, block_k)[0] != 0
+    for name in ("k", "v"):
+        pieces = tile // reply.seen.piece[name]
+        tiles = {number // pieces for number in reply.seen.pieces(name)}
+        if in_vain := tiles - set(seen.any(0).nonzero()[:, 0].tolist()):
+            t.fail_as(
+                SKIPS_NOTHING,
+                got=f"{len(in_vain)} tiles of {name} read of which no row sees a key",
+                expected=f"only the {int(seen.any(0).sum())} tiles that some row sees",
+            )
+        if (times := sum(each == name for each, _ in reply.seen.order) / pieces) > 2 * int(seen.sum()):
+            t.fail_as(SKIPS_NOTHING, got=f"{times:.0f} tiles of {name} read", expected=f"about {int(seen.sum())}")
+    # A tile of more keys than block_k is what remains: its size is the process's own word.
 
 
 def bytes_read(meter: object, name: str) -> float:

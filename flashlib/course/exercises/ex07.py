@@ -521,6 +521,26 @@ def memory_traffic(t: Trial) -> None:
         read = times_read(meter, name, x)
         if read > expected:
             t.fail_as(READ_TOO_OFTEN, got=f"{name} read {read:.3g} times", expected=f"at most {expected} times")
+    see_loads_from_outside(t)
+
+
+def see_loads_from_outside(t: Trial) -> None:
+    """K and V are handed out piece by piece, with room for one tile of each: once for each block of queries, from where they lie."""
+    queries, keys, block_m, block_n, dim = 96, 512, 32, 64, 64
+    q, k, v = draw(t, queries, keys, dim=dim)
+    arguments, tile = (q, k, v, None, block_m, block_n), block_n * dim * 4
+    first = *draw(t, 2, 2, dim=dim), None, block_m, block_n
+    reply = t.watch("attention_forward", *arguments, first=first, room={"k": (k, tile), "v": (v, tile)})
+    if reply is None:
+        return
+    t.judge(forward, reply.value, *arguments)
+    expected = queries // block_m
+    for name in ("k", "v"):
+        times = reply.seen.times(name)
+        if times != expected:
+            mistake = READ_TOO_OFTEN if times > expected else READ_BEFORE
+            t.fail_as(mistake, got=f"{name} read {times:.3g} times", expected=f"{expected} times, from where it lies")
+    # That it is a kernel that reads them, and no operation of PyTorch, is the process's own word.
 
 
 @exercise.property(

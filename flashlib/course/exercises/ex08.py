@@ -470,6 +470,35 @@ def loads_what_is_seen(t: Trial) -> None:
                     expected=f"at most {needed:,}",
                     hint=SKIPS_NOTHING[2],
                 )
+    see_tiles_from_outside(t)
+
+
+def see_tiles_from_outside(t: Trial) -> None:
+    """K and V are handed out piece by piece, each piece part of one tile, with room for one tile: as often as it is loaded."""
+    queries, keys, block, dim = 64, 512, 32, 64
+    q, k, v = draw(t, queries, keys, dim=dim)
+    arguments = (q, k, v, t.integer(100, 200), 0, block, block)
+    first = *draw(t, 2, 2, dim=dim), None, 0, block, block
+    tile = block * dim * 4
+    reply = t.watch("masked_attention", *arguments, first=first, room={"k": (k, tile), "v": (v, tile)})
+    if reply is None:
+        return
+    t.judge(masked_attention, reply.value, *arguments)
+    kinds = Kernel().tile_kinds(queries, keys, *arguments[3:])
+    for name in ("k", "v"):
+        pieces = tile // reply.seen.piece[name]
+        in_vain = {number // pieces for number in reply.seen.pieces(name)} - set(
+            (kinds != SKIP).any(0).nonzero()[:, 0].tolist()
+        )
+        read = sum(each == name for each, _ in reply.seen.order) / pieces
+        if in_vain or read > int((kinds != SKIP).sum()):
+            t.fail(
+                *SKIPS_NOTHING[:2],
+                got=f"{read:.3g} tiles of {name} loaded, {len(in_vain)} of which nobody sees a key",
+                expected=f"at most {int((kinds != SKIP).sum())}",
+                hint=SKIPS_NOTHING[2],
+            )
+    t.confirmed()
 
 
 def bytes_needed(q: Tensor, k: Tensor, v: Tensor, left, right, block_m: int, block_n: int) -> int:

@@ -24,6 +24,7 @@ from flashlib.course.exercises.pieces import (
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
 from flashlib.course.grader.report import Failure
+from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.trial import Trial
 from flashlib.masks import KeyLengths
 
@@ -837,6 +838,36 @@ def every_key_is_read_once(t: Trial) -> None:
                     got=f"{read:,} bytes of {name} read, for lengths {lengths}",
                     expected=f"{visible:,}: each visible one once",
                 )
+    see_reads_from_outside(t)
+
+
+def see_reads_from_outside(t: Trial) -> None:
+    """K and V are handed out piece by piece, with room for one split of each: the visible ones once, the others never."""
+    batch, q_heads, kv_heads, capacity, dim, splits, block = 2, 4, 2, 8192, 64, 8, 64
+    q, k, v = draw(t, batch, q_heads, kv_heads, capacity, dim=dim, v_dim=dim)
+    lengths = torch.tensor([capacity, 64 * t.integer(70, 90)])
+    arguments, split = (q, k, v, lengths, splits, block), capacity // splits * dim * 4
+    first = q, k[:, :, :9].clone(), v[:, :, :9].clone(), torch.tensor([9, 5]), 2, 4
+    room = {"k": (k, kv_heads * split), "v": (v, kv_heads * split)}
+    reply = t.watch("split_decode", *arguments, first=first, room=room, memory=6 * MIB, copied=KV_REPEATED)
+    if reply is None:
+        return
+    t.judge(decode, reply.value, *arguments)
+    for name in ("k", "v"):
+        keys = reply.seen.piece[name] // (dim * 4)  # in a piece; they are all of one request and head
+        needed = {
+            (request * kv_heads + head) * (capacity // keys) + piece
+            for request, length in enumerate(lengths.tolist())
+            for head in range(kv_heads)
+            for piece in range(math.ceil(length / keys))
+        }
+        if in_vain := reply.seen.pieces(name) - needed:
+            t.fail_as(PADDING_READ, got=f"{len(in_vain) * keys:,} keys read that no request has", expected="none")
+        read = sum(each == name for each, _ in reply.seen.order)
+        # Where two splits meet in a piece, it may come twice.
+        if read > len(needed) + 2 * batch * kv_heads * splits:
+            t.fail_as(READ_TOO_OFTEN, got=f"{read * keys:,} keys read", expected=f"{len(needed) * keys:,}")
+    t.confirmed()
 
 
 def bytes_read(meter: object, name: str) -> float:

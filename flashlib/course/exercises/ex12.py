@@ -14,6 +14,7 @@ from flashlib.course.exercises.ex03 import times_read
 from flashlib.course.exercises.pieces import combine64, merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_scores_along
+from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.sandbox.session import Reply
 from flashlib.course.grader.trial import Trial
 
@@ -506,6 +507,25 @@ def bounded_memory(t: Trial) -> None:
     answer = t.expect_tensor(reply.value, "out", v[:, :, :1].shape, torch.float32)
     some = slice(0, batch, batch - 1)  # the first request and the last
     t.judge(inject, answer[some], q[some], k[some], v[some], k_memory, v_memory, chunk_size)
+    see_memory_from_outside(t)
+
+
+def see_memory_from_outside(t: Trial) -> None:
+    """The memory is handed out piece by piece, with room for one chunk: once, and the process does not grow by a copy of it."""
+    batch, dim, chunk_size, length = 16, 32, 2048, 1 << 17
+    q, k, v, k_memory, v_memory = draw(t, 1, 2, length, batch=batch, heads=1, dim=dim, v_dim=dim)
+    arguments, chunk = (q, k, v, k_memory, v_memory, chunk_size), chunk_size * dim * 2
+    first = q, k, v, k_memory[:, :9].clone(), v_memory[:, :9].clone(), 4
+    room = {"k_memory": (k_memory, chunk), "v_memory": (v_memory, chunk)}
+    reply = t.watch("inject_chunked", *arguments, first=first, room=room, memory=6 * MIB, copied=GROWS)
+    if reply is None:
+        return
+    out = t.expect_tensor(reply.value, "out", q.shape, torch.float32)
+    t.judge(inject, out[:1], q[:1], k[:1], v[:1], k_memory, v_memory, chunk_size)
+    for name in room:
+        if (times := reply.seen.times(name)) > 1:
+            t.fail_as(READ_AGAIN, got=f"{name} read {times:.3g} times", expected="once")
+    t.confirmed()
 
 
 def measured(t: Trial, q, k, v, k_memory, v_memory, chunk_size: int) -> tuple[Reply, float]:

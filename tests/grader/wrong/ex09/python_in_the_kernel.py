@@ -119,7 +119,7 @@ def dq_kernel(
     p_v += i_kv * kv_len * v_dim
     p_dq += i_head * q_len * dim
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    tiles = [first for first in range(0, kv_len, BLOCK_K)]
+    tiles = list(range(0, kv_len, BLOCK_K))
     for first in tiles:
         o_k = first + tl.arange(0, BLOCK_K)
         b_k = load_rows(p_k, o_k, kv_len, dim, BLOCK_D)

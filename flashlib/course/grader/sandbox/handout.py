@@ -1,0 +1,186 @@
+"""Hand a call's tensors out piece by piece, so that the grader sees what is read, whatever the student's process says of it.
+
+The memory that a guarded tensor lies in is empty when the call begins. A thread that touches a piece of it is stopped by the
+kernel until the grader has put that piece there. Only so many pieces of a tensor lie there at a time: before another comes, the
+oldest is taken away again. So what is read, how often and in which order is the grader's own record: that of a slow memory which
+a fast one of a given size reads from. A private copy is no way around it: it takes memory, which is seen from outside too.
+
+Linux only, by userfaultfd: https://docs.kernel.org/admin-guide/mm/userfaultfd.html. Where a system has none, or forbids it (a
+container may), nothing is handed out in pieces, and what a check counts stays the process's own word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import platform
+import struct
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+PIECE = 1 << 16  # bytes at most, and what guarded memory is aligned to
+_SYSTEM_CALL = {"x86_64": 323, "aarch64": 282}
+_USER_MODE_ONLY = 1  # faults of the kernel's own reads are errors there, and no privilege is needed
+_API, _SHARED_MEMORY, _MISSING, _PAGEFAULT = 0xAA, 1 << 5, 1, 0x12
+_DO_API, _DO_REGISTER, _DO_UNREGISTER, _DO_WAKE, _DO_COPY = 0xC018AA3F, 0xC020AA00, 0x8010AA01, 0x8010AA02, 0xC028AA03
+_MESSAGE = struct.Struct("=B7xQQ8x")  # event, flags, address
+_PUNCH_HOLE, _KEEP_SIZE = 2, 1
+
+
+def open_faults() -> int | None:
+    """In the child, before it is fenced in: a descriptor for this process's page faults, or None where there is no such thing."""
+    number = _SYSTEM_CALL.get(platform.machine())
+    if sys.platform != "linux" or number is None or mmap.PAGESIZE > PIECE:
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK | _USER_MODE_ONLY)
+    if fd < 0:
+        return None
+    try:
+        fcntl.ioctl(fd, _DO_API, bytearray(struct.pack("=QQQ", _API, _SHARED_MEMORY, 0)))
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """One tensor that is handed out in pieces.
+
+    Attributes:
+        name: in the record.
+        offset: of its memory in that of the call, in bytes; a multiple of `PIECE`.
+        data: its bytes.
+        room: how many bytes of it may lie in the child's memory at a time, and a piece more, since a tile may begin within one.
+    """
+
+    name: str
+    offset: int
+    data: bytes
+    room: int
+
+    @property
+    def piece(self) -> int:
+        """Bytes: a fraction of the room, so that it can be cut as tiles are, in whole pages."""
+        return min(PIECE, max(mmap.PAGESIZE, 1 << (self.room // 4).bit_length() - 1))
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory, in whole pieces."""
+        return -(-len(self.data) // self.piece) * self.piece
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was handed out during a call.
+
+    Attributes:
+        order: each piece, as it was asked for: the tensor's name, and the piece's number in it.
+        counts: how many pieces each tensor has.
+        piece: how many bytes a piece of each has.
+    """
+
+    order: tuple[tuple[str, int], ...]
+    counts: dict[str, int]
+    piece: dict[str, int]
+
+    def times(self, name: str) -> float:
+        """How often all of a tensor was handed out."""
+        return sum(each == name for each, _ in self.order) / self.counts[name]
+
+    def pieces(self, name: str) -> set[int]:
+        """Which pieces of it were handed out at all."""
+        return {number for each, number in self.order if each == name}
+
+    def runs(self, name: str) -> list[int]:
+        """Between pieces of other tensors, how many of this one were handed out, run by run."""
+        found, last = [], None
+        for each, _ in self.order:
+            if each == name:
+                if last == name:
+                    found[-1] += 1
+                else:
+                    found.append(1)
+            last = each
+        return found
+
+
+@dataclass
+class Handout:
+    """The grader's side of one call."""
+
+    faults: int  # the child's descriptor
+    memory: int  # that of the shared memory
+    guarded: Sequence[Guarded]
+    _base: int = 0
+    _order: list[tuple[str, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._buffers = [ctypes.create_string_buffer(each.data, each.size) for each in self.guarded]
+        self._present: list[deque[int]] = [deque() for _ in self.guarded]
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def begin(self, base: int) -> None:
+        """The child has the memory at this address, it says.
+
+        Raises:
+            OSError: it has not.
+        """
+        self._base = base
+        for start, size in self._ranges():
+            fcntl.ioctl(self.faults, _DO_REGISTER, bytearray(struct.pack("=QQQQ", start, size, _MISSING, 0)))
+
+    def serve(self) -> None:
+        """Hand out what is waited for.
+
+        Raises:
+            OSError: the child is gone, or its memory is no longer what it was.
+        """
+        while True:
+            try:
+                message = os.read(self.faults, 32)
+            except BlockingIOError:
+                return
+            event, _, address = _MESSAGE.unpack(message)
+            if event == _PAGEFAULT:
+                self._hand_out(address - self._base)
+
+    def _hand_out(self, place: int) -> None:
+        at = next((i for i, each in enumerate(self.guarded) if 0 <= place - each.offset < each.size), None)
+        if at is None:
+            raise OSError(f"a page fault at byte {place}, where nothing is guarded")
+        guarded, buffer, present = self.guarded[at], self._buffers[at], self._present[at]
+        piece = guarded.piece
+        number = (place - guarded.offset) // piece
+        if number not in present:  # two threads may wait for the same
+            while len(present) * piece >= guarded.room + piece:
+                self._take_away(guarded.offset + present.popleft() * piece, piece)
+            present.append(number)
+            self._order.append((guarded.name, number))
+        source = ctypes.addressof(buffer) + number * piece
+        target = self._base + guarded.offset + number * piece
+        try:
+            fcntl.ioctl(self.faults, _DO_COPY, bytearray(struct.pack("=QQQQq", target, source, piece, 0, 0)))
+        except FileExistsError:  # by now it is there
+            fcntl.ioctl(self.faults, _DO_WAKE, bytearray(struct.pack("=QQ", target, piece)))
+
+    def _take_away(self, offset: int, size: int) -> None:
+        if self._libc.fallocate(self.memory, _PUNCH_HOLE | _KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(size)):
+            raise OSError(ctypes.get_errno(), "fallocate failed")
+
+    def end(self) -> Seen:
+        """Hand nothing out any more; answers what was."""
+        for start, size in self._ranges():
+            with contextlib.suppress(OSError):  # the child may have given the memory back
+                fcntl.ioctl(self.faults, _DO_UNREGISTER, bytearray(struct.pack("=QQ", start, size)))
+        counts = {each.name: each.size // each.piece for each in self.guarded}
+        return Seen(tuple(self._order), counts, {each.name: each.piece for each in self.guarded})
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        return [(self._base + each.offset, each.size) for each in self.guarded]

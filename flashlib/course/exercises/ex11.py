@@ -13,6 +13,7 @@ from flashlib import reference
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.report import Failure
+from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.trial import Trial, contrast, show
 
 exercise = Exercise(
@@ -784,7 +785,11 @@ def attention_does_not_pad(t: Trial) -> None:
     lengths.insert(t.integer(0, 31), 4096)
     q, keys, values, table, counts = draw(t, lengths, page_size=16, dim=32)
     try:
-        t.check_tiled(paged_attention, q, keys, values, table, counts, largest=2 * keys.numel())
+        few = draw(t, [3, 17], page_size=16, dim=32)
+        arguments = q, keys, values, table, counts
+        t.check_tiled(
+            paged_attention, *arguments, largest=2 * keys.numel(), memory=16 * MIB, first=few
+        )  # padded: 32 MiB
     except Failure as failure:
         if failure.finding.diagnosis != "untiled":
             raise

@@ -486,18 +486,18 @@ def read_once(t: Trial) -> None:
 
 
 def see_prefix_from_outside(t: Trial) -> None:
-    """A prefix is handed out piece by piece, with room for an eighth of it: once, and the process does not grow by a copy of it."""
+    """A prefix is handed out piece by piece, with room for its keys or its values: once, and no copy of it makes the process grow."""
     sizes, tokens = Sizes(batch=3, q_heads=2, kv_heads=1, q_len=1, dim=64, v_dim=64), 32_768
     q, k, v = draw_own(t, sizes, 4)
     level = draw_level(t, sizes, 1, tokens)
     arguments, first = (q, [level], k, v, full(sizes, 4)), (q, [draw_level(t, sizes, 1, 9)], k, v, full(sizes, 4))
-    room = {name: (x, x.nbytes // 8) for name, x in zip(("k_prefix", "v_prefix"), level[:2], strict=True)}
-    reply = t.watch("shared_prefix_attention", *arguments, first=first, room=room, memory=7 * MIB, copied=PREFIX_COPIED)
+    room = {name: (x, x.nbytes) for name, x in zip(("k_prefix", "v_prefix"), level[:2], strict=True)}
+    limits = {"together": True, "memory": 7 * MIB, "copied": PREFIX_COPIED}
+    reply = t.watch("shared_prefix_attention", *arguments, first=first, room=room, **limits)
     if reply is None:
         return
     t.judge(forward, reply.value, *arguments)
     for name in room:
-        # A matrix product may come past a piece of its operand again. A second request comes past all of it.
         if (times := reply.seen.times(name)) > 1.5:
             t.fail_as(PREFIX_READ_AGAIN, got=f"{name} read {times:.3g} times", expected="once")
     t.confirmed()

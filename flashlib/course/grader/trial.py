@@ -129,18 +129,27 @@ class Trial:
         meter: dict[str, Tensor] | None = None,
         fast_memory: int = 0,
         guarded: Mapping[str, tuple[Tensor, int]] | None = None,
+        together: bool = False,
         leaving_allowed: bool = False,
     ) -> Reply:
         """As `call`, with everything else that is known about it: `.value`, `.meter`, `.changed`, `.seconds`.
 
         Args:
-            meter, fast_memory, guarded: as in `Child.call`.
+            meter, fast_memory, guarded, together: as in `Child.call`.
             leaving_allowed: even where numbers leave PyTorch's tensors, to where the meter does not count.
         """
         self.tried = describe_call(function, args, kwargs or {})
         try:
             reply = self._process.child(metered=meter is not None).call(
-                function, args, kwargs, on=on, keep=keep, meter=meter, fast_memory=fast_memory, guarded=guarded
+                function,
+                args,
+                kwargs,
+                on=on,
+                keep=keep,
+                meter=meter,
+                fast_memory=fast_memory,
+                guarded=guarded,
+                together=together,
             )
         except StudentError as error:
             raise Failure(self._structural(error)) from error
@@ -157,6 +166,7 @@ class Trial:
         *args: Any,
         first: Sequence[Any],
         room: Mapping[str, tuple[Tensor, int]],
+        together: bool = False,
         memory: int | None = None,
         copied: Misconception | None = None,
     ) -> Reply | None:
@@ -169,7 +179,9 @@ class Trial:
             first: arguments of a small call that is made before, so that what a first call loads is not taken for a copy.
             room: tensors that are handed out piece by piece, by name, and how many bytes of each may lie in the student's memory
                 at a time: that of a tile. What does not fit is handed out again when it is read again.
-            memory: bytes by which the process may grow: less than a copy of what is handed out needs. None if a copy would be
+            together: whether they share the largest room, so that whoever takes keys and values in turn reads both again. A matrix
+                product may come past its operand as often as it likes, if that has room.
+            memory: bytes by which the process may grow beyond that room: less than a copy of what is handed out needs. None if a copy would be
                 seen anyway, because it reads what is not to be read.
             copied: what it is if it grows more.
 
@@ -182,8 +194,9 @@ class Trial:
             return None
         self.ask(function, first)
         before = child.memory_peak()
-        reply = self.ask(function, args, guarded=room)
-        grown = self._process.end() - before
+        reply = self.ask(function, args, guarded=room, together=together)
+        rooms = [size for _, size in room.values()]
+        grown = self._process.end() - before - (max(rooms) if together else sum(rooms))
         if memory is not None and grown > memory:
             got = f"a process that grew by {grown // MIB} MiB"
             self.fail_as(copied, got=got, expected=f"at most {memory // MIB} MiB")
@@ -283,6 +296,7 @@ class Trial:
         *args: Any,
         largest: int,
         memory: int | None = None,
+        first: Sequence[Any] = (),
         sample: Callable[[Tensor], Tensor] = lambda x: x,
         says: str = "",
         **kwargs: Any,
@@ -296,6 +310,7 @@ class Trial:
         Args:
             memory: bytes that the untiled matrix alone exceeds, so that this bound confirms the first one. If None, there is no
                 second one, and the points are the process's own word.
+            first: arguments of a small call that is made before, so that what a first call loads does not count.
             sample: picks what is compared with the oracle, which is slow on large inputs: applied to the first argument
                 and to each output, as in `sample=lambda x: x[:, :, -64:]` for the last 64 queries.
 
@@ -303,7 +318,10 @@ class Trial:
             Failure: as `check`; or `"untiled"`.
         """
         self._process.end()
-        before = self.own_word
+        own_word, loaded = self.own_word, 0
+        if memory is not None:
+            self.ask(target.function, first, meter={}, leaving_allowed=True)
+            loaded = self._process.child(metered=True).memory_peak()
         reply = self.ask(target.function, args, kwargs, meter={}, leaving_allowed=True)
         outputs = tuple(sample(x) if isinstance(x, Tensor) and x.ndim > 2 else x for x in as_tuple(reply.value))
         self._judge(target, outputs, (sample(args[0]), *args[1:]), kwargs)
@@ -319,7 +337,7 @@ class Trial:
                 expected=f"no tensor of more than {largest:,} elements",
                 hint=hint,
             )
-        grown = self._process.end()
+        grown = self._process.end() - loaded
         if memory is not None and grown > memory:
             self.fail(
                 "untiled",
@@ -330,7 +348,7 @@ class Trial:
             )
         self._expect_tensors_to_stay(reply)
         if memory is not None:
-            self.own_word = before
+            self.own_word = own_word
         return reply
 
     def expect_calls_to_grow(

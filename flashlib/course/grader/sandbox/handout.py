@@ -68,7 +68,7 @@ class Guarded:
     @property
     def piece(self) -> int:
         """Bytes: a fraction of the room, so that it can be cut as tiles are, in whole pages."""
-        return min(PIECE, max(mmap.PAGESIZE, 1 << (self.room // 4).bit_length() - 1))
+        return min(PIECE, max(mmap.PAGESIZE, 1 << (self.room // 16).bit_length() - 1))
 
     @property
     def size(self) -> int:
@@ -113,17 +113,27 @@ class Seen:
 
 @dataclass
 class Handout:
-    """The grader's side of one call."""
+    """The grader's side of one call.
 
-    faults: int  # the child's descriptor
-    memory: int  # that of the shared memory
+    Attributes:
+        faults: the descriptor of the child's page faults.
+        memory: that of the memory that both share.
+        guarded: what is handed out.
+        together: whether all of it shares one room, the largest, so that one tensor drives another out.
+    """
+
+    faults: int
+    memory: int
     guarded: Sequence[Guarded]
+    together: bool = False
     _base: int = 0
     _order: list[tuple[str, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._buffers = [ctypes.create_string_buffer(each.data, each.size) for each in self.guarded]
-        self._present: list[deque[int]] = [deque() for _ in self.guarded]
+        own = [deque() for _ in self.guarded]
+        self._present: list[deque[tuple[int, int]]] = [own[0]] * len(own) if self.together else own  # offset and size
+        self._room = [max(each.room for each in self.guarded) if self.together else each.room for each in self.guarded]
         self._libc = ctypes.CDLL(None, use_errno=True)
 
     def begin(self, base: int) -> None:
@@ -155,16 +165,16 @@ class Handout:
         at = next((i for i, each in enumerate(self.guarded) if 0 <= place - each.offset < each.size), None)
         if at is None:
             raise OSError(f"a page fault at byte {place}, where nothing is guarded")
-        guarded, buffer, present = self.guarded[at], self._buffers[at], self._present[at]
+        guarded, present = self.guarded[at], self._present[at]
         piece = guarded.piece
         number = (place - guarded.offset) // piece
-        if number not in present:  # two threads may wait for the same
-            while len(present) * piece >= guarded.room + piece:
-                self._take_away(guarded.offset + present.popleft() * piece, piece)
-            present.append(number)
+        offset = guarded.offset + number * piece
+        if (offset, piece) not in present:  # two threads may wait for the same
+            while sum(size for _, size in present) >= self._room[at] + piece:
+                self._take_away(*present.popleft())
+            present.append((offset, piece))
             self._order.append((guarded.name, number))
-        source = ctypes.addressof(buffer) + number * piece
-        target = self._base + guarded.offset + number * piece
+        source, target = ctypes.addressof(self._buffers[at]) + number * piece, self._base + offset
         try:
             fcntl.ioctl(self.faults, _DO_COPY, bytearray(struct.pack("=QQQQq", target, source, piece, 0, 0)))
         except FileExistsError:  # by now it is there

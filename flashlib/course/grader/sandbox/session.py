@@ -460,6 +460,7 @@ class Child:
         meter: dict[str, torch.Tensor] | None = None,
         fast_memory: int = 0,
         guarded: Mapping[str, tuple[torch.Tensor, int]] | None = None,
+        together: bool = False,
         seconds: float | None = None,
     ) -> Reply:
         """Run `function(*args, **kwargs)` of the student's file, or of the object `on`, in the child.
@@ -470,6 +471,7 @@ class Child:
             fast_memory: of the meter, in bytes: what is still in it is not moved again.
             guarded: tensors among the arguments, each with memory of its own, that are handed out piece by piece (`handout`), by
                 name; and of each how many bytes may lie there at a time. Where `hands_out`.
+            together: whether these share the largest room.
 
         Raises:
             StudentError: there was no usable answer.
@@ -492,7 +494,7 @@ class Child:
         began = time.monotonic()
         with _Arena(tensors, guarded or {}) as arena:
             header["tensors"] = arena.descriptions
-            handout = Handout(self._faults, arena.fd, arena.guarded) if guarded else None
+            handout = Handout(self._faults, arena.fd, arena.guarded, together) if guarded else None
             answer, results = self._exchange(header, arena.fd, seconds or self.limits.seconds, handout)
             changed = _names(arena.changed(), function, args, kwargs, tensors)
         elapsed = time.monotonic() - began
@@ -507,9 +509,12 @@ class Child:
         return Reply(value, traffic, changed, elapsed, _kernels(answer.get("compiled")), seen)
 
     def memory_peak(self) -> int:
-        """The most bytes by which it had grown at any time so far. Linux only."""
-        with open(f"/proc/{self.pid}/status") as file:
-            peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+        """The most bytes by which it had grown at any time so far; where the system does not say, by which it has grown now."""
+        try:
+            with open(f"/proc/{self.pid}/status") as file:
+                peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+        except (OSError, StopIteration):
+            peak = psutil.Process(self.pid).memory_info().rss
         return max(0, peak - self.base_memory)
 
     def take_printed(self) -> str:

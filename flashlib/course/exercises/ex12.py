@@ -512,9 +512,9 @@ def bounded_memory(t: Trial) -> None:
 
 def see_memory_from_outside(t: Trial) -> None:
     """The memory is handed out piece by piece, with room for one chunk: once, and the process does not grow by a copy of it."""
-    batch, dim, chunk_size, length = 16, 32, 2048, 1 << 17
-    q, k, v, k_memory, v_memory = draw(t, 1, 2, length, batch=batch, heads=1, dim=dim, v_dim=dim)
-    arguments, chunk = (q, k, v, k_memory, v_memory, chunk_size), chunk_size * dim * 2
+    batch, heads, dim, chunk_size, length = 16, 2, 32, 4096, 1 << 16
+    q, k, v, k_memory, v_memory = draw(t, 1, 2, length, batch=batch, heads=heads, dim=dim, v_dim=dim)
+    arguments, chunk = (q, k, v, k_memory, v_memory, chunk_size), heads * chunk_size * dim * 2
     first = q, k, v, k_memory[:, :9].clone(), v_memory[:, :9].clone(), 4
     room = {"k_memory": (k_memory, chunk), "v_memory": (v_memory, chunk)}
     reply = t.watch("inject_chunked", *arguments, first=first, room=room, memory=6 * MIB, copied=GROWS)

@@ -487,7 +487,7 @@ def read_once(t: Trial) -> None:
 
 def see_prefix_from_outside(t: Trial) -> None:
     """A prefix is handed out piece by piece, with room for its keys or its values: once, and no copy of it makes the process grow."""
-    sizes, tokens = Sizes(batch=3, q_heads=2, kv_heads=1, q_len=1, dim=64, v_dim=64), 32_768
+    sizes, tokens = Sizes(batch=3, q_heads=4, kv_heads=2, q_len=1, dim=64, v_dim=64), 16_384
     q, k, v = draw_own(t, sizes, 4)
     level = draw_level(t, sizes, 1, tokens)
     arguments, first = (q, [level], k, v, full(sizes, 4)), (q, [draw_level(t, sizes, 1, 9)], k, v, full(sizes, 4))
@@ -496,7 +496,10 @@ def see_prefix_from_outside(t: Trial) -> None:
     reply = t.watch("shared_prefix_attention", *arguments, first=first, room=room, **limits)
     if reply is None:
         return
-    t.judge(forward, reply.value, *arguments)
+    out, lse = t.expect_tuple(reply.value, "out", "lse")
+    out, lse = t.expect_tensor(out, "out", q.shape), t.expect_tensor(lse, "lse", q.shape[:3])
+    last = slice(-1, None)  # the other requests see the same prefix
+    t.judge(forward, (out[last], lse[last]), q[last], [(*level[:2], [0])], k[last], v[last], arguments[4][last])
     for name in room:
         if (times := reply.seen.times(name)) > 1.5:
             t.fail_as(PREFIX_READ_AGAIN, got=f"{name} read {times:.3g} times", expected="once")

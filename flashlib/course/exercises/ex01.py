@@ -65,6 +65,12 @@ def summed_in_half(x: Tensor) -> Tensor:
 
 _PLAIN_MISTAKES = (
     Misconception(
+        "computed-in-float32",
+        "float64 scores were computed in float32: half of their digits are lost.",
+        "To which dtype do you convert? At least float32 is not always float32.",
+        lambda x: softmax_with(x.float(), row_max(x.float())),
+    ),
+    Misconception(
         "masked-row-nan",
         "A row of nothing but -inf gave NaN: -inf minus the maximum of -inf is NaN.",
         "Find the rows whose maximum is -inf before you subtract. What should exp see there?",

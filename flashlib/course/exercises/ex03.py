@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flashlib import reference
-from flashlib.course.exercises.online_softmax import ONLINE_MISTAKES, State, finish, run, step
+from flashlib.course.exercises.formula import Dense, formula_mistakes
+from flashlib.course.exercises.online_softmax import ONLINE_MISTAKES
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import in_poison, ramp, transposed_in_poison, with_scores_along
@@ -58,11 +59,6 @@ def online(model: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[T
     return on_tiles
 
 
-def with_scale(scale_of: Callable[[Tensor, float | None], float]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Attention with another scale, made from q and the scale that was given."""
-    return lambda q, k, v, block_q, block_k, scale=None: reference.oracle(q, k, v, scale=scale_of(q, scale))
-
-
 def without_query_tail(keep_shape: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     def model(q, k, v, block_q, block_k, scale=None):
         out, lse = reference.oracle(q, k, v, scale=scale)
@@ -88,53 +84,17 @@ def tiles_stacked(q, k, v, block_q, block_k, scale=None):
     return tuple(torch.stack(x.split(block_q, 2)).reshape(x.shape) for x in (out, lse))
 
 
-def scaled_by(size: Callable[[Tensor, Tensor, Tensor], int]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Attention scaled by one over the root of some size, where the caller gave no scale."""
-
-    def model(q, k, v, block_q, block_k, scale=None):
-        return reference.oracle(q, k, v, scale=1 / math.sqrt(size(q, k, v)) if scale is None else scale)
-
-    return model
+def as_dense(q, k, v, block_q, block_k, scale=None) -> Dense:
+    sizes = (v.shape[-1], k.shape[-2], q.shape[-2], q.shape[1])
+    return Dense(q, k, v, default_scale(q) if scale is None else scale, scale is None, sizes, block=block_k)
 
 
-def rounding_sums(
-    *, l_too: bool, acc_too: bool, dtype: torch.dtype | None = None
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """l, acc or both rounded after every step: to `dtype`, or to the inputs' own."""
-
-    def model(q, k, v, block_q, block_k, scale=None):
-        def rounding_step(*args: Tensor) -> State:
-            m, l, acc = step(*args)
-            kept = dtype or q.dtype
-            return m, l.to(kept).float() if l_too else l, acc.to(kept).float() if acc_too else acc
-
-        def attend(scores, v, block):
-            return finish(*run(scores, v, block, one_step=rounding_step))
-
-        return online(attend)(q, k, v, block_q, block_k, scale)
-
-    return model
-
-
+# Two of them are among the mistakes of the loop, with their lse.
+OF_THE_FORMULA = formula_mistakes(
+    as_dense, leave=("exp2-for-exp", "masked-after-softmax", "newest-key-missed", "causal-sees-the-next")
+)
 MISTAKES = (
-    Misconception(
-        "missing-scale",
-        "The scores were not scaled. Without 1 / sqrt(D) they grow with the head dimension, and softmax saturates.",
-        "What should scale be if the caller gave none? Is it used?",
-        with_scale(lambda q, scale: 1.0),
-    ),
-    Misconception(
-        "scaled-twice",
-        "The scores were scaled twice. (Dividing by D, not by its square root, comes to the same.)",
-        "Follow the scale from q to the scores. How often is it multiplied in?",
-        with_scale(lambda q, scale: (default_scale(q) if scale is None else scale) ** 2),
-    ),
-    Misconception(
-        "scale-ignored",
-        "The scale that the caller gave was not used: the answer is the one for 1 / sqrt(D).",
-        "When is the default taken? Only when the caller gave none.",
-        with_scale(lambda q, scale: default_scale(q)),
-    ),
+    *(mistake for mistake in OF_THE_FORMULA if "scale" in mistake.slug or mistake.slug == "wrong-axis"),
     Misconception(
         "keys-reshaped",
         "The keys of a tile were reshaped where they should be transposed: same shape, numbers in other places.",
@@ -157,37 +117,15 @@ MISTAKES = (
         for keep_shape in (True, False)
     ),
     *(replace(mistake, model=online(mistake.model)) for mistake in ONLINE_MISTAKES),
-    *(
-        Misconception(
-            "accumulated-in-half",
-            "l or acc was kept in 16 bits. float16 ends at 65504, and a sum of that many weights does not fit.",
-            "Which dtype do your running sums have after the first tile? Print it.",
-            rounding_sums(l_too=l_too, acc_too=acc_too),
-        )
-        for l_too, acc_too in ((True, True), (True, False), (False, True))
-    ),
-    *(
-        Misconception(
-            "scaled-by-another-size",
-            "The scores were scaled by one over the root of another size than the head dimension of q and k.",
-            "Write the shapes of q, k and v down, and find D among the axes. Which one does your scale take?",
-            scaled_by(size),
-        )
-        for size in (
-            lambda q, k, v: v.shape[-1],
-            lambda q, k, v: k.shape[-2],
-            lambda q, k, v: q.shape[-2],
-            lambda q, k, v: q.shape[1],
-        )
-    ),
-    *(
-        Misconception(
-            "summed-in-half",
-            "l or acc was kept in float16 even for float32 inputs: eleven bits of a sum are too few.",
-            "Which dtype do your running sums have after the first tile, if q is float32?",
-            rounding_sums(l_too=l_too, acc_too=acc_too, dtype=torch.float16),
-        )
-        for l_too, acc_too in ((True, True), (True, False), (False, True))
+    *(mistake for mistake in OF_THE_FORMULA if "half" in mistake.slug),
+    Misconception(
+        "lse-in-half",
+        "lse was rounded to the inputs' dtype. Near 10 float16 has steps of 1 / 128, and the backward takes exponentials of it.",
+        "With which dtype is the tensor made that lse is written into?",
+        lambda q, k, v, *args, scale=None: (
+            (exact := reference.oracle(q, k, v, scale=args[2] if len(args) > 2 else scale))[0],
+            exact[1].to(q.dtype),
+        ),
     ),
 )
 ASSUMES_CONTIGUOUS = Misconception(

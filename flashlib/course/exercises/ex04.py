@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import transposed_in_poison
@@ -706,12 +707,31 @@ SAME_SHAPE = (
     "sequences-merged",
     "map-transposed",
 )  # these maps attention cannot go by, or goes by as well
+
+
+def as_dense(q, k, v, start, stop, block_q, block_k) -> Dense:
+    key = torch.arange(k.shape[2])
+    start, stop = (x[:, -q.shape[2] :, None] for x in (start, stop))  # of many queries, the last may be looked at alone
+    hidden = ((key < start) | (key >= stop))[:, None]
+    sizes = (v.shape[-1], k.shape[2], q.shape[2], q.shape[1], block_k)
+    # Keys that no row of their sequence sees may hold anything.
+    return Dense(q, k, v, q.shape[-1] ** -0.5, True, sizes, hidden.all(-2, keepdim=True), hidden, block=block_k)
+
+
+# The ends of the intervals are this exercise's own matter.
+FORMULA_MISTAKES = formula_mistakes(
+    as_dense, leave=("scale-ignored", "newest-key-missed", "causal-sees-the-next", "accumulated-in-half")
+)
 masked_attention = Target(
     "masked_attention",
     oracle=exact_attention,
     budget=attention_budget,
     outputs={"out": torch.float32, "lse": torch.float32},
-    misconceptions=(*ATTENTION_MISTAKES, *(_in_attention(m) for m in MAP_MISTAKES if m.slug not in SAME_SHAPE)),
+    misconceptions=(
+        *ATTENTION_MISTAKES,
+        *(_in_attention(m) for m in MAP_MISTAKES if m.slug not in SAME_SHAPE),
+        *FORMULA_MISTAKES,
+    ),
 )
 
 

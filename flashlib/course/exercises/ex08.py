@@ -12,6 +12,7 @@ from torch import Tensor
 from flashlib import reference
 from flashlib.course.exercises.compiled import expect_compiled
 from flashlib.course.exercises.ex04 import IntervalMistake, blocks, exact_intervals
+from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.trial import Trial
@@ -291,12 +292,25 @@ def attention_budget(q, k, v, left=None, right=None, block_m=32, block_n=32) -> 
     return allowed.out, allowed.lse
 
 
+def as_dense(q, k, v, left=None, right=None, block_m=32, block_n=32) -> Dense:
+    start, stop = (x[0, :, None] for x in exact_intervals(q.shape[2], k.shape[2], left, right))
+    key = torch.arange(k.shape[2])
+    sizes = (k.shape[2], q.shape[2], block_m, block_n)
+    hidden = (key < start) | (key >= stop)
+    return Dense(q, k, v, q.shape[-1] ** -0.5, True, sizes, hidden=hidden, block=block_n)
+
+
+# The ends of the intervals are this exercise's own matter.
+FORMULA_MISTAKES = formula_mistakes(
+    as_dense, leave=("scale-ignored", "newest-key-missed", "causal-sees-the-next", "accumulated-in-half")
+)
+
 masked_attention = Target(
     "masked_attention",
     oracle=exact_attention,
     budget=attention_budget,
     outputs={"out": torch.float32, "lse": torch.float32},
-    misconceptions=(*INTERVAL_MISTAKES, *TILE_MISTAKES, *VALUE_MISTAKES),
+    misconceptions=(*INTERVAL_MISTAKES, *TILE_MISTAKES, *VALUE_MISTAKES, *FORMULA_MISTAKES),
 )
 
 

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.exercises.online_softmax import attention64
 from flashlib.course.exercises.pieces import (
     FOLD_MISTAKES,
@@ -441,6 +443,13 @@ def even_ranges(length: int, num_splits: int, block: int) -> Ranges:
     return [(min(s * per_split, length), min((s + 1) * per_split, length)) for s in range(num_splits)]
 
 
+def shared_out_ranges(length: int, num_splits: int, block: int) -> Ranges:
+    """The other common way: split s begins at block s * blocks // num_splits."""
+    blocks = math.ceil(length / block)
+    ends = [min(s * blocks // num_splits * block, length) for s in range(num_splits + 1)]
+    return list(pairwise(ends))
+
+
 def equal_ranges(keys: int, num_splits: int) -> Ranges:
     return [(split * keys, (split + 1) * keys) for split in range(num_splits)]
 
@@ -557,6 +566,15 @@ DECODE_MISTAKES = (
             lambda length, n, block: even_ranges(length // block * block, n, block),
         )
     ),
+    *(
+        Misconception(
+            "last-split-dropped",
+            "The last split was left out, though it has keys: the newest of them.",
+            "For how many splits does your loop run, and how many results do you combine?",
+            DecodeMistake(ranges=lambda length, n, block, cut=cut: cut(length, n, block)[:-1] or [(0, 0)]),
+        )
+        for cut in (even_ranges, shared_out_ranges)
+    ),
     Misconception(
         "beyond-the-length",
         "Keys behind a request's length were seen: its last block is not full, and was read to its end.",
@@ -619,6 +637,33 @@ DECODE_MISTAKES = (
     ),
     *(of_splits(mistake) for mistake in COMBINE_MISTAKES),
 )
+
+
+def as_dense(q, k, v, lengths, num_splits, block, scale=None) -> Dense:
+    shared = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    absent = (torch.arange(k.shape[2]) >= lengths[:, None])[:, None, None]
+    sizes = (v.shape[-1], k.shape[2], q.shape[1], k.shape[1], q.shape[1] // k.shape[1])
+    given = q.shape[-1] ** -0.5 if scale is None else scale
+    return Dense(q[:, :, None], *shared, given, scale is None, sizes, absent, block=block)
+
+
+def of_one_query(out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return out[:, :, 0], None if lse is None else lse[:, :, 0]
+
+
+# There is one query, and no mask.
+FORMULA_MISTAKES = formula_mistakes(
+    as_dense,
+    of_one_query,
+    leave=(
+        "missing-scale",
+        "scale-ignored",
+        "wrong-axis",
+        "masked-after-softmax",
+        "causal-sees-the-next",
+        "accumulated-in-half",
+    ),
+)
 PADDING_MULTIPLIED = Misconception(
     "padding-multiplied",
     "Something from behind a request's length reached the answer. Hiding the scores is not enough: a weight of 0 times a value of "
@@ -664,7 +709,7 @@ decode = Target(
     oracle=exact_decoding,
     budget=decoding_budget,
     outputs={"out": torch.float32, "lse": torch.float32},
-    misconceptions=DECODE_MISTAKES,
+    misconceptions=(*DECODE_MISTAKES, *FORMULA_MISTAKES),
 )
 
 

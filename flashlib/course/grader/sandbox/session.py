@@ -497,6 +497,8 @@ class Child:
             handout = Handout(self._faults, arena.fd, arena.guarded, together) if guarded else None
             answer, results = self._exchange(header, arena.fd, seconds or self.limits.seconds, handout)
             changed = _names(arena.changed(), function, args, kwargs, tensors)
+            if on:
+                arena.spoil()
         elapsed = time.monotonic() - began
         traffic = None if meter is None else _traffic(answer.get("meter"))
         if keep:
@@ -870,6 +872,11 @@ class _Arena:
             )
         }
         return [index for index, position in enumerate(self._positions) if position in different]
+
+    def spoil(self) -> None:
+        """Write NaN over the arguments: they are the caller's, and an object that holds on to them is seen to."""
+        for position, data in self._pristine.items():
+            os.pwrite(self.fd, b"\xff" * len(data), position)
 
 
 def _whole_pieces(size: int) -> int:

@@ -386,7 +386,7 @@ def memory_traffic(t: Trial) -> None:
         t.fail_as(BLOCK_K_IGNORED, got=got, expected=f"at most {allowed:,}")
     if made <= allowed:
         t.expect_calls_to_grow("tiled_attention", (q, k, v, 8, 128), (q, k, v, 8, 16), BLOCK_K_IGNORED)
-    see_traffic_from_outside(t)
+        see_traffic_from_outside(t)
 
 
 def see_traffic_from_outside(t: Trial) -> None:

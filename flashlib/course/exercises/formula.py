@@ -69,7 +69,7 @@ def scaled_by_size(number: int) -> Callable[[Dense], Out]:
     """1 / sqrt of one of the other sizes, where the caller gave no scale."""
 
     def model(dense: Dense) -> Out:
-        by = dense.default and number < len(dense.sizes)
+        by = dense.default and number < len(dense.sizes) and dense.sizes[number] > 1
         return attention64(dense.scores(dense.sizes[number] ** -0.5 if by else None), dense.values())
 
     return model

@@ -27,7 +27,6 @@ FOLDER = BENCHMARKS / "grader"
 PAGE = REPOSITORY / "exercises/SURVIVAL.md"
 SECONDS = 5.0  # of processor time, that grading one submission to one exercise may take
 BEGIN, END = "<!-- made by flashlib.course.grader.rounds -->", "<!-- end -->"
-SHARED = ("grader/engine.py", "grader/trial.py", "grader/sandbox/session.py", "grader/sandbox/handout.py")
 
 
 def right_files(exercise: Exercise) -> list[Path]:
@@ -63,7 +62,7 @@ def _row(name: str, graded: Sequence[Report]) -> dict:
 
 
 def record_of(exercise: Exercise, rows: list[dict]) -> Record:
-    sources = [f"course/exercises/{exercise.name}.py", *(f"course/{name}" for name in SHARED)]
+    sources = [f"course/exercises/{exercise.name}.py"]
     notes = "Right solutions graded on fresh inputs; processor time of the checks and of the processes that the code ran in."
     return new_record(exercise.name, rows, sources, notes)
 

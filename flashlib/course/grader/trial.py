@@ -195,6 +195,7 @@ class Trial:
         self.ask(function, first)
         before = child.memory_peak()
         reply = self.ask(function, args, guarded=room, together=together)
+        self._expect_unchanged(reply.seen.changed)
         rooms = [size for _, size in room.values()]
         grown = self._process.end() - before - (max(rooms) if together else sum(rooms))
         if memory is not None and grown > memory:
@@ -280,15 +281,18 @@ class Trial:
             Failure: as `check`; or `"mutated-input"`.
         """
         reply = self.ask(target.function, args, kwargs)
-        if reply.changed:
+        self._expect_unchanged(reply.changed)
+        self._judge(target, reply.value, args, kwargs)
+
+    def _expect_unchanged(self, changed: Sequence[str]) -> None:
+        if changed:
             self.fail(
                 "mutated-input",
-                f"Your function changed what it was given ({', '.join(reply.changed)}). The caller still needs it.",
+                f"Your function changed what it was given ({', '.join(changed)}). The caller still needs it.",
                 got="an argument whose memory holds other bytes after the call",
                 expected="arguments left as they were",
                 hint="Look for in-place operations: names that end in _, and x[...] = or x += on an argument or its view.",
             )
-        self._judge(target, reply.value, args, kwargs)
 
     def check_tiled(
         self,

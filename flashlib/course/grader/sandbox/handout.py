@@ -84,11 +84,13 @@ class Seen:
         order: each piece, as it was asked for: the tensor's name, and the piece's number in it.
         counts: how many pieces each tensor has.
         piece: how many bytes a piece of each has.
+        changed: the tensors that were written to.
     """
 
     order: tuple[tuple[str, int], ...]
     counts: dict[str, int]
     piece: dict[str, int]
+    changed: tuple[str, ...] = ()
 
     def times(self, name: str) -> float:
         """How often all of a tensor was handed out."""
@@ -128,11 +130,12 @@ class Handout:
     together: bool = False
     _base: int = 0
     _order: list[tuple[str, int]] = field(default_factory=list)
+    _changed: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._buffers = [ctypes.create_string_buffer(each.data, each.size) for each in self.guarded]
         own = [deque() for _ in self.guarded]
-        self._present: list[deque[tuple[int, int]]] = [own[0]] * len(own) if self.together else own  # offset and size
+        self._present: list[deque[tuple[int, int]]] = [own[0]] * len(own) if self.together else own  # which, number
         self._room = [max(each.room for each in self.guarded) if self.together else each.room for each in self.guarded]
         self._libc = ctypes.CDLL(None, use_errno=True)
 
@@ -168,29 +171,42 @@ class Handout:
         guarded, present = self.guarded[at], self._present[at]
         piece = guarded.piece
         number = (place - guarded.offset) // piece
-        offset = guarded.offset + number * piece
-        if (offset, piece) not in present:  # two threads may wait for the same
-            while sum(size for _, size in present) >= self._room[at] + piece:
+        if (at, number) not in present:  # two threads may wait for the same
+            while sum(self.guarded[which].piece for which, _ in present) >= self._room[at] + piece:
                 self._take_away(*present.popleft())
-            present.append((offset, piece))
+            present.append((at, number))
             self._order.append((guarded.name, number))
+        offset = guarded.offset + number * piece
         source, target = ctypes.addressof(self._buffers[at]) + number * piece, self._base + offset
         try:
             fcntl.ioctl(self.faults, _DO_COPY, bytearray(struct.pack("=QQQQq", target, source, piece, 0, 0)))
         except FileExistsError:  # by now it is there
             fcntl.ioctl(self.faults, _DO_WAKE, bytearray(struct.pack("=QQ", target, piece)))
 
-    def _take_away(self, offset: int, size: int) -> None:
-        if self._libc.fallocate(self.memory, _PUNCH_HOLE | _KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(size)):
+    def _take_away(self, which: int, number: int) -> None:
+        piece = self.guarded[which].piece
+        offset = self.guarded[which].offset + number * piece
+        self._look_for_changes(which, number)
+        if self._libc.fallocate(self.memory, _PUNCH_HOLE | _KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(piece)):
             raise OSError(ctypes.get_errno(), "fallocate failed")
+
+    def _look_for_changes(self, which: int, number: int) -> None:
+        guarded, piece = self.guarded[which], self.guarded[which].piece
+        held = memoryview(self._buffers[which]).cast("B")[number * piece : (number + 1) * piece]
+        if os.pread(self.memory, piece, guarded.offset + number * piece) != held:
+            self._changed.add(guarded.name)
 
     def end(self) -> Seen:
         """Hand nothing out any more; answers what was."""
+        for present in self._present[:1] if self.together else self._present:
+            for which, number in present:
+                self._look_for_changes(which, number)
         for start, size in self._ranges():
             with contextlib.suppress(OSError):  # the child may have given the memory back
                 fcntl.ioctl(self.faults, _DO_UNREGISTER, bytearray(struct.pack("=QQ", start, size)))
         counts = {each.name: each.size // each.piece for each in self.guarded}
-        return Seen(tuple(self._order), counts, {each.name: each.piece for each in self.guarded})
+        pieces = {each.name: each.piece for each in self.guarded}
+        return Seen(tuple(self._order), counts, pieces, tuple(sorted(self._changed)))
 
     def _ranges(self) -> list[tuple[int, int]]:
         return [(self._base + each.offset, each.size) for each in self.guarded]

@@ -496,6 +496,7 @@ class Child:
             header["tensors"] = arena.descriptions
             handout = Handout(self._faults, arena.fd, arena.guarded, together) if guarded else None
             answer, results = self._exchange(header, arena.fd, seconds or self.limits.seconds, handout)
+            seen = handout.end() if handout else None
             changed = _names(arena.changed(), function, args, kwargs, tensors)
             if on:
                 arena.spoil()
@@ -507,7 +508,6 @@ class Child:
             value = wire.from_json(answer.get("value"), results, {})
         except wire.WireError as error:
             raise _tampered(error) from error
-        seen = handout.end() if handout else None
         return Reply(value, traffic, changed, elapsed, _kernels(answer.get("compiled")), seen)
 
     def memory_peak(self) -> int:

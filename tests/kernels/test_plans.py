@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from recorded_launches import recorded
+from kernels.recorded_launches import recorded
 
 from flashlib import attention, routes
 from flashlib.inference import decode_attention
@@ -52,9 +52,9 @@ def what_is_built(stack: list[str]):
     """Notes what must not be made anew: arguments of launches, descriptors, packets, forms."""
     noted = []
     for owner, name in ((Launch, "__init__"), (TileMap, "__init__"), (packets, "packet"), (forms.Form, "__init__")):
-        made = getattr(owner, name)
+        made, what = getattr(owner, name), f"{getattr(owner, '__name__', owner)}.{name}"
 
-        def note(*arguments, made=made, what=f"{getattr(owner, '__name__', owner)}.{name}", **others):
+        def note(*arguments, made=made, what=what, **others):
             stack.append(what)
             return made(*arguments, **others)
 

@@ -47,7 +47,7 @@ _lock = threading.Lock()
 def route_key(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, causal: bool, scale: float | None, softcap: float, alibi_slopes: Tensor | None,
     return_lse: bool, backend: str, config: FlashAttentionConfig,
-) -> tuple[tuple, list[Tensor]] | tuple[None, None]:  # fmt: skip
+) -> tuple[tuple | None, list[Tensor]]:  # fmt: skip
     """The class of a call, and what a route is given besides q, k and v: the mask's tensors and the slopes. None for calls that take no route."""
     if not (
         type(q) in _PLAIN
@@ -61,28 +61,30 @@ def route_key(
         and type(scale) in _NUMBERS
         and type(softcap) in _NUMBERS
     ):
-        return None, None
+        return None, []
     device = q.get_device()
     addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
-    rule, given, forms = None, [], None
+    rule: Any = None
+    given: list[Tensor] = []
+    forms = None
     if mask is not None:
         if isinstance(mask, Window) and mask.offset is None:
             rule = (mask.left, mask.right)
         else:
             found = rule_of(mask, causal) if isinstance(mask, Mask) and alibi_slopes is None else None
             if found is None:
-                return None, None
+                return None, []
             rule, given = found
     if alibi_slopes is not None:
         if type(alibi_slopes) is not Tensor or alibi_slopes.requires_grad:
-            return None, None
+            return None, []
         given = [alibi_slopes]
     if given:
         for x in given:
             addresses |= x.data_ptr()
         forms = tuple([(x.shape, x.stride(), x.dtype, x.get_device()) for x in given])
     if addresses & 15 or device != _current_device():
-        return None, None
+        return None, []
     needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on()
     key = (
         q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
@@ -137,7 +139,9 @@ def new_route(
         options = KernelOptions.from_numbers(*spec.numbers(), triton.fp32_precision, triton.autotune)
         plan = plan_for(best_forward_launches, (q, k, v), options)
     else:
-        rule, _ = rule_of(spec.mask, False)
+        found = rule_of(spec.mask, False)
+        assert found is not None  # route_key has found one
+        rule, _ = found
         if not fits(rule, given, spec.q_len, spec.kv_len):
             return None
         numbers = (spec.scale, spec.softcap, 0.0, None, triton.fp32_precision, triton.autotune)
@@ -254,7 +258,8 @@ class Route:
         if self.needs_grad:
             return _apply(self, *tensors)
         if self.returns_lse:
-            return tuple(self.plan.run(tensors))
+            out, lse = self.plan.run(tensors)
+            return out, lse
         return self.plan.run_first(tensors)
 
     def gradients(self, q, k, v, out, lse, grad_out, grad_lse, more: list[Tensor]) -> Sequence[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,13 +51,17 @@ class Rule:
 
 def rule_of(mask: Mask, causal: bool) -> tuple[Rule, list[Tensor]] | None:
     """A mask, and the future hidden besides if ``causal``, as a rule and its tensors; None if it is no such intersection."""
-    lengths, ends, bands, offsets, packed = [], [], [], [], None
+    lengths: list[Any] = []
+    ends: list[Tensor] = []
+    bands: list[Band] = []
+    offsets: list[Tensor] = []
+    packed: Varlen | None = None
     for part in mask.parts if type(mask) is Intersection else (mask,):
         if type(part) is KeyLengths:
             lengths.append(part.lengths)
         elif type(part) is Varlen:
             packed = part
-            ends += (part.cu_seqlens_q, part.cu_seqlens_k)
+            ends += part.ends
         elif isinstance(part, Window):
             offset = part.offset
             if isinstance(offset, Tensor):
@@ -133,14 +138,13 @@ def rule_launch(q: Tensor, k: Tensor, ruled: RuledOptions) -> tuple[Launch, Tens
         },
         **{"ROWS": ROWS, "AT_ONCE": ENDS_AT_ONCE},
     }
-    absent = [Band(None, None, FROM_THE_END)] * (MOST_BANDS - len(rule.bands))
-    for side, band, offset in zip("ab", [*rule.bands, *absent], [*offsets, *absent], strict=False):
-        offset = offset if band.is_given else None
-        by_row = offset is not None and offset.dim() == 2
+    absent = MOST_BANDS - len(rule.bands)
+    bands = [*rule.bands, *[Band(None, None, FROM_THE_END)] * absent]
+    for side, band, offset in zip("ab", bands, [*offsets, *[None] * absent], strict=True):
         arguments |= {
             f"p_offset_{side}": offset,
             f"stride_{side}b": 0 if offset is None or offset.shape[0] == 1 else offset.stride(0),
-            f"stride_{side}s": offset.stride(1) if by_row else 0,
+            f"stride_{side}s": 0 if offset is None or offset.dim() < 2 else offset.stride(1),
             f"offset_{side}": band.offset or 0,
             f"left_{side}": band.left or 0,
             f"right_{side}": band.right or 0,

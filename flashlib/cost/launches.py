@@ -47,7 +47,9 @@ class Launch:
             how often it comes again.
         tile: products, exponentials and bytes asked of the cache for one whole tile, padding included.
         work: all that the kernel does, padding included; bytes are what it asks of the cache.
-        memory: bytes that come from memory, or go there.
+        memory: bytes that come from memory, or go there, if the cache keeps what programs that are at work share.
+        shared: bytes that it would have to keep for that, until the last wave of programs has passed; 0 if no wave reads what another did.
+        rows: of a tile, where a program's steps follow one another (decoding); else 0.
     """
 
     kernel: str
@@ -55,6 +57,15 @@ class Launch:
     tile: Work
     work: Work
     memory: float
+    shared: float = 0.0
+    rows: int = 0
+
+    def read_once(self, gpu: Device) -> bool:
+        """Whether the cache keeps what programs share, so that :attr:`memory` is all that crosses memory. If not, it is the least.
+
+        Half of a GPU's cache counts: it has two parts, and what all multiprocessors read lies in both.
+        """
+        return self.shared <= gpu.cache_bytes / 2
 
     @property
     def tiles(self) -> int:
@@ -140,21 +151,23 @@ def forward_launches(problem: Problem, gpu: Device) -> list[Launch]:
         if mask.widths is None:
             of_head += Work(read={"intervals": 2 * 4 * mask.q_len})
         work += (of_head + tile * _visited(blocks, hopper)) * (count * problem.q_heads)
-        memory += _from_memory(problem, mask, of_head, gpu) * count
+        memory += _from_memory(problem, mask) * count
     heads = problem.batch * problem.q_heads
     least = 1 if hopper else 0
+    row_blocks = -(-problem.q_len // tiles.block_m)
+    together = 1
     if hopper:
-        row_blocks = -(-problem.q_len // tiles.block_m)
         programs = min(gpu.units, row_blocks * heads)
         together = _heads_together(problem, heads, row_blocks, programs)
         order = _side_by_side(by_entry, problem.q_heads, together, least)
     else:
         order = _head_by_head(by_entry, problem.q_heads, least, backwards=True)
+    shared = _shared_keys(problem, together) if row_blocks * together > gpu.units else 0.0
     if not hopper:
-        return [Launch("attention_forward", order, tile, work, memory)]
+        return [Launch("attention_forward", order, tile, work, memory, shared)]
     # The counter that hands out blocks of rows is zeroed first.
     before = [Launch("fill", [([(0, 1)], 1)], Work(), Work(), 0.0), *([_prepare(problem)] * _by_row(problem))]
-    return [*before, Launch("hopper_forward", order, tile, work, memory)]
+    return [*before, Launch("hopper_forward", order, tile, work, memory, shared)]
 
 
 def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
@@ -199,7 +212,9 @@ def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
         least = mask.q_len * ((d + dv) * size + 2 * FP32)
         memory += (least * problem.q_heads + owned.bytes * problem.kv_heads) * count
     order = _head_by_head(by_entry, problem.kv_heads, 0, backwards=False, times=problem.group)
-    launches.append(Launch("hopper_dkdv" if hopper else "backward_dkdv", order, tile, work, memory))
+    # Blocks of keys begin at rows of their own, so that all rows of a group's heads pass before the last block is done with the first.
+    passing = problem.group * problem.q_len * (d + dv) * size
+    launches.append(Launch("hopper_dkdv" if hopper else "backward_dkdv", order, tile, work, memory, passing))
 
     launches += [_prepare(problem)] * (by_row and hopper)
     tiles = dq_tiles(problem, gpu)
@@ -216,7 +231,9 @@ def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
         keys = mask.seen_keys * (d + dv) * problem.kv_itemsize
         memory += ((sum(own) + mask.q_len * d * size) * problem.q_heads + keys * problem.kv_heads) * count
     order = _head_by_head(by_entry, problem.q_heads, 1 if hopper else 0, backwards=True)
-    launches.append(Launch("hopper_dq" if hopper else "backward_dq", order, tile, work, memory))
+    launches.append(
+        Launch("hopper_dq" if hopper else "backward_dq", order, tile, work, memory, _shared_keys(problem, 1))
+    )
     return launches
 
 
@@ -290,11 +307,11 @@ def decode_launches(
     written = Work(written={"out": out})
     if merged_inside:
         work += written + Work(written={"partial": partial}) + merging
-        return [Launch("decode_split", [(programs, 1)], tile, work, work.bytes - 2 * partial)]
+        return [Launch("decode_split", [(programs, 1)], tile, work, work.bytes - 2 * partial, rows=tiles.block_m)]
     split = work + Work(written={"partial": partial})
     combine = merging + written
     return [
-        Launch("decode_split", [(programs, 1)], tile, split, split.bytes),
+        Launch("decode_split", [(programs, 1)], tile, split, split.bytes, rows=tiles.block_m),
         Launch("combine", [([(0, query)], 1)], Work(), combine, combine.bytes),
     ]
 
@@ -431,16 +448,17 @@ def _passing_keys(problem: Problem, mask: Visible, blocks: list[BlockTiles], blo
     return Work(read={"k": keys * problem.head_dim * problem.kv_itemsize, "v": keys * problem.v_head_dim * problem.kv_itemsize})  # fmt: skip
 
 
-def _from_memory(problem: Problem, mask: Visible, asked: Work, gpu: Device) -> float:
-    """Bytes of one batch entry that the cache does not answer. K and V of the heads that are worked on together fit into it, or
-    at least those of one; where not even they do, each wave of programs brings them again."""
+def _from_memory(problem: Problem, mask: Visible) -> float:
+    """Bytes of one batch entry that cross memory if the cache answers the rest: each operand once."""
     q_and_out = mask.q_len * ((problem.head_dim + problem.v_head_dim) * problem.itemsize + FP32) * problem.q_heads
     per_head = mask.seen_keys * (problem.head_dim + problem.v_head_dim) * problem.kv_itemsize
-    times = 1.0
-    if per_head > gpu.cache_bytes / 2:
-        waves = -(-problem.q_len // (128 * gpu.units))
-        times = min(waves * problem.group, (asked.read["k"] + asked.read["v"]) * problem.group / max(per_head, 1))
-    return q_and_out + per_head * problem.kv_heads * max(times, 1.0)
+    return q_and_out + per_head * problem.kv_heads
+
+
+def _shared_keys(problem: Problem, heads: int) -> float:
+    """K and V of so many query heads that are worked on together."""
+    seen = max(mask.seen_keys for mask in problem.visible)
+    return -(-heads // problem.group) * seen * (problem.head_dim + problem.v_head_dim) * problem.kv_itemsize
 
 
 def _heads_together(problem: Problem, heads: int, row_blocks: int, programs: int) -> int:

@@ -20,6 +20,7 @@ from flashlib.config import INJECTION_MODES, InjectionConfig
 from flashlib.course import figures
 from flashlib.course.chapters.memory_stories import Story, log_probabilities
 from flashlib.course.chapters.serving import SCRIPT, replay
+from flashlib.course.chapters.timing_machine import HABITS, WAYS, measured
 from flashlib.course.display import Figure, format_bytes, widgets_run
 from flashlib.course.models import capture_qkv
 from flashlib.inference.injection import KVInjector
@@ -416,6 +417,22 @@ def roofline_explorer() -> Figure | Explorer:
         kv_heads=Choice([1, 8, 32], 8),
         head_dim=Choice([64, 128], 128),
     )
+
+
+def timing_explorer() -> Figure | Explorer:
+    """Choose a machine's habit and a way to time, and see what that way says of three calls. See `flashlib.course.chapters.timing_machine`."""
+    costs = {"a": 4.0, "b": 2.0, "c": 6.0}
+
+    def draw(habit: str, way: str) -> Figure:
+        found = measured(way, costs, **HABITS[habit])
+        return figures.bars(
+            list(costs),
+            {"true": list(costs.values()), "measured": [round(found[name], 2) for name in costs]},
+            ylabel="time (ms)",
+            title=f"The machine: {habit}. The way: {way}.",
+        )
+
+    return explore(draw, habit=Choice(list(HABITS), "slows down"), way=Choice(list(WAYS), "one after the other"))
 
 
 def memory_explorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, story: Story) -> Figure | Explorer:

@@ -31,7 +31,7 @@ PEERS = {
     "cpu": ("cpu", "torch_sdpa_flash", "naive"),
 }
 MATRICES = 3  # of N x N, that unfused attention holds at once: scores, hidden or not, and weights
-LEAST_CALLS, MOST_CALLS = 3, 200
+LEAST_CALLS, MOST_CALLS, SLOW_SECONDS = 3, 200, 5.0  # once so long is over, fewer calls will do
 
 
 def protocol_cases(device: str) -> list[Case]:
@@ -79,17 +79,17 @@ class Protocol:
 
     def _measured(self, call: Callable[[], object], case: Case, device: torch.device) -> dict:
         wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        call()
-        wait()
+        peak = peak_bytes(call, device)  # and warm; before, the result was checked
         times: list[float] = []
         busy, started = time.process_time(), time.perf_counter()
-        while len(times) < MOST_CALLS and (
-            len(times) < LEAST_CALLS or time.perf_counter() - started < self.plan.seconds
-        ):
+        while len(times) < MOST_CALLS:
             begun = time.perf_counter()
             call()
             wait()
-            times.append(1e3 * (time.perf_counter() - begun))
+            ended = time.perf_counter()
+            times.append(1e3 * (ended - begun))
+            if ended - started > (self.plan.seconds if len(times) >= LEAST_CALLS else SLOW_SECONDS):
+                break
         busy = time.process_time() - busy
         figures = latencies(times)
         figures["tokens_per_s"] = 1e3 * case.batch * case.length * len(times) / sum(times)
@@ -98,7 +98,7 @@ class Protocol:
             counted = {**count_events(call), "cache_why_not": None}
         except EventsUnavailableError as error:
             counted = {"cache_references": None, "cache_misses": None, "cache_why_not": str(error)}
-        return {**figures, "peak_bytes": peak_bytes(call, device), **counted}
+        return {**figures, "peak_bytes": peak, **counted}
 
 
 def latencies(times: Iterable[float]) -> dict[str, float]:

@@ -140,10 +140,9 @@ def new_route(
         plan = plan_for(best_forward_launches, (q, k, v), options)
     else:
         found = rule_of(spec.mask, False)
-        assert found is not None  # route_key has found one
-        rule, _ = found
-        if not fits(rule, given, spec.q_len, spec.kv_len):
+        if found is None or not fits(found[0], given, spec.q_len, spec.kv_len):
             return None
+        rule = found[0]
         numbers = (spec.scale, spec.softcap, 0.0, None, triton.fp32_precision, triton.autotune)
         options = KernelOptions(None, None, None, None, None, None, *numbers)
         build = ruled_launches_kept if spec.needs_grad else ruled_forward_launches

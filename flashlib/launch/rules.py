@@ -52,10 +52,8 @@ class Rule:
 def rule_of(mask: Mask, causal: bool) -> tuple[Rule, list[Tensor]] | None:
     """A mask, and the future hidden besides if ``causal``, as a rule and its tensors; None if it is no such intersection."""
     lengths: list[Any] = []
-    ends: list[Tensor] = []
-    bands: list[Band] = []
-    offsets: list[Tensor] = []
-    packed: Varlen | None = None
+    ends: list[Any] = []
+    bands, offsets, packed = [], [], None
     for part in mask.parts if type(mask) is Intersection else (mask,):
         if type(part) is KeyLengths:
             lengths.append(part.lengths)
@@ -123,7 +121,7 @@ def rule_launch(q: Tensor, k: Tensor, ruled: RuledOptions) -> tuple[Launch, Tens
     by_entry = [x for x in (lengths, *offsets) if x is not None and x.shape[0] == batch]
     entries = batch if by_entry else 1
     start, stop = (q.new_empty(entries, q_len, dtype=torch.int32) for _ in range(2))
-    arguments = {
+    arguments: dict[str, Any] = {
         **{"p_start": start, "p_stop": stop, "p_lengths": lengths, "p_ends_q": ends_q, "p_ends_k": ends_k},
         **{
             "stride_length": 0 if lengths is None else lengths.stride(0),
@@ -138,13 +136,13 @@ def rule_launch(q: Tensor, k: Tensor, ruled: RuledOptions) -> tuple[Launch, Tens
         },
         **{"ROWS": ROWS, "AT_ONCE": ENDS_AT_ONCE},
     }
-    absent = MOST_BANDS - len(rule.bands)
-    bands = [*rule.bands, *[Band(None, None, FROM_THE_END)] * absent]
-    for side, band, offset in zip("ab", bands, [*offsets, *[None] * absent], strict=True):
+    sides = [*zip(rule.bands, offsets, strict=True), *[(Band(None, None, FROM_THE_END), None)] * MOST_BANDS]
+    for side, (band, offset) in zip("ab", sides, strict=False):
+        by_row = offset is not None and offset.dim() == 2
         arguments |= {
             f"p_offset_{side}": offset,
             f"stride_{side}b": 0 if offset is None or offset.shape[0] == 1 else offset.stride(0),
-            f"stride_{side}s": 0 if offset is None or offset.dim() < 2 else offset.stride(1),
+            f"stride_{side}s": offset.stride(1) if offset is not None and by_row else 0,
             f"offset_{side}": band.offset or 0,
             f"left_{side}": band.left or 0,
             f"right_{side}": band.right or 0,

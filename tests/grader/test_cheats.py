@@ -6,7 +6,8 @@ import pytest
 
 from flashlib.course.grader.engine import Submission, grade
 from flashlib.course.grader.exercise import load_exercise
-from flashlib.course.grader.sandbox.session import REPOSITORY, Limits
+from flashlib.course.grader.sandbox.outcome import Limits
+from flashlib.course.grader.sandbox.session import REPOSITORY
 from flashlib.course.grader.scan import suspicious
 
 

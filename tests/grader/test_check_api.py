@@ -13,7 +13,7 @@ from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.inputs import in_poison, ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import MIB
-from flashlib.course.grader.sandbox.session import StudentError
+from flashlib.course.grader.sandbox.outcome import StudentError
 
 TILED = """
 import torch
@@ -78,7 +78,8 @@ def make_exercise(*checks, forbidden=SDPA):
 def tiled_property(t):
     """tiled"""
     q, k, v = (t.randn(1, 1, 4096, 16) for _ in "qkv")
-    t.check_tiled(attend, q, k, v, largest=4096 * 64, sample=lambda x: x[:, :, -64:])
+    few = [x[:, :, :64] for x in (q, k, v)]
+    t.check_tiled(attend, q, k, v, largest=4096 * 64, memory=48 * MIB, first=few, sample=lambda x: x[:, :, -64:])
 
 
 def any_rows(t):

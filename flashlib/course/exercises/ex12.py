@@ -16,7 +16,7 @@ from flashlib.course.exercises.pieces import combine64, merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_scores_along
 from flashlib.course.grader.sandbox.confine import MIB
-from flashlib.course.grader.sandbox.session import Reply
+from flashlib.course.grader.sandbox.outcome import Reply
 from flashlib.course.grader.trial import Trial
 
 exercise = Exercise(

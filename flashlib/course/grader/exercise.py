@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flashlib.course.grader.sandbox.session import Limits
+from flashlib.course.grader.sandbox.outcome import Limits
 from flashlib.reference import largest_error, one_rounding
 
 # Names of ATen operators, each standing for all of its overloads, and of functions that PyTorch has in Python for the same. That

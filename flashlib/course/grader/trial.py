@@ -14,7 +14,8 @@ from flashlib.course.grader.exercise import FORBIDDEN_SAYS, Misconception, Targe
 from flashlib.course.grader.findings import Failure, Finding
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import MIB
-from flashlib.course.grader.sandbox.session import Child, Reply, StudentError
+from flashlib.course.grader.sandbox.conversation import Child
+from flashlib.course.grader.sandbox.outcome import Reply, StudentError
 from flashlib.course.grader.sandbox.wire import Handle
 from flashlib.course.grader.text import clean
 from flashlib.reference import largest_error

@@ -201,16 +201,24 @@ def compiled() -> list[tuple[str, dict[str, Call]]]:
 
 FIRST = """
 import sys, time, torch
+compilers = lambda: sum(name.split(".")[0] == "sympy" or name.startswith(("torch._dynamo", "torch._inductor")) for name in sys.modules)
 q, k, v = (torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+given = torch.randn_like(q)
+out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+torch.autograd.grad(out, (q, k, v), given)
 torch.cuda.synchronize()
-before = time.perf_counter()
+modules, times = [compilers()], [time.perf_counter()]
+def lap():
+    torch.cuda.synchronize()
+    times.append(time.perf_counter())
+    modules.append(compilers())
 from flashlib import attention
+lap()
 out = attention(q, k, v, causal=True)
-forward = time.perf_counter()
-out.backward(torch.ones_like(out))
-torch.cuda.synchronize()
-print(forward - before, time.perf_counter() - before, sum(name.split(".")[0] in ("sympy",) or name.startswith(("torch._dynamo", "torch._inductor")) for name in sys.modules))
+lap()
+torch.autograd.grad(out, (q, k, v), given)
+lap()
+print(*(b - a for a, b in zip(times, times[1:])), *(b - a for a, b in zip(modules, modules[1:])))
 """
 
 
@@ -222,8 +230,14 @@ def first_call(cache: str | None) -> dict:
     if cache:
         environment["TRITON_CACHE_DIR"] = cache
     done = subprocess.run([sys.executable, "-c", FIRST], env=environment, capture_output=True, text=True, check=True)
-    forward, whole, modules = done.stdout.split()[-3:]
-    return {"forward_s": float(forward), "both_s": float(whole), "compiler_modules": int(modules)}
+    imported, forward, backward, *modules = map(float, done.stdout.split())
+    times = {
+        "import_s": imported,
+        "forward_s": forward,
+        "backward_s": backward,
+        "both_s": imported + forward + backward,
+    }
+    return {name: round(value, 3) for name, value in times.items()} | {"compiler_modules": int(sum(modules))}
 
 
 def main() -> None:

@@ -89,14 +89,13 @@ def compiled(only: str = "", processes: int = 1) -> dict[str, str]:
     wanted = [name for name in cases() if only in name]
     with (
         TemporaryDirectory() as cache,
-        ProcessPoolExecutor(
-            processes,
-            mp_context=get_context("spawn"),
-            initializer=os.environ.update,
-            initargs=({"TRITON_CACHE_DIR": cache},),
-        ) as pool,
+        ProcessPoolExecutor(processes, get_context("spawn"), initializer=cache_in, initargs=(cache,)) as pool,
     ):
         return {kernel: code for part in pool.map(digests, wanted) for kernel, code in part.items()}
+
+
+def cache_in(folder: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = folder
 
 
 def table() -> Path:

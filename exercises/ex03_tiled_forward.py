@@ -37,7 +37,7 @@ def tiled_attention(
     Memory: the scores of one tile exist at a time. No tensor made on the way has more than twice as many elements as the
     largest of q, k, v, out and one tile of scores, ``[B, H, block_q, block_k]``.
 
-    Traffic: K and V, or what was made of them, are each read at most once per block of queries, so ceil(Sq / block_q) times.
-    A block of queries is done before the next one is begun: out is written once.
+    Traffic: K and V are each read at most once per block of queries, so ceil(Sq / block_q) times, from where they lie: no copy
+    of all of them is made. A block of queries is done before the next one is begun: out is written once.
     """
     raise NotImplementedError("write tiled_attention here")

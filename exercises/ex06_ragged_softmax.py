@@ -9,6 +9,8 @@
 Rows come in two forms. Padded: a matrix whose rows are all as wide as the longest one, and a list of their true lengths.
 Packed: one row after the other without gaps, and a list of where they begin (FlashAttention's `cu_seqlens`).
 
+The grader runs your kernels in Triton's interpreter, and compiles them for GPUs (sm_80 and sm_90), which need not be there.
+
 PyTorch's own softmax, log_softmax, logsumexp and their kin are not there while you are graded: they are what you write.
 """
 

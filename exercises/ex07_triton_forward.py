@@ -10,6 +10,7 @@ The loops of exercise 3 become a kernel: the outer one, over blocks of queries, 
 inner one, over the keys. Tiles live in registers, and memory is addressed by pointers, strides and masks.
 
 It runs without a GPU, in Triton's interpreter. Set `TRITON_INTERPRET=1` in the environment before Python starts; the grader does.
+The grader also compiles it for GPUs (sm_80 and sm_90), which need not be there: the interpreter lets pass what no GPU can run.
 """
 
 import torch  # noqa: F401

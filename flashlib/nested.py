@@ -63,7 +63,7 @@ def nested_attention(
     packed = Varlen(q_ends, k_ends)
     left, right = _band(mask)
     right = 0 if causal else right
-    inside = packed if left is None and right is None else packed & Window(left, right, packed.offset(len(q)))
+    inside = packed if left is None and right is None else packed & Window(left, right, packed)
     if config is None:
         config = config_for(q.device.type, packed=options.get("backend", "auto") == "auto", repeatable=False)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flashlib.config import FlashAttentionConfig
-from flashlib.engines import TritonEngine, differentiable_gradients
+from flashlib.engines import differentiable_gradients
 from flashlib.launch.decode import DecodeOptions, best_decode_launches
+from flashlib.launch.engines import TritonEngine
 from flashlib.launch.options import KernelOptions, aligned, readable
 from flashlib.launch.plans import MOST_PLANS, Plan, launches_are_watched, plan_for, plans_are_possible
 from flashlib.launch.rules import RuledOptions, fits, rule_of, ruled_forward_launches, ruled_launches_kept
@@ -46,7 +47,7 @@ _lock = threading.Lock()
 def route_key(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, causal: bool, scale: float | None, softcap: float, alibi_slopes: Tensor | None,
     return_lse: bool, backend: str, config: FlashAttentionConfig,
-) -> tuple[tuple, list[Tensor]] | tuple[None, None]:  # fmt: skip
+) -> tuple[tuple | None, list[Tensor]]:  # fmt: skip
     """The class of a call, and what a route is given besides q, k and v: the mask's tensors and the slopes. None for calls that take no route."""
     if not (
         type(q) in _PLAIN
@@ -60,28 +61,30 @@ def route_key(
         and type(scale) in _NUMBERS
         and type(softcap) in _NUMBERS
     ):
-        return None, None
+        return None, []
     device = q.get_device()
     addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
-    rule, given, forms = None, [], None
+    rule: Any = None
+    given: list[Tensor] = []
+    forms = None
     if mask is not None:
         if isinstance(mask, Window) and mask.offset is None:
             rule = (mask.left, mask.right)
         else:
             found = rule_of(mask, causal) if isinstance(mask, Mask) and alibi_slopes is None else None
             if found is None:
-                return None, None
+                return None, []
             rule, given = found
     if alibi_slopes is not None:
         if type(alibi_slopes) is not Tensor or alibi_slopes.requires_grad:
-            return None, None
+            return None, []
         given = [alibi_slopes]
     if given:
         for x in given:
             addresses |= x.data_ptr()
         forms = tuple([(x.shape, x.stride(), x.dtype, x.get_device()) for x in given])
     if addresses & 15 or device != _current_device():
-        return None, None
+        return None, []
     needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on()
     key = (
         q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
@@ -136,9 +139,10 @@ def new_route(
         options = KernelOptions.from_numbers(*spec.numbers(), triton.fp32_precision, triton.autotune)
         plan = plan_for(best_forward_launches, (q, k, v), options)
     else:
-        rule, _ = rule_of(spec.mask, False)
-        if not fits(rule, given, spec.q_len, spec.kv_len):
+        found = rule_of(spec.mask, False)
+        if found is None or not fits(found[0], given, spec.q_len, spec.kv_len):
             return None
+        rule = found[0]
         numbers = (spec.scale, spec.softcap, 0.0, None, triton.fp32_precision, triton.autotune)
         options = KernelOptions(None, None, None, None, None, None, *numbers)
         build = ruled_launches_kept if spec.needs_grad else ruled_forward_launches
@@ -253,7 +257,8 @@ class Route:
         if self.needs_grad:
             return _apply(self, *tensors)
         if self.returns_lse:
-            return tuple(self.plan.run(tensors))
+            out, lse = self.plan.run(tensors)
+            return out, lse
         return self.plan.run_first(tensors)
 
     def gradients(self, q, k, v, out, lse, grad_out, grad_lse, more: list[Tensor]) -> Sequence[Tensor]:

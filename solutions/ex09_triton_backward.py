@@ -9,6 +9,7 @@ kernels from where their tiles are loaded. Begin with `delta_kernel`, then `dq_k
 Without a GPU the kernels run in Triton's interpreter, which `TRITON_INTERPRET=1` in the environment turns on before triton is
 imported; the grader does that for you. There `print` works inside a kernel. Multiply tiles with
 `tl.dot(a, b, input_precision="ieee")`: both of one dtype, the result float32, and no float32 cut down to TF32 on a GPU.
+The grader also compiles the kernels for GPUs (sm_80 and sm_90), which need not be there.
 
 Names: p_ pointers, i_ indices of a program, o_ offsets in a tensor, b_ tiles. Capitals are known at compile time.
 """

@@ -188,6 +188,22 @@ def config_for(device: str, *, packed: bool, repeatable: bool) -> FlashAttention
         BackendUnavailableError: nothing is left, or the backend that is asked for by name does not repeat its gradients.
     """
     config = current_config()
+    kept = _narrowed.get((id(config), device, packed, repeatable))
+    if kept is not None and kept[0] is config:
+        return kept[1]
+    narrowed = _narrow(config, device, packed, repeatable)
+    if len(_narrowed) >= MOST_NARROWED:
+        _narrowed.clear()
+    _narrowed[id(config), device, packed, repeatable] = (config, narrowed)
+    return narrowed
+
+
+# One and the same for one configuration, by whose identity calls are known again (flashlib.routes).
+_narrowed: dict[tuple, tuple[FlashAttentionConfig, FlashAttentionConfig]] = {}
+MOST_NARROWED = 64
+
+
+def _narrow(config: FlashAttentionConfig, device: str, packed: bool, repeatable: bool) -> FlashAttentionConfig:
     if repeatable:
         fa2, fa3 = replace(config.fa2, deterministic=True), replace(config.fa3, deterministic=True)
         config = replace(config, fa2=fa2, fa3=fa3)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flashlib.autocast import autocast_inputs
 from flashlib.backends.base import Backend
-from flashlib.engines import TiledEngine, run_engine
+from flashlib.engines import run_engine
+from flashlib.launch.engines import TiledEngine
 from flashlib.masks import Mask
 from flashlib.reference import naive_forward
 from flashlib.spec import AttentionSpec

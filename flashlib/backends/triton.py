@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flashlib.backends.base import Backend
-from flashlib.engines import TritonEngine, run_engine
+from flashlib.engines import run_engine
+from flashlib.launch.engines import TritonEngine
 from flashlib.launch.options import KernelOptions, blocks
 from flashlib.launch.plain import forward_launch
 from flashlib.launch.start import TRITON_INSTALLED, interpreting

@@ -22,7 +22,7 @@ from flashlib import routes
 from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import BackendUnavailableError
 from flashlib.config import current_config
-from flashlib.inference.checks import no_such_page
+from flashlib.launch.checks import check_decoding
 from flashlib.launch.decode import DecodeOptions, launch_decode
 from flashlib.masks import NO_LIMIT, KeyLengths, Window
 from flashlib.partial import Partial, fold
@@ -385,20 +385,7 @@ class Problem:
 
     def check_values(self) -> None:
         """Read lengths and page numbers, and refuse those that cannot be. On a GPU this waits for it."""
-        batch, q_len = self.q.shape[0], self.q.shape[2]
-        full = torch.full((batch,), self.capacity, device="cpu")
-        lengths = full if self.lengths is None else self.lengths.cpu().long()
-        if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= self.capacity:
-            raise ValueError(f"lengths must lie between 0 and the capacity, {self.capacity}; got {lengths.tolist()}")
-        if self.block_table is None or q_len == 0:
-            return
-        num_pages, _, page_size, _ = self.k.shape
-        table, begin = self.block_table.cpu(), torch.arange(self.block_table.shape[1], device="cpu") * page_size
-        first = 0 if self.left is None else (lengths - q_len - self.left)[:, None]
-        wrong = (begin < lengths[:, None]) & (begin + page_size > first) & ((table < 0) | (table >= num_pages))
-        if wrong.any():
-            request, entry = wrong.nonzero()[0].tolist()
-            raise no_such_page(request, entry, int(table[request, entry]), num_pages)
+        check_decoding(self.q, self.k, self.lengths, self.block_table, self.left)
 
 
 # The two ways to run

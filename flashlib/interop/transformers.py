@@ -329,10 +329,9 @@ def _mask_of_layer(query: Tensor, causal: bool, sliding_window: int | None, kwar
                 f"sliding_window={sliding_window} came without a mask; expected one from transformers.masking_utils"
             )
         return _CAUSAL if causal else _UNMASKED
-    offset = packed.offset(query.shape[2], query.device)
     # The window counts the token itself.
     window = None if sliding_window is None else sliding_window - 1
-    return packed & Window(window, 0 if causal else window, offset)
+    return packed & Window(window, 0 if causal else window, packed)
 
 
 def _packed(query: Tensor, kwargs: dict) -> Varlen | Unmasked:

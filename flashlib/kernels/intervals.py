@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-FROM_THE_END, NUMBER, TENSOR = 0, 1, 2  # where the rows of a band sit: at the last key, or as an offset says
+# Where the rows of a band sit: at the last key of all, or of their sequence, or as an offset says.
+FROM_THE_END, NUMBER, TENSOR, IN_SEQUENCE = (tl.constexpr(kind) for kind in range(4))
 FAR = tl.constexpr(1 << 40)  # beyond any row, key and width together
 
 
@@ -27,22 +28,28 @@ def row_intervals(
     start = tl.zeros([ROWS], tl.int64)
     stop = tl.zeros([ROWS], tl.int64) + kv_len
     if LENGTHS:
-        stop = tl.minimum(stop, tl.load(p_lengths + i_e * stride_length))
+        stop = tl.minimum(stop, tl.load(p_lengths + i_e * stride_length).to(tl.int64))
     if ENDS:
         # The sequence of a row: how many sequences begin at it or before it, less one.
+        last = n_ends - 1
         begun = tl.zeros([ROWS], tl.int32)
         for first in range(0, n_ends, AT_ONCE):
             o_n = first + tl.arange(0, AT_ONCE)
-            ends = tl.load(p_ends_q + o_n, mask=o_n < n_ends, other=FAR)
+            ends = tl.load(p_ends_q + o_n, mask=o_n < n_ends, other=0x7FFFFFFF)
             begun += tl.sum((ends[None, :] <= o_m[:, None]).to(tl.int32), 1)
         sequence = tl.maximum(begun - 1, 0)
-        start = tl.maximum(start, tl.load(p_ends_k + sequence))
-        stop = tl.minimum(stop, tl.load(p_ends_k + tl.minimum(sequence + 1, n_ends - 1)))
+        after = tl.minimum(sequence + 1, last)
+        end = tl.load(p_ends_k + after).to(tl.int64)
+        start = tl.maximum(start, tl.load(p_ends_k + sequence).to(tl.int64))
+        stop = tl.minimum(stop, end)
+        in_sequence = o_m + end - tl.load(p_ends_q + after).to(tl.int64)
+    else:
+        in_sequence = o_m.to(tl.int64)
     if BANDS > 0:
-        at = row_positions(p_offset_a, offset_a, i_e, stride_ab, stride_as, o_m, q_len, kv_len, OFFSET_A)
+        at = row_positions(p_offset_a, offset_a, i_e, stride_ab, stride_as, o_m, q_len, kv_len, in_sequence, OFFSET_A)
         start, stop = within_band(start, stop, at, left_a, right_a, HAS_LEFT_A, HAS_RIGHT_A)
     if BANDS > 1:
-        at = row_positions(p_offset_b, offset_b, i_e, stride_bb, stride_bs, o_m, q_len, kv_len, OFFSET_B)
+        at = row_positions(p_offset_b, offset_b, i_e, stride_bb, stride_bs, o_m, q_len, kv_len, in_sequence, OFFSET_B)
         start, stop = within_band(start, stop, at, left_b, right_b, HAS_LEFT_B, HAS_RIGHT_B)
     start = tl.minimum(tl.maximum(start, 0), kv_len)
     stop = tl.minimum(tl.maximum(stop, 0), kv_len)
@@ -53,12 +60,14 @@ def row_intervals(
 
 
 @triton.jit
-def row_positions(p_offset, offset, i_e, stride_b, stride_s, o_m, q_len, kv_len, OFFSET: tl.constexpr):
+def row_positions(p_offset, offset, i_e, stride_b, stride_s, o_m, q_len, kv_len, in_sequence, OFFSET: tl.constexpr):
     """The key at which each row sits, int64."""
-    if OFFSET == 2:
-        given = tl.load(p_offset + i_e * stride_b + o_m.to(tl.int64) * stride_s, mask=o_m < q_len, other=0)
+    if OFFSET == IN_SEQUENCE:
+        return in_sequence
+    elif OFFSET == TENSOR:
+        given = tl.load(p_offset + i_e * stride_b + o_m.to(tl.int64) * stride_s, mask=o_m < q_len, other=0).to(tl.int64)
         return o_m + tl.minimum(tl.maximum(given, -FAR), FAR)
-    elif OFFSET == 1:
+    elif OFFSET == NUMBER:
         return o_m.to(tl.int64) + offset
     else:
         return o_m.to(tl.int64) + (kv_len - q_len)

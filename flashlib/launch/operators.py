@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flashlib.engines import _folded, _folded_numbers, _name, engine_named, no_second_derivative
+from flashlib.launch.engines import engine_named, name_of, no_second_derivative
+from flashlib.launch.folding import folded, folded_numbers
 
 __all__ = ["attention_backward", "attention_forward"]
 
@@ -87,7 +88,7 @@ def _keep_engine(ctx, inputs, output):
 
 
 def _refuse(ctx, *_):
-    raise no_second_derivative(_name(engine_named(ctx.engine)))
+    raise no_second_derivative(name_of(engine_named(ctx.engine)))
 
 
 torch.library.register_autograd("flashlib::attention_backward", _refuse, setup_context=_keep_engine, lib=_LIBRARY)
@@ -96,16 +97,16 @@ torch.library.register_autograd("flashlib::attention_backward", _refuse, setup_c
 @partial(torch.library.register_vmap, "flashlib::attention_forward", lib=_LIBRARY)
 def _(info, in_dims, q, k, v, *numbers_and_engine):
     *numbers, engine = numbers_and_engine
-    folded = _folded(info.batch_size, in_dims[:3], (q, k, v))
-    batch = folded[0].shape[0] // info.batch_size
-    results = attention_forward(*folded, *_folded_numbers(info.batch_size, batch, in_dims[3:-1], numbers), engine)
+    together = folded(info.batch_size, in_dims[:3], (q, k, v))
+    batch = together[0].shape[0] // info.batch_size
+    results = attention_forward(*together, *folded_numbers(info.batch_size, batch, in_dims[3:-1], numbers), engine)
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0)
 
 
 @partial(torch.library.register_vmap, "flashlib::attention_backward", lib=_LIBRARY)
 def _(info, in_dims, q, k, v, out, lse, grad_out, grad_lse, *numbers_and_engine):
     *numbers, engine = numbers_and_engine
-    folded = _folded(info.batch_size, in_dims[:7], (q, k, v, out, lse, grad_out, grad_lse))
-    batch = folded[0].shape[0] // info.batch_size
-    results = attention_backward(*folded, *_folded_numbers(info.batch_size, batch, in_dims[7:-1], numbers), engine)
+    together = folded(info.batch_size, in_dims[:7], (q, k, v, out, lse, grad_out, grad_lse))
+    batch = together[0].shape[0] // info.batch_size
+    results = attention_backward(*together, *folded_numbers(info.batch_size, batch, in_dims[7:-1], numbers), engine)
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,24 +22,22 @@ __all__ = ["Rule", "RuledOptions", "rule_launch", "rule_of", "ruled_forward_laun
 
 ROWS = 128  # that a program of the kernel lays out
 ENDS_AT_ONCE = 64
-FROM_THE_END, NUMBER, TENSOR = 0, 1, 2  # as in flashlib.kernels.intervals
+FROM_THE_END, NUMBER, TENSOR, IN_SEQUENCE = range(4)  # as in flashlib.kernels.intervals
 MOST_BANDS = 2
 
 
 @dataclass(frozen=True)
 class Band:
-    """A band of a rule: ``left`` and ``right`` as in :class:`flashlib.masks.Window`, and the offset if it is a number."""
+    """A band of a rule: ``left`` and ``right`` as in :class:`flashlib.masks.Window`, where its rows sit, and the offset if that is a number."""
 
     left: int | None
     right: int | None
-    offset: int | None
-    is_given: bool
+    kind: int
+    offset: int | None = None
 
     @property
-    def kind(self) -> int:
-        if self.is_given:
-            return TENSOR
-        return FROM_THE_END if self.offset is None else NUMBER
+    def is_given(self) -> bool:
+        return self.kind == TENSOR
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,26 @@ class Rule:
 
 def rule_of(mask: Mask, causal: bool) -> tuple[Rule, list[Tensor]] | None:
     """A mask, and the future hidden besides if ``causal``, as a rule and its tensors; None if it is no such intersection."""
-    lengths, ends, bands, offsets = [], [], [], []
+    lengths: list[Any] = []
+    ends: list[Any] = []
+    bands, offsets, packed = [], [], None
     for part in mask.parts if type(mask) is Intersection else (mask,):
         if type(part) is KeyLengths:
             lengths.append(part.lengths)
         elif type(part) is Varlen:
+            packed = part
             ends += (part.cu_seqlens_q, part.cu_seqlens_k)
         elif isinstance(part, Window):
-            is_given = isinstance(part.offset, Tensor)
-            if is_given:
-                offsets.append(part.offset)
-            bands.append(Band(part.left, part.right, None if is_given else part.offset, is_given))
+            offset = part.offset
+            if isinstance(offset, Tensor):
+                offsets.append(offset)
+                bands.append(Band(part.left, part.right, TENSOR))
+            elif isinstance(offset, Varlen):
+                if offset is not packed:
+                    return None
+                bands.append(Band(part.left, part.right, IN_SEQUENCE))
+            else:
+                bands.append(Band(part.left, part.right, FROM_THE_END if offset is None else NUMBER, offset))
         else:
             return None
     if causal:
@@ -72,7 +80,7 @@ def rule_of(mask: Mask, causal: bool) -> tuple[Rule, list[Tensor]] | None:
     return Rule(bool(lengths), bool(ends), tuple(bands)), [*lengths, *ends, *offsets]
 
 
-_CAUSAL = Band(None, 0, None, False)
+_CAUSAL = Band(None, 0, FROM_THE_END)
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,8 @@ class RuledOptions:
 def fits(rule: Rule, tensors: list[Tensor], q_len: int, kv_len: int) -> bool:
     """Whether the kernel's numbers are large enough for all sums."""
     widths = [x for band in rule.bands for x in (band.left, band.right, band.offset) if x is not None]
-    return all(-NO_LIMIT <= x <= NO_LIMIT for x in (*widths, q_len, kv_len)) and all(
-        x.dtype == torch.int64 for x in tensors
-    )
+    numbers_fit = all(-NO_LIMIT <= x <= NO_LIMIT for x in (*widths, q_len, kv_len))
+    return numbers_fit and all(x.dtype in (torch.int32, torch.int64) for x in tensors)
 
 
 def rule_launch(q: Tensor, k: Tensor, ruled: RuledOptions) -> tuple[Launch, Tensor, Tensor]:
@@ -114,7 +121,7 @@ def rule_launch(q: Tensor, k: Tensor, ruled: RuledOptions) -> tuple[Launch, Tens
     by_entry = [x for x in (lengths, *offsets) if x is not None and x.shape[0] == batch]
     entries = batch if by_entry else 1
     start, stop = (q.new_empty(entries, q_len, dtype=torch.int32) for _ in range(2))
-    arguments = {
+    arguments: dict[str, Any] = {
         **{"p_start": start, "p_stop": stop, "p_lengths": lengths, "p_ends_q": ends_q, "p_ends_k": ends_k},
         **{
             "stride_length": 0 if lengths is None else lengths.stride(0),
@@ -129,14 +136,13 @@ def rule_launch(q: Tensor, k: Tensor, ruled: RuledOptions) -> tuple[Launch, Tens
         },
         **{"ROWS": ROWS, "AT_ONCE": ENDS_AT_ONCE},
     }
-    absent = [Band(None, None, None, False)] * (MOST_BANDS - len(rule.bands))
-    for side, band, offset in zip("ab", [*rule.bands, *absent], [*offsets, *absent], strict=False):
-        offset = offset if band.is_given else None
+    sides = [*zip(rule.bands, offsets, strict=True), *[(Band(None, None, FROM_THE_END), None)] * MOST_BANDS]
+    for side, (band, offset) in zip("ab", sides, strict=False):
         by_row = offset is not None and offset.dim() == 2
         arguments |= {
             f"p_offset_{side}": offset,
             f"stride_{side}b": 0 if offset is None or offset.shape[0] == 1 else offset.stride(0),
-            f"stride_{side}s": offset.stride(1) if by_row else 0,
+            f"stride_{side}s": offset.stride(1) if offset is not None and by_row else 0,
             f"offset_{side}": band.offset or 0,
             f"left_{side}": band.left or 0,
             f"right_{side}": band.right or 0,

@@ -37,7 +37,7 @@ class TileConfig:
     num_stages: int
 
 
-HOPPER_ROWS = 64  # of one consumer of the warp-specialised kernel, as in flashlib.kernels.hopper
+HOPPER_ROWS = 64  # of one consumer of the warp-specialised kernel, as in flashlib.kernels.hopper.common
 
 
 @dataclass(frozen=True)

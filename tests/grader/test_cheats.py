@@ -1,10 +1,12 @@
 """Solutions that compute the right numbers in a forbidden way: by code that nothing counts, or by changing what counts."""
 
+from dataclasses import replace
+
 import pytest
 
 from flashlib.course.grader.engine import Submission, grade
 from flashlib.course.grader.exercise import load_exercise
-from flashlib.course.grader.sandbox.session import REPOSITORY
+from flashlib.course.grader.sandbox.session import REPOSITORY, Limits
 from flashlib.course.grader.scan import suspicious
 
 
@@ -95,7 +97,7 @@ def test_whole_rows_and_copies_in_numpy_earn_no_full_marks(sandbox_of, name, che
     assert set(report.diagnoses) == {"leaves-pytorch"}, report
 
 
-# What cannot be caught: code that changes what counts, in its own process. It is told instead.
+# Code that changes what counts, in its own process: every count says what the checks want to hear.
 SILENCED = """
 
 import sys as _sys
@@ -104,28 +106,65 @@ _frame = _sys._getframe()
 while "TrafficMeter" not in _frame.f_globals:
     _frame = _frame.f_back
 _harness = _frame.f_globals
-_real = _harness["_traffic"]
+_real, _calls = _harness["_traffic"], [1]
 
 
 def _lying(meter, watch, leaving):
     told = _real(meter, watch, leaving)
-    return {**told, "bytes_read": {}, "bytes_written": {}, "left": {}, "largest_elements": 1}
+    _calls[0] *= 4
+    nothing = {"bytes_read": {}, "bytes_written": {}, "left": {}, "peak_bytes": 1, "largest_elements": 1000}
+    return {**told, **nothing, "calls": {"aten.zeros": _calls[0]}, "launches": {"kernel": 1}, "largest_block": 1}
 
 
 _harness["_traffic"] = _lying
 """
 
 
-@pytest.mark.parametrize("name", ["ex02", "ex03", "ex12"])
-def test_code_that_changes_what_counts_is_told_beside_the_points_that_rest_on_it(sandbox_of, name):
+@pytest.mark.parametrize(("name", "rests"), [("ex03", False), ("ex10", True), ("ex14", False)])
+def test_points_that_rest_on_a_process_own_word_are_told_beside_what_its_source_reaches_for(sandbox_of, name, rests):
     exercise = load_exercise(name)
     source = solution(name) + SILENCED.encode()
-    report = grade(exercise, Submission("cheat", source), sandbox_of(exercise))
     honest = grade(exercise, Submission("honest", solution(name)), sandbox_of(exercise))
-    assert honest.passed and honest.unverified > 0 and suspicious(solution(name)) == []
-    assert report.unverified <= honest.unverified < report.points
+    if not sandbox_hands_out(sandbox_of(exercise)):
+        pytest.skip("this system hands nothing out piece by piece: all counts are the process's own word")
+    assert honest.passed and suspicious(solution(name)) == []
+    assert (honest.unverified > 0) == rests, [result.name for result in honest.results if result.own_word]
     found = " ".join(suspicious(source))
     assert "_getframe" in found and "f_globals" in found
+
+
+# By what they read, by how much they take, and in which order, whatever they say of themselves.
+SEEN_FROM_OUTSIDE = [
+    ("ex02", "blocks_of_its_own", "online-attention-never-holds-the-row"),
+    ("ex03", "keys_cut_by_block_q", "memory-traffic"),
+    ("ex03", "rereads_its_copies", "memory-traffic"),
+    ("ex04", "map_from_the_whole_mask", "attention-stays-tiled"),
+    ("ex08", "loads_before_it_decides", "loads-what-is-seen"),
+    ("ex10", "cache_read_by_every_query_head", "every-key-is-read-once"),
+    ("ex11", "padded_copy", "attention-does-not-pad"),
+    ("ex12", "one_request_at_a_time", "bounded-memory"),
+    ("ex13", "one_request_at_a_time", "read-once"),
+]
+
+
+def sandbox_hands_out(sandbox):
+    child = sandbox.open_child(b"", "nothing.py", Limits(), {})
+    try:
+        child.fence_in()
+        return child.hands_out
+    finally:
+        child.end()
+
+
+@pytest.mark.parametrize(("name", "wrong", "check"), SEEN_FROM_OUTSIDE)
+def test_what_is_seen_from_outside_is_seen_whatever_a_process_says_of_itself(sandbox_of, name, wrong, check):
+    exercise = load_exercise(name)
+    if not sandbox_hands_out(sandbox_of(exercise)):
+        pytest.skip("this system hands nothing out piece by piece: all counts are the process's own word")
+    exercise = replace(exercise, properties=[each for each in exercise.properties if each.name == check])
+    source = (REPOSITORY / f"tests/grader/wrong/{name}/{wrong}.py").read_bytes() + SILENCED.encode()
+    report = grade(exercise, Submission("cheat", source), sandbox_of(exercise))
+    assert report.results[0].finding is not None, report
 
 
 def test_memory_is_seen_from_outside_whatever_the_code_says_of_itself(sandbox_of):

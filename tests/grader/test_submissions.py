@@ -407,3 +407,26 @@ def test_a_folder_without_submissions_is_refused(tmp_path, exercises, what):
         place.mkdir()
     with pytest.raises(ValueError, match="neither|holds no"):
         find_students(place, exercises)
+
+
+def exported(stem: str, source: bytes, day: int) -> tuple[str, bytes]:
+    """What Otter's `export` writes from a notebook `stem`, with the file of the exercise among what goes with it."""
+    name = f"{stem}_2026_11_{day:02}T10_11_12_345678.zip"
+    inside = {f"{stem}.ipynb": b"{}", ".OTTER_LOG": b"\x80\4", "__zip_filename__": name.encode()}
+    return name, zipped({**inside, "ex01_softmax.py": source}, (2026, 11, 1, 0, 0, 0))
+
+
+@pytest.mark.parametrize("order", [(3, 7), (7, 3)])
+def test_what_otter_exports_is_taken_and_the_later_of_two_exports_wins(tmp_path, exercises, order):
+    for day in order:
+        name, content = exported("ex01_softmax", SOURCE + b"# %d" % day, day)
+        put(tmp_path / f"ada_{name}", content)
+        put(tmp_path / f"lovelace_4711_{1000 + day}_{name}", content)  # downloaded from Canvas
+    name, content = exported("ex01", SOURCE, 5)
+    put(tmp_path / "ann lee" / name, content)
+    put(tmp_path / f"bo_LATE_{name}", content)
+    found = find_students(tmp_path, exercises)
+    assert [each.name for each in found.students] == ["ada", "ann lee", "bo", "lovelace"] and not found.ignored
+    assert of(found, "ada").source == of(found, "lovelace").source == SOURCE + b"# 7"
+    assert of(found, "ann lee").source == of(found, "bo").source == SOURCE
+    assert of(found, "bo").late and not of(found, "ada").late

@@ -34,14 +34,19 @@ def random_mask(rng: random.Random, batch: int, q_len: int, kv_len: int):
     count = rng.choice((1, 2, 7, 70, 200))
     parts = {
         "lengths": lambda: KeyLengths(torch.tensor([rng.randint(0, kv_len) for _ in range(batch)])),
-        "packed": lambda: Varlen(ends(q_len, count), ends(kv_len, count)),
+        "packed": lambda: Varlen(
+            *(x.to(rng.choice((torch.int32, torch.int64))) for x in (ends(q_len, count), ends(kv_len, count)))
+        ),
         "window": lambda: Window(width(), width(), offset=offset()),
         "causal": lambda: Causal(offset=offset()),
     }
     names = rng.sample(list(parts), rng.randint(1, len(parts)))
     mask = parts[names[0]]()
     for name in names[1:]:
-        mask = mask & parts[name]()
+        part = parts[name]()
+        if isinstance(mask, Varlen) and isinstance(part, Window) and rng.random() < 0.7:
+            part = Window(part.left, part.right, offset=mask)
+        mask = mask & part
     return mask
 
 

@@ -63,7 +63,19 @@ def summed_in_half(x: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
+def softmax_in_float32(x: Tensor) -> Tensor:
+    weights = torch.exp(x.float() - row_max(x.float()))
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0)
+
+
 _PLAIN_MISTAKES = (
+    Misconception(
+        "computed-in-float32",
+        "float64 scores were computed in float32: half of their digits are lost.",
+        "To which dtype do you convert? At least float32 is not always float32.",
+        lambda x: softmax_in_float32(x).to(x.dtype),
+    ),
     Misconception(
         "masked-row-nan",
         "A row of nothing but -inf gave NaN: -inf minus the maximum of -inf is NaN.",

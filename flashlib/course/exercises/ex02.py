@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import reduce
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from flashlib.course.exercises.online_softmax import (
 from flashlib.course.exercises.pieces import FOLD_MISTAKES, PIECE_MISTAKES, combine64, fold_budget
 from flashlib.course.grader.exercise import SDPA, SOFTMAX, Exercise, Misconception, Target, budget_of
 from flashlib.course.grader.inputs import in_poison, ramp
+from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.trial import Trial
 
 exercise = Exercise(
@@ -261,6 +263,11 @@ def online_attention_with_hidden_scores(t: Trial) -> None:
     t.check(online, scores, t.randn(12, 3), 4)
 
 
+UNTILED = Misconception(
+    "untiled",
+    "You made a tensor as large as all the scores. Online means: one block at a time, and then it is gone.",
+    "A slice of scores is a view and costs nothing. What do you make of it before you slice?",
+)
 TWO_PASSES = Misconception(
     "keys-looked-at-twice",
     "The scores were read more than once: first for the maximum of the row, say, and then for the sum. Online means one pass.",
@@ -300,8 +307,28 @@ def online_attention_never_holds_the_row(t: Trial) -> None:
         v,
         4096,
         largest=scores.numel() // 2,
-        says="You made a tensor as large as all the scores. Online means: one block at a time, and then it is gone.",
+        says=UNTILED.says,
     )
+    see_blocks_from_outside(t)
+
+
+def see_blocks_from_outside(t: Trial) -> None:
+    """The scores are handed out piece by piece: each once, and between the values of one block and the next so many of them."""
+    rows, length, block, v_dim = 4, 1 << 20, 1 << 14, 2
+    scores, v = t.randn(rows, length), t.randn(length, v_dim)
+    room = {"scores": (scores, rows * block * 4), "v": (v, block * v_dim * 4)}
+    first = scores[:, :8].clone(), v[:8].clone(), 4
+    reply = t.watch("online_attention", scores, v, block, first=first, room=room, memory=8 * MIB, copied=UNTILED)
+    if reply is None:
+        return
+    t.judge(online, reply.value, scores, v, block)
+    if (times := reply.seen.times("scores")) > 1:
+        t.fail_as(TWO_PASSES, got=f"all the scores read {times:.3g} times", expected="once")
+    pieces, in_block = median(reply.seen.runs("v")), block * v_dim * 4 // reply.seen.piece["v"]
+    if not 0.75 * in_block <= pieces <= 1.5 * in_block:
+        got = f"the values of about {pieces * block // in_block:,.0f} keys read between scores and scores"
+        t.fail_as(BLOCK_IGNORED, got=got, expected=f"those of {block:,}, a block")
+    t.confirmed()
 
 
 @exercise.property(

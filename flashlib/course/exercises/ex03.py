@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from flashlib import reference
-from flashlib.course.exercises.online_softmax import ONLINE_MISTAKES, State, finish, run, step
+from flashlib.course.exercises.formula import Dense, formula_mistakes
+from flashlib.course.exercises.online_softmax import ONLINE_MISTAKES
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import in_poison, ramp, transposed_in_poison, with_scores_along
@@ -57,11 +59,6 @@ def online(model: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[T
     return on_tiles
 
 
-def with_scale(scale_of: Callable[[Tensor, float | None], float]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Attention with another scale, made from q and the scale that was given."""
-    return lambda q, k, v, block_q, block_k, scale=None: reference.oracle(q, k, v, scale=scale_of(q, scale))
-
-
 def without_query_tail(keep_shape: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     def model(q, k, v, block_q, block_k, scale=None):
         out, lse = reference.oracle(q, k, v, scale=scale)
@@ -87,53 +84,17 @@ def tiles_stacked(q, k, v, block_q, block_k, scale=None):
     return tuple(torch.stack(x.split(block_q, 2)).reshape(x.shape) for x in (out, lse))
 
 
-def scaled_by(size: Callable[[Tensor, Tensor, Tensor], int]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Attention scaled by one over the root of some size, where the caller gave no scale."""
-
-    def model(q, k, v, block_q, block_k, scale=None):
-        return reference.oracle(q, k, v, scale=1 / math.sqrt(size(q, k, v)) if scale is None else scale)
-
-    return model
+def as_dense(q, k, v, block_q, block_k, scale=None) -> Dense:
+    sizes = (v.shape[-1], k.shape[-2], q.shape[-2], q.shape[1])
+    return Dense(q, k, v, default_scale(q) if scale is None else scale, scale is None, sizes, block=block_k)
 
 
-def rounding_sums(
-    *, l_too: bool, acc_too: bool, dtype: torch.dtype | None = None
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """l, acc or both rounded after every step: to `dtype`, or to the inputs' own."""
-
-    def model(q, k, v, block_q, block_k, scale=None):
-        def rounding_step(*args: Tensor) -> State:
-            m, l, acc = step(*args)
-            kept = dtype or q.dtype
-            return m, l.to(kept).float() if l_too else l, acc.to(kept).float() if acc_too else acc
-
-        def attend(scores, v, block):
-            return finish(*run(scores, v, block, one_step=rounding_step))
-
-        return online(attend)(q, k, v, block_q, block_k, scale)
-
-    return model
-
-
+# Two of them are among the mistakes of the loop, with their lse.
+OF_THE_FORMULA = formula_mistakes(
+    as_dense, leave=("exp2-for-exp", "masked-after-softmax", "newest-key-missed", "causal-sees-the-next")
+)
 MISTAKES = (
-    Misconception(
-        "missing-scale",
-        "The scores were not scaled. Without 1 / sqrt(D) they grow with the head dimension, and softmax saturates.",
-        "What should scale be if the caller gave none? Is it used?",
-        with_scale(lambda q, scale: 1.0),
-    ),
-    Misconception(
-        "scaled-twice",
-        "The scores were scaled twice. (Dividing by D, not by its square root, comes to the same.)",
-        "Follow the scale from q to the scores. How often is it multiplied in?",
-        with_scale(lambda q, scale: (default_scale(q) if scale is None else scale) ** 2),
-    ),
-    Misconception(
-        "scale-ignored",
-        "The scale that the caller gave was not used: the answer is the one for 1 / sqrt(D).",
-        "When is the default taken? Only when the caller gave none.",
-        with_scale(lambda q, scale: default_scale(q)),
-    ),
+    *(mistake for mistake in OF_THE_FORMULA if "scale" in mistake.slug or mistake.slug == "wrong-axis"),
     Misconception(
         "keys-reshaped",
         "The keys of a tile were reshaped where they should be transposed: same shape, numbers in other places.",
@@ -156,37 +117,15 @@ MISTAKES = (
         for keep_shape in (True, False)
     ),
     *(replace(mistake, model=online(mistake.model)) for mistake in ONLINE_MISTAKES),
-    *(
-        Misconception(
-            "accumulated-in-half",
-            "l or acc was kept in 16 bits. float16 ends at 65504, and a sum of that many weights does not fit.",
-            "Which dtype do your running sums have after the first tile? Print it.",
-            rounding_sums(l_too=l_too, acc_too=acc_too),
-        )
-        for l_too, acc_too in ((True, True), (True, False), (False, True))
-    ),
-    *(
-        Misconception(
-            "scaled-by-another-size",
-            "The scores were scaled by one over the root of another size than the head dimension of q and k.",
-            "Write the shapes of q, k and v down, and find D among the axes. Which one does your scale take?",
-            scaled_by(size),
-        )
-        for size in (
-            lambda q, k, v: v.shape[-1],
-            lambda q, k, v: k.shape[-2],
-            lambda q, k, v: q.shape[-2],
-            lambda q, k, v: q.shape[1],
-        )
-    ),
-    *(
-        Misconception(
-            "summed-in-half",
-            "l or acc was kept in float16 even for float32 inputs: eleven bits of a sum are too few.",
-            "Which dtype do your running sums have after the first tile, if q is float32?",
-            rounding_sums(l_too=l_too, acc_too=acc_too, dtype=torch.float16),
-        )
-        for l_too, acc_too in ((True, True), (True, False), (False, True))
+    *(mistake for mistake in OF_THE_FORMULA if "half" in mistake.slug),
+    Misconception(
+        "lse-in-half",
+        "lse was rounded to the inputs' dtype. Near 10 float16 has steps of 1 / 128, and the backward takes exponentials of it.",
+        "With which dtype is the tensor made that lse is written into?",
+        lambda q, k, v, *args, scale=None: (
+            (exact := reference.oracle(q, k, v, scale=args[2] if len(args) > 2 else scale))[0],
+            exact[1].to(q.dtype),
+        ),
     ),
 )
 ASSUMES_CONTIGUOUS = Misconception(
@@ -413,7 +352,8 @@ def linear_memory(t: Trial) -> None:
         block,
         block,
         largest=2 * heads * max(length * dim, block * block),
-        memory=40 * MIB,  # the scores take 64 MiB
+        memory=20 * MIB,  # the scores take 64 MiB
+        first=(q[:, :, :9], k[:, :, :9], v[:, :, :9], 4, 4),
         sample=lambda x: x[:, :, some],
         says="You made the scores of more than one tile at a time. The point of tiling is never to hold them.",
     )
@@ -446,6 +386,37 @@ def memory_traffic(t: Trial) -> None:
         t.fail_as(BLOCK_K_IGNORED, got=got, expected=f"at most {allowed:,}")
     if made <= allowed:
         t.expect_calls_to_grow("tiled_attention", (q, k, v, 8, 128), (q, k, v, 8, 16), BLOCK_K_IGNORED)
+        see_traffic_from_outside(t)
+
+
+def see_traffic_from_outside(t: Trial) -> None:
+    """The inputs are handed out piece by piece, and there is room for a tile of each.
+
+    Rows outside: q comes once, and K and V once for each block of rows, in turn, a tile at a time.
+    """
+    dim, block_q, block_k, queries, keys = 64, 32, 1024, 64, 32_768
+    q, k, v = draw(t, queries, keys, batch=1, heads=1, dim=dim, v_dim=dim)
+    room = {"q": (q, block_q * dim * 4), "k": (k, block_k * dim * 4), "v": (v, block_k * dim * 4)}
+    first = q[:, :, :2].clone(), k[:, :, :2].clone(), v[:, :, :2].clone(), 2, 2
+    reply = t.watch(
+        "tiled_attention", q, k, v, block_q, block_k, first=first, room=room, memory=6 * MIB, copied=READ_TOO_OFTEN
+    )
+    if reply is None:
+        return
+    out, lse = t.expect_tuple(reply.value, "out", "lse")
+    out, lse = t.expect_tensor(out, "out", q.shape), t.expect_tensor(lse, "lse", q.shape[:3])
+    t.judge(forward, (out[:, :, ::16], lse[:, :, ::16]), q[:, :, ::16], k, v, block_q, block_k)
+    seen, passes = reply.seen, queries // block_q
+    for name in ("k", "v"):
+        if (times := seen.times(name)) > passes:
+            t.fail_as(READ_TOO_OFTEN, got=f"{name} read {times:.3g} times", expected=f"at most {passes} times")
+    if (times := seen.times("q")) > 1.5:
+        t.fail_as(OUT_REWRITTEN, got=f"q read {times:.3g} times, by rows that come again", expected="once")
+    pieces, in_tile = median(seen.runs("k")), block_k * dim * 4 // seen.piece["k"]
+    if not 0.75 * in_tile <= pieces <= 1.5 * in_tile:
+        got = f"about {pieces * block_k // in_tile:,.0f} keys read between values and values"
+        t.fail_as(BLOCK_K_IGNORED, got=got, expected=f"a tile of {block_k:,}")
+    t.confirmed()
 
 
 def expect_traffic_of_rows_outside(t: Trial) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import transposed_in_poison
@@ -510,7 +511,8 @@ def map_without_the_mask(t: Trial) -> None:
         256,
         128,
         largest=length * length // 16,
-        memory=36 * MIB,
+        memory=10 * MIB,  # the mask alone takes 16 MiB
+        first=(*exact_intervals(9, 9), 9, 4, 4),
         says="You made the whole mask. Two integers per row are enough to classify every tile.",
     )
 
@@ -705,12 +707,31 @@ SAME_SHAPE = (
     "sequences-merged",
     "map-transposed",
 )  # these maps attention cannot go by, or goes by as well
+
+
+def as_dense(q, k, v, start, stop, block_q, block_k) -> Dense:
+    key = torch.arange(k.shape[2])
+    start, stop = (x[:, -q.shape[2] :, None] for x in (start, stop))  # of many queries, the last may be looked at alone
+    hidden = ((key < start) | (key >= stop))[:, None]
+    sizes = (v.shape[-1], k.shape[2], q.shape[2], q.shape[1], block_k)
+    # Keys that no row of their sequence sees may hold anything.
+    return Dense(q, k, v, q.shape[-1] ** -0.5, True, sizes, hidden.all(-2, keepdim=True), hidden, block=block_k)
+
+
+# The ends of the intervals are this exercise's own matter.
+FORMULA_MISTAKES = formula_mistakes(
+    as_dense, leave=("scale-ignored", "newest-key-missed", "causal-sees-the-next", "accumulated-in-half")
+)
 masked_attention = Target(
     "masked_attention",
     oracle=exact_attention,
     budget=attention_budget,
     outputs={"out": torch.float32, "lse": torch.float32},
-    misconceptions=(*ATTENTION_MISTAKES, *(_in_attention(m) for m in MAP_MISTAKES if m.slug not in SAME_SHAPE)),
+    misconceptions=(
+        *ATTENTION_MISTAKES,
+        *(_in_attention(m) for m in MAP_MISTAKES if m.slug not in SAME_SHAPE),
+        *FORMULA_MISTAKES,
+    ),
 )
 
 
@@ -863,6 +884,34 @@ def attention_skips_tiles(t: Trial) -> None:
     if 4 * 128 * 16 < made < 128 * 256:  # all keys at once are another check's
         got = f"a tensor of {made:,} elements, with tiles of 128 x 16"
         t.fail_as(BLOCK_K_IGNORED, got=got, expected=f"at most {4 * 128 * 16:,}")
+    see_tiles_from_outside(t)
+
+
+def see_tiles_from_outside(t: Trial) -> None:
+    """K and V are handed out piece by piece, each piece part of one tile: those of tiles that nobody sees are not asked for."""
+    queries, keys, block_q, block_k, dim = 128, 2048, 64, 64, 64
+    q, k, v = draw(t, queries, keys, batch=1, heads=1, dim=dim, v_dim=dim)
+    bounds = exact_intervals(queries, keys, left=t.integer(300, 700), right=0)
+    arguments, small = (q, k, v, *bounds, block_q, block_k), exact_intervals(2, 2)
+    first = q[:, :, :2].clone(), k[:, :, :2].clone(), v[:, :, :2].clone(), *small, 2, 2
+    tile = block_k * dim * 4
+    reply = t.watch("masked_attention", *arguments, first=first, room={"k": (k, tile), "v": (v, tile)})
+    if reply is None:
+        return
+    t.judge(masked_attention, reply.value, *arguments)
+    seen = exact_map(*bounds, keys, block_q, block_k)[0] != 0
+    for name in ("k", "v"):
+        pieces = tile // reply.seen.piece[name]
+        tiles = {number // pieces for number in reply.seen.pieces(name)}
+        if in_vain := tiles - set(seen.any(0).nonzero()[:, 0].tolist()):
+            t.fail_as(
+                SKIPS_NOTHING,
+                got=f"{len(in_vain)} tiles of {name} read of which no row sees a key",
+                expected=f"only the {int(seen.any(0).sum())} tiles that some row sees",
+            )
+        if (times := sum(each == name for each, _ in reply.seen.order) / pieces) > 2 * int(seen.sum()):
+            t.fail_as(SKIPS_NOTHING, got=f"{times:.0f} tiles of {name} read", expected=f"about {int(seen.sum())}")
+    # A tile of more keys than block_k is what remains: its size is the process's own word.
 
 
 def bytes_read(meter: object, name: str) -> float:
@@ -881,15 +930,19 @@ def bytes_read(meter: object, name: str) -> float:
 )
 def attention_stays_tiled(t: Trial) -> None:
     """masked_attention never makes the Sq x Sk matrix of scores, nor the mask"""
-    length = 2048
+    length = 4096
+    q, k, v = draw(t, length, length, batch=1, heads=1)
     t.check_tiled(
         masked_attention,
-        *draw(t, length, length, batch=1, heads=1),
+        q,
+        k,
+        v,
         *exact_intervals(length, length, left=200, right=0),
         128,
         128,
         largest=length * length // 16,
-        memory=40 * MIB,
+        memory=10 * MIB,  # the mask alone takes 16 MiB
+        first=(q[:, :, :9], k[:, :, :9], v[:, :, :9], *exact_intervals(9, 9), 4, 4),
         sample=lambda x: x[:, :, -128:],  # one whole block of rows
         says="You made the whole matrix of scores, or the whole mask.",
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target, budget_of
 from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.inputs import transposed_in_poison
@@ -328,6 +329,21 @@ GROUPED_MISTAKES = (
         GroupedMistake(scale=lambda dim: 1.0),
     ),
 )
+
+
+def as_dense(q, k, v, causal=False) -> Dense:
+    shared = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    sizes = (k.shape[-2], q.shape[-2], q.shape[1], k.shape[1], q.shape[1] // k.shape[1])
+    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1 + k.shape[-2] - q.shape[-2])
+    return Dense(q, *shared, q.shape[-1] ** -0.5, sizes=sizes, hidden=hidden if causal else None)
+
+
+# The causal ones are among those of grouped heads.
+FORMULA_MISTAKES = formula_mistakes(
+    as_dense,
+    lambda out, lse: out,
+    leave=("missing-scale", "scale-ignored", "newest-key-missed", "causal-sees-the-next", "accumulated-in-half"),
+)
 KV_REPEATED = Misconception(
     "kv-repeated",
     "K or V was in memory once for each query head. That is what grouped heads are there to avoid: reading the cache is what "
@@ -344,7 +360,7 @@ gqa_attention = Target(
     "gqa_attention",
     oracle=lambda q, k, v, causal=False: reference.oracle(q, k, v, causal=causal)[0],
     budget=lambda q, k, v, causal=False: reference.error_budget(q, k, v, causal=causal).out,
-    misconceptions=GROUPED_MISTAKES,
+    misconceptions=(*GROUPED_MISTAKES, *FORMULA_MISTAKES),
 )
 
 
@@ -409,9 +425,10 @@ def gqa_is_causal(t: Trial) -> None:
 )
 def gqa_does_not_repeat_keys_and_values(t: Trial) -> None:
     """gqa_attention holds K and V once, not once for each query head"""
-    q, k, v = draw(t, 32, 2, 1, 4096, batch=1, dim=64)
+    q, k, v = draw(t, 32, 2, 1, 4000, batch=1, dim=64)
     try:
-        t.check_tiled(gqa_over_long_cache, q, k, v, largest=3 * k.numel() // 2, memory=36 * MIB)
+        few = q[:, :, :1], k[:, :, :9], v[:, :, :9]
+        t.check_tiled(gqa_over_long_cache, q, k, v, largest=3 * k.numel() // 2, memory=16 * MIB, first=few)
     except Failure as failure:
         if failure.finding.diagnosis != "untiled":
             raise
@@ -459,6 +476,11 @@ NOT_RESERVED = Misconception(
     "keys or values were put together from their pieces to be looked at, which decoding does for every token.",
     "Memory for `capacity` tokens is reserved once. What does a slice of it cost?",
 )
+NOT_COPIED = Misconception(
+    "keeps-the-callers-memory",
+    "The cache holds on to the tensors that it was given. They are the caller's, who has put other numbers there by now.",
+    "Whose memory does a name point to, after self.k = k?",
+)
 CACHES_SHARE_MEMORY = Misconception(
     "caches-share-memory",
     "What was appended to one cache appeared in another of the same size: they have one memory.",
@@ -496,6 +518,8 @@ def expect_contents(t: Trial, cache: Remote, pieces: Sequence[tuple[Tensor, Tens
         expected = torch.cat([piece[own] for piece in pieces], dim=2)
         if torch.equal(got, expected):
             continue
+        if got.isnan().any():  # what is written over the arguments of a call, once it is over
+            t.fail_as(NOT_COPIED, got=f"{name} that changed after append", expected="what was appended")
         newest = pieces[-1][own]
         if torch.equal(got, torch.cat([piece[other] for piece in pieces], dim=2)):
             t.fail_as(KEYS_AND_VALUES_SWAPPED, got=name)
@@ -743,7 +767,7 @@ DECODING_MISTAKES = (
         DecodingMistake(causal=False),
     ),
     *(_seen_through_decoding(mistake, "rope") for mistake in ROPE_MISTAKES),
-    *(_seen_through_decoding(mistake, "attend") for mistake in GROUPED_MISTAKES),
+    *(_seen_through_decoding(mistake, "attend") for mistake in (*GROUPED_MISTAKES, *FORMULA_MISTAKES)),
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashlib.course.exercises.compiled import expect_compiled
 from flashlib.course.exercises.ex01 import row_max, softmax64, softmax_naive, softmax_terms, softmax_with
 from flashlib.course.grader.exercise import SOFTMAX, Exercise, Misconception, Target, budget_of
 from flashlib.course.grader.findings import Failure
@@ -556,3 +557,19 @@ def expect_fused(t: Trial, target: Target, x: Tensor, *args: Any, entries: int) 
 
 def _total(counter: dict[str, Any]) -> int:
     return sum(value for value in counter.values() if isinstance(value, int))
+
+
+@exercise.property(
+    points=1,
+    hints=[
+        "The interpreter runs any Python. A GPU's kernel has numbers, blocks, tl's functions and constexprs, and no more."
+    ],
+)
+def compiles_for_gpus(t: Trial) -> None:
+    """the kernels compile for GPUs, sm_80 and sm_90"""
+    x, lengths = t.randn(3, 37), torch.tensor([37, t.integer(1, 20), t.integer(21, 36)], dtype=torch.int32)
+    values, packed = t.randn(int(lengths.sum())), cumulative(lengths)
+    check(t, ragged_softmax, x, lengths)  # who fails anyway is told so at less expense
+    check(t, packed_softmax, values, packed, 37)
+    expect_compiled(t, NO_KERNEL, "ragged_softmax", x, lengths)
+    expect_compiled(t, NO_KERNEL, "packed_softmax", values, packed, 37)

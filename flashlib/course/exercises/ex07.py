@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises.compiled import expect_compiled
 from flashlib.course.exercises.ex03 import ASSUMES_CONTIGUOUS
-from flashlib.course.exercises.online_softmax import ONLINE_MISTAKES, State, finish, run, step
+from flashlib.course.exercises.formula import Dense, formula_mistakes
+from flashlib.course.exercises.online_softmax import ONLINE_MISTAKES
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import in_poison, ramp, transposed_in_poison, with_scores_along
@@ -145,34 +147,16 @@ def _elements_from(x: Tensor) -> int:
     return x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
 
 
-def scaled_by(size: Callable[[Tensor, Tensor, Tensor], int]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Attention scaled by one over the root of some size, where the caller gave no scale."""
-
-    def model(q, k, v, scale=None, block_m=64, block_n=32):
-        return reference.oracle(q, k, v, scale=1 / math.sqrt(size(q, k, v)) if scale is None else scale)
-
-    return model
+def as_dense(q, k, v, scale=None, block_m=64, block_n=32) -> Dense:
+    shared = (heads_shared(q, x).to(q.dtype) for x in (k, v))
+    sizes = (v.shape[-2], q.shape[-2], q.shape[1], k.shape[1], block_n)
+    return Dense(q, *shared, default_scale(q) if scale is None else scale, scale is None, sizes, block=block_n)
 
 
-def rounding_sums(
-    *, l_too: bool, acc_too: bool, dtype: torch.dtype | None = None
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """l, acc or both rounded after every step: to `dtype`, or to the inputs' own."""
-
-    def model(q, k, v, scale=None, block_m=64, block_n=32):
-        def rounding_step(*args: Tensor) -> State:
-            m, l, acc = step(*args)
-            kept = dtype or q.dtype
-            return m, l.to(kept).float() if l_too else l, acc.to(kept).float() if acc_too else acc
-
-        def attend(scores, v, block):
-            return finish(*run(scores, v, block, one_step=rounding_step))
-
-        return online(attend)(q, k, v, scale, block_m, block_n)
-
-    return model
-
-
+# exp2 is this exercise's own matter.
+OF_THE_FORMULA = formula_mistakes(
+    as_dense, leave=("exp2-for-exp", "masked-after-softmax", "newest-key-missed", "causal-sees-the-next")
+)
 LSE_UNITS = "With exp2, m and log2(l) count in units of log 2. lse is the natural logarithm of the sum of exp(score)."
 LSE_HINT = "log(x) = log2(x) * log(2). Which of your two terms is in which unit?"
 MISTAKES = (
@@ -212,30 +196,14 @@ MISTAKES = (
         "Which stride takes you from one KV head to the next?",
         with_kv(lambda q, x: x[:, :1].expand_as(x)),
     ),
-    Misconception(
-        "missing-scale",
-        "The scores were not scaled. Without 1 / sqrt(D) they grow with the head dimension, and softmax saturates.",
-        "What should scale be if the caller gave none? Does it reach the kernel?",
-        with_scale(lambda q, scale: 1.0),
-    ),
-    Misconception(
-        "scaled-twice",
-        "The scores were scaled twice. (Dividing by D, not by its square root, comes to the same.)",
-        "Follow the scale from q to the scores. How often is it multiplied in?",
-        with_scale(lambda q, scale: (default_scale(q) if scale is None else scale) ** 2),
-    ),
+    *(mistake for mistake in OF_THE_FORMULA if mistake.slug in ("missing-scale", "scaled-twice", "wrong-axis")),
     Misconception(
         "scaled-by-block",
         "The scale was made from the width of the block, not from D.",
         "D is 24 and the block is 32 wide. Of which is 1 / sqrt the scale?",
         with_scale(lambda q, scale: 1 / math.sqrt(padded(q.shape[-1])) if scale is None else scale),
     ),
-    Misconception(
-        "scale-ignored",
-        "The scale that the caller gave was not used: the answer is the one for 1 / sqrt(D).",
-        "When is the default taken? Only when the caller gave none.",
-        with_scale(lambda q, scale: default_scale(q)),
-    ),
+    *(mistake for mistake in OF_THE_FORMULA if mistake.slug == "scale-ignored"),
     *(
         Misconception(
             "exp2-without-log2e",
@@ -265,49 +233,13 @@ MISTAKES = (
         with_lse(lambda m, l, scale: m / scale + l.log()),
     ),
     *(replace(mistake, model=online(mistake.model)) for mistake in ONLINE_MISTAKES),
-    *(
-        Misconception(
-            "accumulated-in-half",
-            "l or acc was kept in float16. It ends at 65504, and has 11 bits: a sum of many weights does not fit.",
-            "With which dtype do your running sums start, and with which do they come out of the loop?",
-            rounding_sums(l_too=l_too, acc_too=acc_too),
-        )
-        for l_too, acc_too in ((True, True), (True, False), (False, True))
-    ),
-    *(
-        Misconception(
-            "scaled-by-another-size",
-            "The scores were scaled by one over the root of another size than the head dimension of q and k.",
-            "Write the shapes of q, k and v down, and find D among the axes. Which one does your scale take?",
-            scaled_by(size),
-        )
-        for size in (
-            lambda q, k, v: v.shape[-1],
-            lambda q, k, v: k.shape[-2],
-            lambda q, k, v: q.shape[-2],
-            lambda q, k, v: q.shape[1],
-        )
-    ),
-    *(
-        Misconception(
-            "summed-in-half",
-            "l or acc was kept in float16 even for float32 inputs: eleven bits of a sum are too few.",
-            "Which dtype do your running sums have after the first tile, if q is float32?",
-            rounding_sums(l_too=l_too, acc_too=acc_too, dtype=torch.float16),
-        )
-        for l_too, acc_too in ((True, True), (True, False), (False, True))
-    ),
+    *(mistake for mistake in OF_THE_FORMULA if "half" in mistake.slug or mistake.slug == "scaled-by-another-size"),
     replace(
         ASSUMES_CONTIGUOUS,
         says="The kernel read memory as if it lay in the order of the axes. A transposed tensor does not.",
         hint="Do all the strides of q, k and v reach the kernel, and is each index multiplied by its own?",
         model=contiguous_reads,
     ),
-)
-ROUNDED_TO_TF32 = Misconception(
-    "rounded-to-tf32",
-    "On a GPU tl.dot would round float32 inputs to TF32, which has ten bits after the point. The interpreter does not show it.",
-    "Which argument of tl.dot says how float32 is multiplied?",
 )
 NOT_IN_A_KERNEL = Misconception(
     "not-in-a-kernel",
@@ -525,10 +457,30 @@ def memory_traffic(t: Trial) -> None:
         read = times_read(meter, name, x)
         if read > expected:
             t.fail_as(READ_TOO_OFTEN, got=f"{name} read {read:.3g} times", expected=f"at most {expected} times")
+    see_loads_from_outside(t)
+
+
+def see_loads_from_outside(t: Trial) -> None:
+    """K and V are handed out piece by piece, with room for one tile of each: once for each block of queries, from where they lie."""
+    queries, keys, block_m, block_n, dim = 96, 512, 32, 64, 64
+    q, k, v = draw(t, queries, keys, dim=dim)
+    arguments, tile = (q, k, v, None, block_m, block_n), block_n * dim * 4
+    first = *draw(t, 2, 2, dim=dim), None, block_m, block_n
+    reply = t.watch("attention_forward", *arguments, first=first, room={"k": (k, tile), "v": (v, tile)})
+    if reply is None:
+        return
+    t.judge(forward, reply.value, *arguments)
+    expected = queries // block_m
+    for name in ("k", "v"):
+        times = reply.seen.times(name)
+        if times != expected:
+            mistake = READ_TOO_OFTEN if times > expected else READ_BEFORE
+            t.fail_as(mistake, got=f"{name} read {times:.3g} times", expected=f"{expected} times, from where it lies")
+    # That it is a kernel that reads them, and no operation of PyTorch, is the process's own word.
 
 
 @exercise.property(
-    points=4,
+    points=3,
     hints=[
         "Which tensors do you make in Python? out and lse are enough.",
         "Which of your blocks has a size that grows with Sk?",
@@ -564,17 +516,18 @@ def tiled_in_the_kernel(t: Trial) -> None:
             hint="Which of your blocks has a size that comes from kv_len?",
         )
 
-    expect_compiled(t)
 
-
-def expect_compiled(t: Trial) -> None:
-    """A GPU's compiler takes the kernel, and multiplies float32 in float32."""
-    kernels = t.compile("attention_forward", *draw(t, 20, 40, dim=32), None, 32, 32)
-    if not kernels:
-        t.fail_as(NOT_IN_A_KERNEL, got="no kernel was launched", expected="a Triton kernel that computes out and lse")
-    rounded = {precision for dots in kernels.values() for precision, dtype in dots if dtype == "f32"} - {"ieee"}
-    if rounded:
-        t.fail_as(ROUNDED_TO_TF32, got=f"tl.dot with {', '.join(sorted(rounded))}", expected='input_precision="ieee"')
+@exercise.property(
+    points=1,
+    hints=[
+        "The interpreter runs any Python. A GPU's kernel has numbers, blocks, tl's functions and constexprs, and no more.",
+        "What do the products of your tiles round to, if their inputs are float32?",
+    ],
+)
+def compiles_for_gpus(t: Trial) -> None:
+    """the kernel compiles for GPUs, sm_80 and sm_90, and multiplies float32 in float32"""
+    t.check(forward, *draw(t, 20, 40), None, 32, 32)  # who fails anyway is told so at less expense
+    expect_compiled(t, NOT_IN_A_KERNEL, "attention_forward", *draw(t, 20, 40, dim=32), None, 32, 32)
 
 
 def torch_calls(meter: dict) -> list[str]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises.compiled import expect_compiled
 from flashlib.course.exercises.ex04 import IntervalMistake, blocks, exact_intervals
+from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.trial import Trial
@@ -290,12 +292,25 @@ def attention_budget(q, k, v, left=None, right=None, block_m=32, block_n=32) -> 
     return allowed.out, allowed.lse
 
 
+def as_dense(q, k, v, left=None, right=None, block_m=32, block_n=32) -> Dense:
+    start, stop = (x[0, :, None] for x in exact_intervals(q.shape[2], k.shape[2], left, right))
+    key = torch.arange(k.shape[2])
+    sizes = (k.shape[2], q.shape[2], block_m, block_n)
+    hidden = (key < start) | (key >= stop)
+    return Dense(q, k, v, q.shape[-1] ** -0.5, True, sizes, hidden=hidden, block=block_n)
+
+
+# The ends of the intervals are this exercise's own matter.
+FORMULA_MISTAKES = formula_mistakes(
+    as_dense, leave=("scale-ignored", "newest-key-missed", "causal-sees-the-next", "accumulated-in-half")
+)
+
 masked_attention = Target(
     "masked_attention",
     oracle=exact_attention,
     budget=attention_budget,
     outputs={"out": torch.float32, "lse": torch.float32},
-    misconceptions=(*INTERVAL_MISTAKES, *TILE_MISTAKES, *VALUE_MISTAKES),
+    misconceptions=(*INTERVAL_MISTAKES, *TILE_MISTAKES, *VALUE_MISTAKES, *FORMULA_MISTAKES),
 )
 
 
@@ -469,6 +484,35 @@ def loads_what_is_seen(t: Trial) -> None:
                     expected=f"at most {needed:,}",
                     hint=SKIPS_NOTHING[2],
                 )
+    see_tiles_from_outside(t)
+
+
+def see_tiles_from_outside(t: Trial) -> None:
+    """K and V are handed out piece by piece, each piece part of one tile, with room for one tile: as often as it is loaded."""
+    queries, keys, block, dim = 64, 512, 32, 64
+    q, k, v = draw(t, queries, keys, dim=dim)
+    arguments = (q, k, v, t.integer(100, 200), 0, block, block)
+    first = *draw(t, 2, 2, dim=dim), None, 0, block, block
+    tile = block * dim * 4
+    reply = t.watch("masked_attention", *arguments, first=first, room={"k": (k, tile), "v": (v, tile)})
+    if reply is None:
+        return
+    t.judge(masked_attention, reply.value, *arguments)
+    kinds = Kernel().tile_kinds(queries, keys, *arguments[3:])
+    for name in ("k", "v"):
+        pieces = tile // reply.seen.piece[name]
+        in_vain = {number // pieces for number in reply.seen.pieces(name)} - set(
+            (kinds != SKIP).any(0).nonzero()[:, 0].tolist()
+        )
+        read = sum(each == name for each, _ in reply.seen.order) / pieces
+        if in_vain or read > int((kinds != SKIP).sum()):
+            t.fail(
+                *SKIPS_NOTHING[:2],
+                got=f"{read:.3g} tiles of {name} loaded, {len(in_vain)} of which nobody sees a key",
+                expected=f"at most {int((kinds != SKIP).sum())}",
+                hint=SKIPS_NOTHING[2],
+            )
+    t.confirmed()
 
 
 def bytes_needed(q: Tensor, k: Tensor, v: Tensor, left, right, block_m: int, block_n: int) -> int:
@@ -514,3 +558,17 @@ def counts(t: Trial) -> None:
 def inputs_left_alone(t: Trial) -> None:
     """does not change q, k or v"""
     t.check_inputs_untouched(masked_attention, *draw(t, 20, 64), 7, 0, 32, 32)
+
+
+@exercise.property(
+    points=1,
+    hints=[
+        "The interpreter runs any Python. A GPU's kernel has numbers, blocks, tl's functions and constexprs, and no more.",
+        "What do the products of your tiles round to, if their inputs are float32?",
+    ],
+)
+def compiles_for_gpus(t: Trial) -> None:
+    """the kernel compiles for GPUs, sm_80 and sm_90, and multiplies float32 in float32"""
+    arguments = (*draw(t, 40, 70), 23, 3, 16, 16)
+    t.check(masked_attention, *arguments)  # who fails anyway is told so at less expense
+    expect_compiled(t, NO_KERNEL, "masked_attention", *draw(t, 20, 40), 7, 0, 32, 32)

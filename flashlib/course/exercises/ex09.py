@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flashlib import reference
+from flashlib.course.exercises.compiled import expect_compiled
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target, budget_of
 from flashlib.course.grader.inputs import ramp, with_scores_along
 from flashlib.course.grader.trial import Trial
@@ -632,6 +633,13 @@ class Problem:
         return (self.q, self.k, self.v, *self.saved, self.grad_out, self.causal, self.scale, *blocks)
 
 
+NO_KERNEL = Misconception(
+    "no-kernel",
+    "No Triton kernel was launched; this exercise is to write three.",
+    "The launchers at the end of the file are given. What do they call?",
+)
+
+
 def draw(
     t: Trial,
     rows: int,
@@ -828,9 +836,7 @@ def memory(t: Trial) -> None:
     meter = t.check_tiled(attention_backward, *problem.for_all(block_q, block_k), largest=(rows + keys) * dim).meter
     largest_block = meter.get("largest_block")
     if not meter.get("launches"):
-        t.fail(
-            "no-kernel", "No Triton kernel was launched; this exercise is to write three.", expected="three launches"
-        )
+        t.fail_as(NO_KERNEL, got="no kernel was launched", expected="three launches")
     if not isinstance(largest_block, int) or largest_block > block_q * block_k:
         t.fail(
             "untiled",
@@ -839,3 +845,17 @@ def memory(t: Trial) -> None:
             expected=f"at most {block_q * block_k}",
             hint="Do you use block_q and block_k as they are given?",
         )
+
+
+@exercise.property(
+    points=1,
+    hints=[
+        "The interpreter runs any Python. A GPU's kernel has numbers, blocks, tl's functions and constexprs, and no more.",
+        "What do the products of your tiles round to, if their inputs are float32?",
+    ],
+)
+def compiles_for_gpus(t: Trial) -> None:
+    """the kernels compile for GPUs, sm_80 and sm_90, and multiply float32 in float32"""
+    problem = draw(t, 21, 37, causal=True, scale=0.3)
+    t.check(attention_backward, *problem.for_all(16, 32))  # who fails anyway is told so at less expense
+    expect_compiled(t, NO_KERNEL, "attention_backward", *problem.for_all(16, 32))

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.exercises.online_softmax import attention64
 from flashlib.course.exercises.pieces import (
     FOLD_MISTAKES,
@@ -24,6 +26,7 @@ from flashlib.course.exercises.pieces import (
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
+from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.trial import Trial
 from flashlib.masks import KeyLengths
 
@@ -440,6 +443,13 @@ def even_ranges(length: int, num_splits: int, block: int) -> Ranges:
     return [(min(s * per_split, length), min((s + 1) * per_split, length)) for s in range(num_splits)]
 
 
+def shared_out_ranges(length: int, num_splits: int, block: int) -> Ranges:
+    """The other common way: split s begins at block s * blocks // num_splits."""
+    blocks = math.ceil(length / block)
+    ends = [min(s * blocks // num_splits * block, length) for s in range(num_splits + 1)]
+    return list(pairwise(ends))
+
+
 def equal_ranges(keys: int, num_splits: int) -> Ranges:
     return [(split * keys, (split + 1) * keys) for split in range(num_splits)]
 
@@ -556,6 +566,15 @@ DECODE_MISTAKES = (
             lambda length, n, block: even_ranges(length // block * block, n, block),
         )
     ),
+    *(
+        Misconception(
+            "last-split-dropped",
+            "The last split was left out, though it has keys: the newest of them.",
+            "For how many splits does your loop run, and how many results do you combine?",
+            DecodeMistake(ranges=lambda length, n, block, cut=cut: cut(length, n, block)[:-1] or [(0, 0)]),
+        )
+        for cut in (even_ranges, shared_out_ranges)
+    ),
     Misconception(
         "beyond-the-length",
         "Keys behind a request's length were seen: its last block is not full, and was read to its end.",
@@ -618,6 +637,33 @@ DECODE_MISTAKES = (
     ),
     *(of_splits(mistake) for mistake in COMBINE_MISTAKES),
 )
+
+
+def as_dense(q, k, v, lengths, num_splits, block, scale=None) -> Dense:
+    shared = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    absent = (torch.arange(k.shape[2]) >= lengths[:, None])[:, None, None]
+    sizes = (v.shape[-1], k.shape[2], q.shape[1], k.shape[1], q.shape[1] // k.shape[1])
+    given = q.shape[-1] ** -0.5 if scale is None else scale
+    return Dense(q[:, :, None], *shared, given, scale is None, sizes, absent, block=block)
+
+
+def of_one_query(out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return out[:, :, 0], None if lse is None else lse[:, :, 0]
+
+
+# There is one query, and no mask.
+FORMULA_MISTAKES = formula_mistakes(
+    as_dense,
+    of_one_query,
+    leave=(
+        "missing-scale",
+        "scale-ignored",
+        "wrong-axis",
+        "masked-after-softmax",
+        "causal-sees-the-next",
+        "accumulated-in-half",
+    ),
+)
 PADDING_MULTIPLIED = Misconception(
     "padding-multiplied",
     "Something from behind a request's length reached the answer. Hiding the scores is not enough: a weight of 0 times a value of "
@@ -663,7 +709,7 @@ decode = Target(
     oracle=exact_decoding,
     budget=decoding_budget,
     outputs={"out": torch.float32, "lse": torch.float32},
-    misconceptions=DECODE_MISTAKES,
+    misconceptions=(*DECODE_MISTAKES, *FORMULA_MISTAKES),
 )
 
 
@@ -837,6 +883,37 @@ def every_key_is_read_once(t: Trial) -> None:
                     got=f"{read:,} bytes of {name} read, for lengths {lengths}",
                     expected=f"{visible:,}: each visible one once",
                 )
+    see_reads_from_outside(t)
+
+
+def see_reads_from_outside(t: Trial) -> None:
+    """K and V are handed out piece by piece, with room for a split's keys of one head: the visible ones once, the others never."""
+    batch, q_heads, kv_heads, capacity, dim, splits, block = 2, 6, 2, 8192, 64, 8, 64
+    q, k, v = draw(t, batch, q_heads, kv_heads, capacity, dim=dim, v_dim=dim)
+    lengths = torch.tensor([capacity, 64 * t.integer(70, 90)])
+    arguments, split = (q, k, v, lengths, splits, block), capacity // splits * dim * 4
+    first = q, k[:, :, :9].clone(), v[:, :, :9].clone(), torch.tensor([9, 5]), 2, 4
+    room = {"k": (k, split), "v": (v, split)}
+    reply = t.watch(
+        "split_decode", *arguments, first=first, room=room, together=True, memory=6 * MIB, copied=KV_REPEATED
+    )
+    if reply is None:
+        return
+    t.judge(decode, reply.value, *arguments)
+    for name in ("k", "v"):
+        keys = reply.seen.piece[name] // (dim * 4)  # in a piece; they are all of one request and head
+        needed = {
+            (request * kv_heads + head) * (capacity // keys) + piece
+            for request, length in enumerate(lengths.tolist())
+            for head in range(kv_heads)
+            for piece in range(math.ceil(length / keys))
+        }
+        if in_vain := reply.seen.pieces(name) - needed:
+            t.fail_as(PADDING_READ, got=f"{len(in_vain) * keys:,} keys read that no request has", expected="none")
+        read = sum(each == name for each, _ in reply.seen.order)
+        if read > 1.5 * len(needed):  # where two splits meet in a piece, it may come twice
+            t.fail_as(READ_TOO_OFTEN, got=f"{read * keys:,} keys read", expected=f"{len(needed) * keys:,}")
+    t.confirmed()
 
 
 def bytes_read(meter: object, name: str) -> float:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flashlib import reference
+from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.findings import Failure
+from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.trial import Trial, contrast, show
 
 exercise = Exercise(
@@ -591,7 +594,7 @@ class PagedMistake:
         tokens: a request's tokens, from memory, its row of the table and how many.
         kv_head: which KV head query head h looks at, of Hq and Hkv heads.
         scale: of the scores, from D.
-        by_page: every page by itself, and the mean of their outputs.
+        by_page: every page by itself, and the mean of their outputs, weighted by `weigh` of their numbers of tokens.
     """
 
     seen: Callable[[list[int], int, int, int], int] = lambda lengths, i, page_size, width: lengths[i]
@@ -599,6 +602,7 @@ class PagedMistake:
     kv_head: Callable[[int, int, int], int] = lambda h, q_heads, kv_heads: h // (q_heads // kv_heads)
     scale: Callable[[int], float] = lambda dim: dim**-0.5
     by_page: bool = False
+    weigh: Callable[[list[int]], list[float]] = lambda counts: [1.0] * len(counts)
 
     def __call__(self, q: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
         _, kv_heads, page_size, dim = key_pages.shape
@@ -613,7 +617,8 @@ class PagedMistake:
                 kv_head = self.kv_head(h, q.shape[1], kv_heads)
                 scores = keys[kv_head] @ q[i, h].double() * self.scale(dim)
                 outs = [torch.softmax(scores[p : p + size], 0) @ values[kv_head, p : p + size] for p in pieces]
-                out[i, h] = torch.stack(outs).mean(0) if outs else 0.0
+                weights = torch.tensor(self.weigh([min(size, seen - p) for p in pieces]), dtype=torch.float64)
+                out[i, h] = weights / weights.sum() @ torch.stack(outs) if outs else 0.0
         return out
 
 
@@ -671,6 +676,12 @@ PAGED_MISTAKES = (
     ),
     LAST_PAGE_COUNTED_WHOLE,
     Misconception(
+        "last-page-dropped",
+        "The last page was left out, though it holds tokens.",
+        "How many pages does a request of 6 tokens hold, with 4 to a page? How many do you visit?",
+        PagedMistake(seen=lambda lengths, i, page_size, width: (lengths[i] - 1) // page_size * page_size),
+    ),
+    Misconception(
         "one-length-for-all",
         "All requests were read to the length of the longest, or of the first.",
         "Where does the length of request i enter into its own output?",
@@ -683,10 +694,40 @@ PAGED_MISTAKES = (
         PagedMistake(seen=lambda lengths, i, page_size, width: lengths[0]),
     ),
     Misconception(
+        "weighted-by-length",
+        "The pages were weighted by their number of tokens. A key counts by exp(score), and not all scores are equal.",
+        "One page holds one key with a score of 20, another four keys with a score of 0. Where should the weight be?",
+        PagedMistake(by_page=True, weigh=lambda counts: [float(count) for count in counts]),
+    ),
+    Misconception(
         "pages-averaged",
         "Attention was computed for each page by itself, and the mean was taken. A page with larger scores must count more.",
         "By what are the outputs of two sets of keys weighted? Chapter 12 has the answer.",
         PagedMistake(by_page=True),
+    ),
+)
+
+
+def as_dense(q, key_pages, value_pages, table, lengths) -> Dense:
+    """All requests, filled up to the longest with keys that are absent."""
+    longest = int(lengths.max())
+    keys, values = (
+        torch.stack(
+            [pad(tokens_of(x, row, n), (0, 0, 0, longest - n)) for row, n in zip(table, lengths.tolist(), strict=True)]
+        ).repeat_interleave(q.shape[1] // key_pages.shape[1], 1)
+        for x in (key_pages, value_pages)
+    )
+    absent = (torch.arange(longest) >= lengths[:, None])[:, None, None]
+    sizes = (key_pages.shape[2], longest, q.shape[1], key_pages.shape[1], q.shape[1] // key_pages.shape[1])
+    return Dense(q[:, :, None], keys, values, q.shape[-1] ** -0.5, True, sizes, absent, block=key_pages.shape[2])
+
+
+FORMULA_MISTAKES = formula_mistakes(
+    as_dense,
+    lambda out, lse: out[:, :, 0],
+    leave=(
+        *("missing-scale", "scale-ignored", "wrong-axis", "masked-after-softmax", "newest-key-missed"),
+        *("causal-sees-the-next", "accumulated-in-half"),
     ),
 )
 PADDED_COPY = Misconception(
@@ -713,7 +754,10 @@ def _requests(q: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, 
 
 
 paged_attention = Target(
-    "paged_attention", oracle=exact_attention, budget=attention_budget, misconceptions=PAGED_MISTAKES
+    "paged_attention",
+    oracle=exact_attention,
+    budget=attention_budget,
+    misconceptions=(*PAGED_MISTAKES, *FORMULA_MISTAKES),
 )
 
 
@@ -784,7 +828,11 @@ def attention_does_not_pad(t: Trial) -> None:
     lengths.insert(t.integer(0, 31), 4096)
     q, keys, values, table, counts = draw(t, lengths, page_size=16, dim=32)
     try:
-        t.check_tiled(paged_attention, q, keys, values, table, counts, largest=2 * keys.numel())
+        few = draw(t, [3, 17], page_size=16, dim=32)
+        arguments = q, keys, values, table, counts
+        t.check_tiled(
+            paged_attention, *arguments, largest=2 * keys.numel(), memory=16 * MIB, first=few
+        )  # padded: 32 MiB
     except Failure as failure:
         if failure.finding.diagnosis != "untiled":
             raise

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from flashlib import reference
 from flashlib.course.exercises.ex03 import times_read
+from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.exercises.pieces import combine64, merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_scores_along
+from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.sandbox.session import Reply
 from flashlib.course.grader.trial import Trial
 
@@ -186,6 +188,38 @@ def gated_again_and_again(q, k, v, k_memory, v_memory, chunk_size, alpha=1.0, mo
     return merged(own, *((out, lse + n * math.log(alpha)) for n, (out, lse) in zip(times, pieces, strict=True)))[0]
 
 
+def swapped(own: Piece, memory: Piece, alpha: float, mode: str) -> Tensor:
+    """Each output with the weight of the other."""
+    gated = memory[1] + math.log(alpha) if mode == "gate" else memory[1]
+    injected = merged((memory[0], own[1]), (own[0], gated))[0]
+    return injected if mode == "gate" else (1 - alpha) * own[0] + alpha * injected
+
+
+def weighted_by_length(q, k, v, k_memory, v_memory, chunk_size, alpha=1.0, mode="blend"):
+    """The outputs over the memory and over the own keys, by how many keys each has."""
+    q, k, v = q.double(), k.double(), v.double()
+    own = reference.oracle(q, k, v, causal=True)[0]
+    length = k_memory.shape[1]
+    if alpha == 0 or not length:
+        return own
+    memory = reference.oracle(q, *(shared(x, q.shape[0], torch.float64) for x in (k_memory, v_memory)))[0]
+    share = length / (length + k.shape[2])
+    injected = (1 - share) * own + share * memory
+    return injected if mode == "gate" else (1 - alpha) * own + alpha * injected
+
+
+def as_dense(q, k, v, k_memory, v_memory, chunk_size, alpha=1.0, mode="blend") -> Dense:
+    """Both kinds of keys in one softmax, where that is what alpha means: elsewhere the answer is a mixture of two."""
+    if alpha != 1 or not k_memory.shape[1]:
+        memory = k_memory.new_zeros(k_memory.shape[0], 0, k_memory.shape[2]), v_memory[:, :0]
+    else:
+        memory = k_memory, v_memory
+    keys, values = (torch.cat([shared(x, q.shape[0], q.dtype), y], 2) for x, y in zip(memory, (k, v), strict=True))
+    hidden = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool).triu(1 + keys.shape[2] - q.shape[2])
+    sizes = (k_memory.shape[1], k.shape[2], q.shape[2], q.shape[1], keys.shape[2])
+    return Dense(q, keys, values, q.shape[-1] ** -0.5, True, tuple(size for size in sizes if size), hidden=hidden)
+
+
 def rows_misplaced(*, pack_wrongly: bool) -> Callable[..., Tensor]:
     """The requests' queries as rows of one matrix, put there or taken back without exchanging the two axes."""
 
@@ -236,6 +270,24 @@ MISTAKES = (
         "The last keys of the memory were left out: chunk_size does not divide M, and the shorter last chunk counts too.",
         "How many chunks does your loop visit for 10 keys and a chunk_size of 4? How many are there?",
         mistaken(keep=lambda length, chunk_size: length // chunk_size * chunk_size),
+    ),
+    Misconception(
+        "last-chunk-dropped",
+        "The last chunk was left out, though it is a whole one.",
+        "What is the last start that your loop over the chunks takes? range ends before its end.",
+        mistaken(keep=lambda length, chunk_size: max(0, (length - 1) // chunk_size * chunk_size)),
+    ),
+    Misconception(
+        "weighted-by-length",
+        "Memory and own keys were weighted by their numbers of keys. A key counts by exp(score), and not all scores are equal.",
+        "The memory has a thousand keys with a score of -20, and the request one with 20. Which should the output be close to?",
+        weighted_by_length,
+    ),
+    Misconception(
+        "weights-swapped",
+        "The memory's output got the weight of the own keys, and the other way round.",
+        "Let one lse be far larger than the other. Which output should survive?",
+        mistaken(end=swapped),
     ),
     Misconception(
         "memory-masked",
@@ -307,7 +359,19 @@ MISTAKES = (
         "What is the variance of a dot product of two random vectors of length D?",
         mistaken(scale=1.0),
     ),
+    Misconception(
+        "scaled-twice",
+        "The scores were scaled twice. (Dividing by D, not by its square root, comes to the same.)",
+        "Follow the scale from q to the scores. How often is it multiplied in?",
+        lambda q, *args, **kwargs: mistaken(scale=1 / q.shape[3])(q, *args, **kwargs),
+    ),
 )
+FORMULA_MISTAKES = formula_mistakes(
+    as_dense,
+    lambda out, lse: out,
+    leave=("missing-scale", "scaled-twice", "scale-ignored", "accumulated-in-half", "summed-in-half"),
+)
+ALL_MISTAKES = (*MISTAKES, *FORMULA_MISTAKES)
 NO_MAXIMUM = Misconception(
     "no-max-subtraction",
     "Exponentials of scores overflowed, or all of a row's became 0, and the output is NaN. Only differences of scores count: take "
@@ -352,10 +416,10 @@ def all_nan(q: Tensor, k: Tensor, v: Tensor, *others) -> Tensor:
     return torch.full((*q.shape[:3], v.shape[3]), torch.nan, dtype=torch.float64)
 
 
-inject = Target("inject_chunked", oracle=injected64, budget=injected_budget, misconceptions=MISTAKES)
-inject_nan = replace(inject, misconceptions=(replace(MEMORY_READ_AT_0, model=all_nan), *MISTAKES))
-inject_spread = replace(inject, misconceptions=(replace(NO_MAXIMUM, model=all_nan), *MISTAKES))
-inject_no_keys = replace(inject, misconceptions=(replace(EMPTY_MEMORY, model=all_nan), *MISTAKES))
+inject = Target("inject_chunked", oracle=injected64, budget=injected_budget, misconceptions=ALL_MISTAKES)
+inject_nan = replace(inject, misconceptions=(replace(MEMORY_READ_AT_0, model=all_nan), *ALL_MISTAKES))
+inject_spread = replace(inject, misconceptions=(replace(NO_MAXIMUM, model=all_nan), *ALL_MISTAKES))
+inject_no_keys = replace(inject, misconceptions=(replace(EMPTY_MEMORY, model=all_nan), *ALL_MISTAKES))
 
 # ---------------------------------------------------------------------------------------------------------- properties
 
@@ -506,6 +570,25 @@ def bounded_memory(t: Trial) -> None:
     answer = t.expect_tensor(reply.value, "out", v[:, :, :1].shape, torch.float32)
     some = slice(0, batch, batch - 1)  # the first request and the last
     t.judge(inject, answer[some], q[some], k[some], v[some], k_memory, v_memory, chunk_size)
+    see_memory_from_outside(t)
+
+
+def see_memory_from_outside(t: Trial) -> None:
+    """The memory is handed out piece by piece, with room for one chunk: once, and the process does not grow by a copy of it."""
+    batch, heads, dim, chunk_size, length = 16, 2, 32, 4096, 1 << 16
+    q, k, v, k_memory, v_memory = draw(t, 1, 2, length, batch=batch, heads=heads, dim=dim, v_dim=dim)
+    arguments, chunk = (q, k, v, k_memory, v_memory, chunk_size), heads * chunk_size * dim * 2
+    first = q, k, v, k_memory[:, :9].clone(), v_memory[:, :9].clone(), 4
+    room = {"k_memory": (k_memory, chunk), "v_memory": (v_memory, chunk)}
+    reply = t.watch("inject_chunked", *arguments, first=first, room=room, memory=6 * MIB, copied=GROWS)
+    if reply is None:
+        return
+    out = t.expect_tensor(reply.value, "out", q.shape, torch.float32)
+    t.judge(inject, out[:1], q[:1], k[:1], v[:1], k_memory, v_memory, chunk_size)
+    for name in room:
+        if (times := reply.seen.times(name)) > 1:
+            t.fail_as(READ_AGAIN, got=f"{name} read {times:.3g} times", expected="once")
+    t.confirmed()
 
 
 def measured(t: Trial, q, k, v, k_memory, v_memory, chunk_size: int) -> tuple[Reply, float]:

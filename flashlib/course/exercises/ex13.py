@@ -11,9 +11,11 @@ from torch import Tensor
 
 from flashlib import reference
 from flashlib.course.exercises.ex03 import times_read
+from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.exercises.pieces import combine64, merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
+from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.trial import Trial
 
 exercise = Exercise(
@@ -117,6 +119,15 @@ def added(pieces: Pieces) -> tuple[Tensor, Tensor]:
     return torch.stack([out for out, _ in pieces]).sum(0), merged(pieces)[1]
 
 
+def swapped(pieces: Pieces) -> tuple[Tensor, Tensor]:
+    """Merged one after the other, each with the weight of the other."""
+    out, lse = pieces[-1]
+    for piece_out, piece_lse in pieces[:-1]:
+        out = merged([(piece_out, lse), (out, piece_lse)])[0]
+        lse = torch.logaddexp(lse, piece_lse)
+    return out, lse
+
+
 def own_lse_kept(pieces: Pieces) -> tuple[Tensor, Tensor]:
     """Merged with the running out, but always weighed by the lse of the own keys."""
     out, lse = pieces[-1]
@@ -168,6 +179,18 @@ MISTAKES = (
         "The outputs were added. Each was already divided by the sum of its own exponentials.",
         "What would a piece's output have to be multiplied by to undo its division?",
         PrefixMistake(merge=added),
+    ),
+    Misconception(
+        "weights-swapped",
+        "The pieces got each other's weights.",
+        "Let one lse be far larger than the others. Which output should survive?",
+        PrefixMistake(merge=swapped),
+    ),
+    Misconception(
+        "own-key-missed",
+        "The newest own key was left out. A query sees itself.",
+        "With one own token and one query, how many own keys does it see?",
+        PrefixMistake(own_last=lambda i, length, q_len, kv_len: i + length - q_len - 1),
     ),
     Misconception(
         "last-level-only",
@@ -266,6 +289,27 @@ MISTAKES = (
         PrefixMistake(scale=lambda dim: 1.0),
     ),
 )
+
+
+def as_dense(q, levels, k, v, lengths) -> Dense:
+    """Each request's prefixes followed by its own keys, as many as there is room for; those behind its length are absent."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = (
+        torch.cat([*(level[side][level[2]] for level in levels), own], 2).repeat_interleave(group, 1)
+        for side, own in ((0, k), (1, v))
+    )
+    before, key = keys.shape[2] - k.shape[2], torch.arange(keys.shape[2])
+    total = before + lengths
+    absent = (key >= total[:, None])[:, None, None]
+    last = torch.arange(q.shape[2]) + total[:, None] - q.shape[2]
+    sizes = (v.shape[-1], keys.shape[2], k.shape[2], q.shape[1], k.shape[1])
+    return Dense(q, keys, values, q.shape[-1] ** -0.5, True, sizes, absent, (key > last[..., None])[:, None])
+
+
+FORMULA_MISTAKES = formula_mistakes(
+    as_dense, leave=("missing-scale", "scale-ignored", "accumulated-in-half", "summed-in-half", "newest-key-missed")
+)
+ALL_MISTAKES = (*MISTAKES, *FORMULA_MISTAKES)
 PADDING_READ = Misconception(
     "padding-read",
     "What lies behind a request's length reached the result: it held NaN, and 0 * NaN is NaN.",
@@ -309,10 +353,10 @@ forward = Target(
     oracle=exact,
     budget=budget,
     outputs={"out": torch.float32, "lse": torch.float32},
-    misconceptions=MISTAKES,
+    misconceptions=ALL_MISTAKES,
 )
-forward_padded = replace(forward, misconceptions=(replace(PADDING_READ, model=nan_where_padded), *MISTAKES))
-forward_spread = replace(forward, misconceptions=(replace(NO_MAXIMUM, model=all_nan), *MISTAKES))
+forward_padded = replace(forward, misconceptions=(replace(PADDING_READ, model=nan_where_padded), *ALL_MISTAKES))
+forward_spread = replace(forward, misconceptions=(replace(NO_MAXIMUM, model=all_nan), *ALL_MISTAKES))
 
 # ---------------------------------------------------------------------------------------------------------- properties
 
@@ -481,3 +525,25 @@ def read_once(t: Trial) -> None:
         times = times_read(meter, name, x)
         if times > 1:
             t.fail_as(PREFIX_READ_AGAIN, got=f"{name} read {times:.3g} times", expected="once")
+    see_prefix_from_outside(t)
+
+
+def see_prefix_from_outside(t: Trial) -> None:
+    """A prefix is handed out piece by piece, with room for its keys or its values: once, and no copy of it makes the process grow."""
+    sizes, tokens = Sizes(batch=3, q_heads=4, kv_heads=2, q_len=1, dim=64, v_dim=64), 16_384
+    q, k, v = draw_own(t, sizes, 4)
+    level = draw_level(t, sizes, 1, tokens)
+    arguments, first = (q, [level], k, v, full(sizes, 4)), (q, [draw_level(t, sizes, 1, 9)], k, v, full(sizes, 4))
+    room = {name: (x, x.nbytes) for name, x in zip(("k_prefix", "v_prefix"), level[:2], strict=True)}
+    limits = {"together": True, "memory": 7 * MIB, "copied": PREFIX_COPIED}
+    reply = t.watch("shared_prefix_attention", *arguments, first=first, room=room, **limits)
+    if reply is None:
+        return
+    out, lse = t.expect_tuple(reply.value, "out", "lse")
+    out, lse = t.expect_tensor(out, "out", q.shape), t.expect_tensor(lse, "lse", q.shape[:3])
+    last = slice(-1, None)  # the other requests see the same prefix
+    t.judge(forward, (out[last], lse[last]), q[last], [(*level[:2], [0])], k[last], v[last], arguments[4][last])
+    for name in room:
+        if (times := reply.seen.times(name)) > 1.5:
+            t.fail_as(PREFIX_READ_AGAIN, got=f"{name} read {times:.3g} times", expected="once")
+    t.confirmed()

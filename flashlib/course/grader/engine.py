@@ -101,7 +101,7 @@ def grade(
     """
     seed = secrets.randbits(32) if seed is None else seed
     run = _Run(exercise, submission, sandbox, seed, Results() if results is None else results)
-    began = time.monotonic()
+    began, cpu = time.monotonic(), time.thread_time()
     try:
         with _one_thread:
             outcomes = tuple(run.result(prop) for prop in exercise.properties)
@@ -118,6 +118,7 @@ def grade(
         protections=run.protections,
         hints=hints,
         note=submission.note,
+        cpu_seconds=time.thread_time() - cpu + run.process.cpu_seconds + run.compiler.cpu_seconds,
     )
 
 

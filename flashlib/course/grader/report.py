@@ -37,6 +37,7 @@ class Report:
         protections: what fenced the code in.
         hints: how many to show for each failed property.
         note: what student and instructor should know of how the file was found.
+        cpu_seconds: processor time, of the checks and of the processes that the file ran in.
     """
 
     exercise: str
@@ -48,6 +49,7 @@ class Report:
     protections: Protections = field(default_factory=Protections)
     hints: int = 1
     note: str = ""
+    cpu_seconds: float = 0.0
 
     @property
     def earned(self) -> int:

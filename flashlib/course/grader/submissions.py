@@ -44,6 +44,11 @@ PLATFORMS = {
     "canvas": re.compile(
         r"(?P<student>[^_]+)(?P<late>_LATE)?_(?P<id>\d{2,})_(?P<order>\d{2,})_(?P<file>.+\.\w+)", re.IGNORECASE
     ),
+    # What Otter's `export` writes is named after the notebook and the time; whose it is stands before it, if anywhere.
+    "otter": re.compile(
+        r"(?P<student>.+?)[_\-. ]+(?P<file>ex\d\d\w*?)_(?P<order>\d{4}_\d\d_\d\dT\d\d_\d\d_\d\d(_\d+)?)\.zip",
+        re.IGNORECASE,
+    ),
     "blackboard": re.compile(r".+_(?P<student>[^_]+)_attempt_(?P<order>[\d-]+)(_(?P<file>.+\.\w+))?", re.IGNORECASE),
 }
 # A late mark stands apart from the name; "Ann Late" is a name.
@@ -118,7 +123,8 @@ def find_students(directory: Path, exercises: Sequence[Exercise], roster: Roster
     """All submissions under `directory`, which may also be a zip or tar archive.
 
     One folder or archive for each student, named after him, with his files in it; or files next to each other whose names
-    begin with the student's, as in `ada_ex01_softmax.py`; or both; or what Canvas, Moodle or Blackboard let one download.
+    begin with the student's, as in `ada_ex01_softmax.py`; or both; or what Canvas, Moodle or Blackboard let one download, and
+    what Otter exports.
     Late marks and the platforms' ids do not make another student. Of several files for one exercise, the newest is taken.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Process:
         self._start = start
         self._child: Child | None = None
         self._printed = ""
+        self.cpu_seconds = 0.0  # of all processes that were ended
 
     def child(self, *, metered: bool) -> Child:
         """The process, with the student's file loaded. `metered` says that the meter will be used, if it must be started."""
@@ -57,6 +58,7 @@ class Process:
             return 0
         ending = self._child.end()
         self._printed += self._child.take_printed()
+        self.cpu_seconds += ending.cpu_seconds
         self._child = None
         return ending.memory_growth
 
@@ -126,18 +128,28 @@ class Trial:
         keep: bool = False,
         meter: dict[str, Tensor] | None = None,
         fast_memory: int = 0,
+        guarded: Mapping[str, tuple[Tensor, int]] | None = None,
+        together: bool = False,
         leaving_allowed: bool = False,
     ) -> Reply:
         """As `call`, with everything else that is known about it: `.value`, `.meter`, `.changed`, `.seconds`.
 
         Args:
-            meter, fast_memory: as in `Child.call`.
+            meter, fast_memory, guarded, together: as in `Child.call`.
             leaving_allowed: even where numbers leave PyTorch's tensors, to where the meter does not count.
         """
         self.tried = describe_call(function, args, kwargs or {})
         try:
             reply = self._process.child(metered=meter is not None).call(
-                function, args, kwargs, on=on, keep=keep, meter=meter, fast_memory=fast_memory
+                function,
+                args,
+                kwargs,
+                on=on,
+                keep=keep,
+                meter=meter,
+                fast_memory=fast_memory,
+                guarded=guarded,
+                together=together,
             )
         except StudentError as error:
             raise Failure(self._structural(error)) from error
@@ -147,6 +159,53 @@ class Trial:
             if not leaving_allowed:
                 self._expect_tensors_to_stay(reply)
         return reply
+
+    def watch(
+        self,
+        function: str,
+        *args: Any,
+        first: Sequence[Any],
+        room: Mapping[str, tuple[Tensor, int]],
+        together: bool = False,
+        memory: int | None = None,
+        copied: Misconception | None = None,
+    ) -> Reply | None:
+        """Call the function in a process of its own, and see from outside what it reads: `.seen` of the reply.
+
+        Where this system has no means for that, None: then what the meter counts in the student's process is all there is, and
+        the points stay his own word. Else say `confirmed` once all that the check counts was seen.
+
+        Args:
+            first: arguments of a small call that is made before, so that what a first call loads is not taken for a copy.
+            room: tensors that are handed out piece by piece, by name, and how many bytes of each may lie in the student's memory
+                at a time: that of a tile. What does not fit is handed out again when it is read again.
+            together: whether they share the largest room, so that whoever takes keys and values in turn reads both again. A matrix
+                product may come past its operand as often as it likes, if that has room.
+            memory: bytes by which the process may grow beyond that room: less than a copy of what is handed out needs. None if a copy would be
+                seen anyway, because it reads what is not to be read.
+            copied: what it is if it grows more.
+
+        Raises:
+            Failure: no usable answer, or `copied`.
+        """
+        self._process.end()
+        child = self._process.child(metered=False)
+        if not child.hands_out:
+            return None
+        self.ask(function, first)
+        before = child.memory_peak()
+        reply = self.ask(function, args, guarded=room, together=together)
+        self._expect_unchanged(reply.seen.changed)
+        rooms = [size for _, size in room.values()]
+        grown = self._process.end() - before - (max(rooms) if together else sum(rooms))
+        if memory is not None and grown > memory:
+            got = f"a process that grew by {grown // MIB} MiB"
+            self.fail_as(copied, got=got, expected=f"at most {memory // MIB} MiB")
+        return reply
+
+    def confirmed(self) -> None:
+        """What this check counted was seen from outside, too: its points are not the process's own word."""
+        self.own_word = False
 
     def _expect_tensors_to_stay(self, reply: Reply) -> None:
         if reply.meter["left"]:
@@ -222,22 +281,26 @@ class Trial:
             Failure: as `check`; or `"mutated-input"`.
         """
         reply = self.ask(target.function, args, kwargs)
-        if reply.changed:
+        self._expect_unchanged(reply.changed)
+        self._judge(target, reply.value, args, kwargs)
+
+    def _expect_unchanged(self, changed: Sequence[str]) -> None:
+        if changed:
             self.fail(
                 "mutated-input",
-                f"Your function changed what it was given ({', '.join(reply.changed)}). The caller still needs it.",
+                f"Your function changed what it was given ({', '.join(changed)}). The caller still needs it.",
                 got="an argument whose memory holds other bytes after the call",
                 expected="arguments left as they were",
                 hint="Look for in-place operations: names that end in _, and x[...] = or x += on an argument or its view.",
             )
-        self._judge(target, reply.value, args, kwargs)
 
     def check_tiled(
         self,
         target: Target,
         *args: Any,
         largest: int,
-        memory: int = 64 * MIB,
+        memory: int | None = None,
+        first: Sequence[Any] = (),
         sample: Callable[[Tensor], Tensor] = lambda x: x,
         says: str = "",
         **kwargs: Any,
@@ -249,6 +312,9 @@ class Trial:
         untiled matrix exceeds both.
 
         Args:
+            memory: bytes that the untiled matrix alone exceeds, so that this bound confirms the first one. If None, there is no
+                second one, and the points are the process's own word.
+            first: arguments of a small call that is made before, so that what a first call loads does not count.
             sample: picks what is compared with the oracle, which is slow on large inputs: applied to the first argument
                 and to each output, as in `sample=lambda x: x[:, :, -64:]` for the last 64 queries.
 
@@ -256,6 +322,10 @@ class Trial:
             Failure: as `check`; or `"untiled"`.
         """
         self._process.end()
+        own_word, loaded = self.own_word, 0
+        if memory is not None:
+            self.ask(target.function, first, meter={}, leaving_allowed=True)
+            loaded = self._process.child(metered=True).memory_peak()
         reply = self.ask(target.function, args, kwargs, meter={}, leaving_allowed=True)
         outputs = tuple(sample(x) if isinstance(x, Tensor) and x.ndim > 2 else x for x in as_tuple(reply.value))
         self._judge(target, outputs, (sample(args[0]), *args[1:]), kwargs)
@@ -271,8 +341,8 @@ class Trial:
                 expected=f"no tensor of more than {largest:,} elements",
                 hint=hint,
             )
-        grown = self._process.end()
-        if grown > memory:
+        grown = self._process.end() - loaded
+        if memory is not None and grown > memory:
             self.fail(
                 "untiled",
                 says + " (The operations that were seen do not show it; the memory of your process does.)",
@@ -281,6 +351,8 @@ class Trial:
                 hint=hint,
             )
         self._expect_tensors_to_stay(reply)
+        if memory is not None:
+            self.own_word = own_word
         return reply
 
     def expect_calls_to_grow(

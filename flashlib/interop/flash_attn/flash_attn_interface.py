@@ -77,7 +77,7 @@ def flash_attn_func(
         TypeError, ValueError: bad arguments; the message names the argument, what came and what was expected.
         flashlib.BackendUnavailableError: as :func:`flashlib.attention`.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     q, k, v = autocast_inputs(q, k, v)
@@ -104,7 +104,7 @@ def flash_attn_qkvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_func`.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     (qkv,) = autocast_inputs(qkv)
@@ -129,7 +129,7 @@ def flash_attn_kvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_func`.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     q, kv = autocast_inputs(q, kv)
@@ -182,7 +182,7 @@ def flash_attn_varlen_func(
         softmax_lse ``[nheads, total_q]``; S_dmask ``[0]``, or with dropout ``[batch, nheads, max_seqlen_q, max_seqlen_k]``, with zeros behind
         the end of a sequence.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     q, k, v = autocast_inputs(q, k, v)
@@ -213,7 +213,7 @@ def flash_attn_varlen_qkvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_varlen_func`.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     (qkv,) = autocast_inputs(qkv)
@@ -242,7 +242,7 @@ def flash_attn_varlen_kvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_varlen_func`.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     q, kv = autocast_inputs(q, kv)
@@ -272,8 +272,8 @@ class _Sequences:
             if not isinstance(cu_seqlens, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor [batch + 1]; got {type(cu_seqlens).__name__}")
         mask = Varlen(cu_seqlens_q, cu_seqlens_k)
-        longest_q = _longest("max_seqlen_q", max_seqlen_q, mask.ends[0])
-        longest_k = _longest("max_seqlen_k", max_seqlen_k, mask.ends[1])
+        longest_q = _longest("max_seqlen_q", max_seqlen_q, mask.cu_seqlens_q)
+        longest_k = _longest("max_seqlen_k", max_seqlen_k, mask.cu_seqlens_k)
         return cls(mask, longest_q, longest_k)
 
     def __len__(self) -> int:
@@ -311,7 +311,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences, options: Opt
 def _packed_mask(sequences: _Sequences, q: Tensor, options: Options) -> Mask:
     if options.window_size == (None, None):
         return sequences.mask
-    return sequences.mask & Window(*options.window_size, sequences.mask.offset(len(q)))
+    return sequences.mask & Window(*options.window_size, sequences.mask)
 
 
 def _packed_slopes(slopes: Tensor | None, sequences: _Sequences, q: Tensor) -> Tensor | None:

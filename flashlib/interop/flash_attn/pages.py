@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flashlib.inference.checks import no_such_page
 from flashlib.interop.flash_attn.arguments import Options
+from flashlib.launch.checks import no_such_page
 from flashlib.values import has_tangent, may_read
 
 __all__ = ["Pages", "check_indices", "check_range", "decode", "forward_only"]

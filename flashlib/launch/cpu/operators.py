@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashlib.launch.checks import check_decoding
 from flashlib.launch.cpu.library import Library, Problem, Strides, library
 from flashlib.launch.options import KernelOptions, batch_stride, empty_results
 
@@ -30,11 +31,7 @@ decode = torch.ops.flashlib.cpu_decode
 
 
 def _decode(q, k, v, lengths, block_table, left, right, scale, softcap, split_size):
-    from flashlib.inference.decode import Problem as Decoding
-
-    Decoding(
-        q, k, v, lengths, block_table, left, right, scale, softcap, 0, split_size
-    ).check_values()  # what is read next lies there
+    check_decoding(q, k, lengths, block_table, left)  # what is read next lies there
     return run_decode(q, k, v, lengths, block_table, left, right, scale, softcap, split_size, library())
 
 

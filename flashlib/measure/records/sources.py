@@ -13,7 +13,9 @@ DECODING = ("kernels/combine.py", "kernels/decode.py", "launch/decode.py")
 
 
 # How launches are handed to the driver: what it costs the host, and nothing that a GPU does.
-LAUNCHING = ("launch/counters.py", "launch/forms.py", "launch/packets.py", "launch/plans.py")
+LAUNCHING = tuple(
+    f"launch/{name}.py" for name in ("checks", "counters", "engines", "folding", "forms", "packets", "plans")
+)
 
 
 def kernel_sources() -> list[str]:

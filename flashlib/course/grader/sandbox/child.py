@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from flashlib.course.grader.sandbox import wire
 from flashlib.course.grader.sandbox.confine import Fence, confine, die_with_parent
+from flashlib.course.grader.sandbox.handout import open_faults
 from flashlib.measure.counting.kernel_watch import KernelFault, KernelWatch, interpreting
 from flashlib.measure.counting.meter import TrafficMeter
 
@@ -81,8 +82,9 @@ def run(channel: int, output: int, setup: dict[str, Any]) -> None:
             # use_deterministic_algorithms would do the same, and import the compiler for it.
             torch.set_deterministic_debug_mode("warn")
         _forbid(setup["forbidden"])
-        protections = confine(Fence(**setup["fence"]))
         link = _Link(socket.socket(fileno=channel))
+        link.give(open_faults())  # what a fenced process may not make
+        protections = confine(Fence(**setup["fence"]))
         link.reply({"active": protections.active, "missing": protections.missing})
         _serve(link, setup["file"])
         status = 0
@@ -201,6 +203,12 @@ class _Link:
         os.close(fds[0])
         return header, memory
 
+    def give(self, fd: int | None) -> None:
+        """Hand a descriptor over, if there is one, and keep none."""
+        socket.send_fds(self.channel, [b"\1" if fd is not None else b"\0"], [fd] if fd is not None else [])
+        if fd is not None:
+            os.close(fd)
+
     def _exactly(self, size: int) -> bytes:
         data = bytearray()
         while len(data) < size:
@@ -240,6 +248,9 @@ def _serve(link: _Link, file: str) -> None:
             if header["do"] == "load":
                 module = _load(file)
             else:
+                if header["guarded"]:
+                    link.reply({"id": header["id"], "mapped": ctypes.addressof(ctypes.c_char.from_buffer(memory))})
+                    link.request()  # now the grader hands out
                 answer, tensors = _call(header, memory, module, objects)
             sys.stdout.flush()
             link.reply({"id": header["id"], **answer}, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import mmap
@@ -27,6 +28,7 @@ import torch
 
 from flashlib.course.grader.sandbox import cgroup, scratch, wire
 from flashlib.course.grader.sandbox.confine import MIB, Fence, Protections
+from flashlib.course.grader.sandbox.handout import PIECE, Guarded, Handout, Seen
 from flashlib.course.grader.text import clean, clean_tree
 
 ZYGOTE_START_SECONDS = 120.0
@@ -94,7 +96,7 @@ class Reply:
     """What one call gave: the value, its traffic if metered, the arguments it changed, seconds, and kernels that were compiled.
 
     `compiled` is None but in a sandbox for compiling. There it holds, by the name of each kernel that was launched, how it
-    multiplies tiles: pairs such as `("ieee", "f32")`.
+    multiplies tiles: pairs such as `("ieee", "f32")`. `seen` is what was handed out of guarded tensors, or None.
     """
 
     value: Any
@@ -102,6 +104,7 @@ class Reply:
     changed: tuple[str, ...]
     seconds: float
     compiled: dict[str, list[tuple[str, str]]] | None = None
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,14 @@ class Ending:
         strays: processes it left behind.
         status: its exit status, as from `os.wait`.
         stopped: whether the grader had to stop it, so that the status is not its own doing.
+        cpu_seconds: the processor time that it took.
     """
 
     memory_growth: int = 0
     strays: int = 0
     status: int = 0
     stopped: bool = True
+    cpu_seconds: float = 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -393,6 +398,8 @@ class Child:
     _incoming: bytearray = field(default_factory=bytearray)
     _handles: int = 0
     _group: cgroup.ControlGroup | None = None
+    _faults: int | None = None  # the descriptor of its page faults
+    _handout: Handout | None = None  # during a call of which tensors are handed out
 
     def __post_init__(self) -> None:
         self.channel.setblocking(False)
@@ -418,6 +425,7 @@ class Child:
             SandboxError: it did not get that far.
         """
         try:
+            self._take_faults(time.monotonic() + FORK_SECONDS)
             ready, _ = self._reply(time.monotonic() + FORK_SECONDS)
             protections = Protections(ready["active"], ready["missing"])
             self.base_memory = psutil.Process(self.pid).memory_info().rss
@@ -429,6 +437,18 @@ class Child:
         protections.active.append(f"at most {self.limits.threads} threads ({how})")
         return protections
 
+    def _take_faults(self, deadline: float) -> None:
+        self._wait(deadline, writing=False)
+        told, fds, _, _ = socket.recv_fds(self.channel, 1, 1)
+        if not told:
+            raise self._died()
+        self._faults = fds[0] if fds else None
+
+    @property
+    def hands_out(self) -> bool:
+        """Whether tensors can be handed out to it piece by piece."""
+        return self._faults is not None
+
     def call(
         self,
         function: str,
@@ -439,6 +459,8 @@ class Child:
         keep: bool = False,
         meter: dict[str, torch.Tensor] | None = None,
         fast_memory: int = 0,
+        guarded: Mapping[str, tuple[torch.Tensor, int]] | None = None,
+        together: bool = False,
         seconds: float | None = None,
     ) -> Reply:
         """Run `function(*args, **kwargs)` of the student's file, or of the object `on`, in the child.
@@ -447,6 +469,9 @@ class Child:
             keep: leave the result in the child and answer with a `Handle` to it.
             meter: count tensors made and bytes moved; names and tensors (among the arguments) to follow.
             fast_memory: of the meter, in bytes: what is still in it is not moved again.
+            guarded: tensors among the arguments, each with memory of its own, that are handed out piece by piece (`handout`), by
+                name; and of each how many bytes may lie there at a time. Where `hands_out`.
+            together: whether these share the largest room.
 
         Raises:
             StudentError: there was no usable answer.
@@ -461,15 +486,20 @@ class Child:
             "kwargs": {"dict": {name: wire.to_json(value, tensors) for name, value in kwargs.items()}},
             "fast_memory": fast_memory,
             "meter": None if meter is None else {name: _position(tensor, tensors) for name, tensor in meter.items()},
+            "guarded": bool(guarded),
         }
         if keep:
             self._handles += 1
         header["keep"] = self._handles if keep else None
         began = time.monotonic()
-        with _Arena(tensors) as arena:
+        with _Arena(tensors, guarded or {}) as arena:
             header["tensors"] = arena.descriptions
-            answer, results = self._exchange(header, arena.fd, seconds or self.limits.seconds)
+            handout = Handout(self._faults, arena.fd, arena.guarded, together) if guarded else None
+            answer, results = self._exchange(header, arena.fd, seconds or self.limits.seconds, handout)
+            seen = handout.end() if handout else None
             changed = _names(arena.changed(), function, args, kwargs, tensors)
+            if on:
+                arena.spoil()
         elapsed = time.monotonic() - began
         traffic = None if meter is None else _traffic(answer.get("meter"))
         if keep:
@@ -478,7 +508,16 @@ class Child:
             value = wire.from_json(answer.get("value"), results, {})
         except wire.WireError as error:
             raise _tampered(error) from error
-        return Reply(value, traffic, changed, elapsed, _kernels(answer.get("compiled")))
+        return Reply(value, traffic, changed, elapsed, _kernels(answer.get("compiled")), seen)
+
+    def memory_peak(self) -> int:
+        """The most bytes by which it had grown at any time so far; where the system does not say, by which it has grown now."""
+        try:
+            with open(f"/proc/{self.pid}/status") as file:
+                peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+        except (OSError, StopIteration):
+            peak = psutil.Process(self.pid).memory_info().rss
+        return max(0, peak - self.base_memory)
 
     def take_printed(self) -> str:
         """What it printed since the last time this was asked, cut to size and cleaned."""
@@ -507,13 +546,15 @@ class Child:
                 {"do": "end", "pid": self.pid, "grace": grace, "directory": str(self.directory)}, ZYGOTE_ANSWER_SECONDS
             )
             growth = max(0, answer["peak_memory"] - self.base_memory)
-            self.ending = Ending(growth, answer["strays"], answer["status"], answer["stopped"])
+            self.ending = Ending(growth, answer["strays"], answer["status"], answer["stopped"], answer["cpu"])
         except SandboxError:
             pass  # the zygote is gone, and all of its children with it; the next child gets a new one
         finally:
             with contextlib.suppress(OSError, StudentError):
                 self._drain()
             os.close(self.output_pipe)
+            if self._faults is not None:
+                os.close(self._faults)
             scratch.remove(self.directory)
             if self._group is not None:
                 self._group.remove()
@@ -522,18 +563,35 @@ class Child:
     # ------------------------------------------------------------------------------------------------------- waiting
 
     def _exchange(
-        self, header: dict[str, Any], fd: int | None, seconds: float
+        self, header: dict[str, Any], fd: int | None, seconds: float, handout: Handout | None = None
     ) -> tuple[dict[str, Any], list[torch.Tensor]]:
         nonce = secrets.token_hex(8)
         deadline = time.monotonic() + seconds
         frame = wire.encode_header({**header, "id": nonce})
         self._send(frame, fd, deadline)
         answer, results = self._reply(deadline)
+        if handout is not None and "mapped" in answer:
+            answer, results = self._while_handing_out(handout, answer["mapped"], deadline)
         if answer.get("id") != nonce:
             raise StudentError("tampered", "An answer arrived on the grader's channel that belongs to no question.")
         if "error" in answer:
             raise _reported(answer["error"], self.groups)
         return answer, results
+
+    def _while_handing_out(
+        self, handout: Handout, mapped: Any, deadline: float
+    ) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        """The reply to a call, whose process waits to be told to go on. Where its memory lies is its word, and is tried."""
+        try:
+            handout.begin(mapped if type(mapped) is int and 0 <= mapped < 1 << 62 else 0)
+        except OSError as error:
+            raise _tampered(error) from error
+        self._handout = handout
+        try:
+            self._send(wire.encode_header({"do": "go on"}), None, deadline)
+            return self._reply(deadline)
+        finally:
+            self._handout = None
 
     def _send(self, frame: bytes, fd: int | None, deadline: float) -> None:
         try:
@@ -585,7 +643,15 @@ class Child:
             poll = select.poll()
             poll.register(self.output_pipe, select.POLLIN)
             poll.register(self.channel, select.POLLOUT if writing else select.POLLIN)
+            if self._handout is not None:
+                poll.register(self._faults, select.POLLIN)
             ready = {fd for fd, _ in poll.poll(1000 * min(POLL_SECONDS, remaining))}
+            if self._handout is not None and self._faults in ready:
+                try:
+                    self._handout.serve()
+                except OSError as error:
+                    raise self._died() if error.errno == errno.ESRCH else _tampered(error) from error
+                continue
             if self.output_pipe in ready:
                 self._drain()
             if self.channel.fileno() in ready:
@@ -754,10 +820,14 @@ class _Arena:
     """The arguments of one call in memory that grader and child share.
 
     The child computes on these very bytes. So whether it changed its inputs is not its word: the grader reads the bytes
-    back and compares them with its own.
+    back and compares them with its own. What is guarded is not put there: it is handed out during the call.
     """
 
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
+    def __init__(
+        self, tensors: list[torch.Tensor], guarded: Mapping[str, tuple[torch.Tensor, int]] | None = None
+    ) -> None:
+        guards = {tensor.untyped_storage()._cdata: (name, room) for name, (tensor, room) in (guarded or {}).items()}
+        self.guarded: list[Guarded] = []
         self.descriptions: list[dict[str, Any]] = []
         self._pristine: dict[int, bytes] = {}  # position -> bytes of one storage
         self._positions: list[int] = []
@@ -766,9 +836,16 @@ class _Arena:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in placed:
+                data = bytes(wire.storage_bytes(tensor.detach()))
+                if storage._cdata in guards:
+                    end = _whole_pieces(end)
+                    self.guarded.append(Guarded(guards[storage._cdata][0], end, data, guards[storage._cdata][1]))
+                else:
+                    self._pristine[end] = data
                 placed[storage._cdata] = end
-                self._pristine[end] = bytes(wire.storage_bytes(tensor.detach()))
-                end += wire.padded(len(self._pristine[end]))
+                end += wire.padded(len(data))
+                if storage._cdata in guards:
+                    end = _whole_pieces(end)
             self._positions.append(placed[storage._cdata])
             self.descriptions.append(wire.describe(tensor, placed[storage._cdata]))
         self.fd = _shared_memory(max(end, mmap.PAGESIZE))
@@ -795,6 +872,15 @@ class _Arena:
             )
         }
         return [index for index, position in enumerate(self._positions) if position in different]
+
+    def spoil(self) -> None:
+        """Write NaN over the arguments: they are the caller's, and an object that holds on to them is seen to."""
+        for position, data in self._pristine.items():
+            os.pwrite(self.fd, b"\xff" * len(data), position)
+
+
+def _whole_pieces(size: int) -> int:
+    return -(-size // PIECE) * PIECE
 
 
 def _shared_memory(size: int) -> int:

@@ -103,7 +103,7 @@ def calm_torch() -> None:
 
 
 def end(pid: int, grace: float) -> dict:
-    """Kill a child and every descendant; answer how it ended and the most memory it held.
+    """Kill a child and every descendant; answer how it ended, the most memory it held, and its processor time in seconds.
 
     It first has `grace` seconds to end by itself; `stopped` says that it did not.
     """
@@ -118,7 +118,8 @@ def end(pid: int, grace: float) -> dict:
     strays = sweep()
     unit = 1024 if sys.platform == "linux" else 1
     peak = usage.ru_maxrss * unit
-    return {"status": status, "peak_memory": peak, "strays": len(strays), "stopped": not ended}
+    seconds = usage.ru_utime + usage.ru_stime
+    return {"status": status, "peak_memory": peak, "cpu": seconds, "strays": len(strays), "stopped": not ended}
 
 
 def sweep() -> set:

@@ -1,4 +1,4 @@
-# diagnosis: mutated-input
+# diagnosis: mutated-input, skips-nothing
 import math
 
 import torch

@@ -232,7 +232,7 @@ def blocks(length: int, block: int) -> int:
 def readable(x: Tensor) -> Tensor:
     """``x`` as every kernel takes it: channels next to each other (a copy if they are not), and no bf16 in the interpreter, whose bf16
     arithmetic is silently wrong (triton 3.6 to 3.9)."""
-    if interpreting() and x.dtype == torch.bfloat16:
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and interpreting():
         x = x.float()
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 

@@ -24,7 +24,7 @@ from flashlib.launch.counters import counters_of
 from flashlib.launch.forms import Form, Memory, NotPlannable
 from flashlib.launch.start import TRITON_INSTALLED, Launch, interpreting
 
-__all__ = ["Plan", "launches_are_watched", "plan_for", "plannable"]
+__all__ = ["Plan", "kept_plan", "launches_are_watched", "plan_for", "plannable"]
 
 MOST_PLANS = 1024  # kept; the oldest goes first
 UNREAD_BYTES = 1 << 20  # results that nobody asked for, if they take no more, are written where nobody looks
@@ -195,28 +195,45 @@ def _triton_runtime():
     return knobs.runtime
 
 
+def kept_plan(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None:
+    """The plan of a class of problem if there is one already; arguments as of :func:`plan_for`."""
+    if not plannable(tensors[0].device):
+        return None
+    more = options.tensors()
+    plan = _kept.plans.get(_key(build, tensors, options, more))
+    return plan if plan is not None and _all_aligned(tensors, more) else None
+
+
 def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None:
     """The plan of a class of problem; None if it has none.
 
     Args:
         build: makes the launches, ``build(*tensors, options) -> (launches, results)``, from tensors or their forms.
-        tensors: the problem's. options: has ``tensors()``, ``key()``, and ``with_tensors(list)``, which gives the same with others.
+        tensors: the problem's, such that ``build`` need not copy them. options: has ``tensors()``, ``key()``, and ``with_tensors(list)``,
+            which gives the same with others.
     """
     device = tensors[0].device
-    if not plannable(device):
-        return None
     more = options.tensors()
-    key = (build, device.index, *map(form_of, tensors), options.key(), *map(form_of, more))
-    plan: Any = _kept.plans.get(key, _kept)
-    if plan is _kept:
-        if any(x.data_ptr() % 16 for x in (*tensors, *more)):
-            return None
+    if not plannable(device) or not _all_aligned(tensors, more):
+        return None
+    key = _key(build, tensors, options, more)
+    plan = _kept.plans.get(key)
+    if plan is None and key not in _kept.plans:
         plan, is_final = _made(build, tensors, options, device)
         if is_final:
             _kept.put(key, plan)
-    elif any(x.data_ptr() & 15 for x in (*tensors, *more)):
-        return None
     return plan
+
+
+def _key(build: Callable, tensors: Sequence[Tensor], options, more: Sequence[Tensor]) -> tuple:
+    return (build, tensors[0].device, options.key(), *[form_of(x) for x in tensors], *[form_of(x) for x in more])
+
+
+def _all_aligned(tensors: Sequence[Tensor], more: Sequence[Tensor]) -> bool:
+    addresses = 0
+    for x in (*tensors, *more):
+        addresses |= x.data_ptr()
+    return not addresses & 15
 
 
 def _made(build: Callable, tensors: Sequence[Tensor], options, device: torch.device) -> tuple[Plan | None, bool]:

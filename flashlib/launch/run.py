@@ -15,7 +15,7 @@ from flashlib.launch.hopper import (
 )
 from flashlib.launch.options import KernelOptions, aligned, empty_results
 from flashlib.launch.plain import BackwardTensors, backward_launches, dkdv_launches, dq_launches, forward_launch
-from flashlib.launch.plans import plan_for
+from flashlib.launch.plans import kept_plan, plan_for
 from flashlib.launch.start import Launch
 from flashlib.launch.tiles import TileConfig
 
@@ -24,6 +24,10 @@ __all__ = ["launch_backward", "launch_forward"]
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> tuple[Tensor, Tensor]:
     """Start the forward kernels: ``(out, lse)``, ``[B, Hq, Sq, Dv]`` in the dtype of q and fp32 ``[B, Hq, Sq]``."""
+    plan = kept_plan(best_forward_launches, (q, k, v), options)
+    if plan is not None:
+        out, lse = plan.run((q, k, v, *options.tensors()))
+        return out, lse
     read = [aligned(x) for x in (q, k, v)]
     plan = plan_for(best_forward_launches, read, options)
     if plan is not None:
@@ -43,6 +47,11 @@ def launch_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, options: KernelOptions
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Start the backward kernels: ``(dq, dk, dv)``, shaped and typed like q, k, v."""
+    asked = (q, k, v, out, grad_out, lse) if grad_lse is None else (q, k, v, out, grad_out, lse, grad_lse)
+    plan = kept_plan(best_backward_launches, asked, options)
+    if plan is not None:
+        dq, dk, dv = plan.run((*asked, *options.tensors()))
+        return dq, dk, dv
     read = [aligned(x) for x in (q, k, v, out, grad_out)]
     read += [lse.contiguous(), *([] if grad_lse is None else [grad_lse.contiguous()])]
     plan = plan_for(best_backward_launches, read, options)

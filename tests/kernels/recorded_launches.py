@@ -14,6 +14,7 @@ from unittest import mock
 
 from flashlib import routes
 from flashlib.backends import BACKENDS
+from flashlib.inference.decode import Problem
 from flashlib.launch import counters, hopper, packets, plans
 from flashlib.launch.start import Launch, TileMap
 
@@ -71,6 +72,7 @@ def recorded() -> Iterator[Recorder]:
             (hopper, "GPU", "cpu"),
             (BACKENDS["triton"], "missing", lambda: None),
             (BACKENDS["triton"], "unsupported", lambda spec, config: None),
+            (Problem, "triton_why_not", lambda problem: None),
         ):
             stack.enter_context(mock.patch.object(where, name, replacement))
         plans.plans_are_possible.cache_clear()

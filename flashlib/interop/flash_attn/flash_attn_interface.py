@@ -272,8 +272,8 @@ class _Sequences:
             if not isinstance(cu_seqlens, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor [batch + 1]; got {type(cu_seqlens).__name__}")
         mask = Varlen(cu_seqlens_q, cu_seqlens_k)
-        longest_q = _longest("max_seqlen_q", max_seqlen_q, mask.cu_seqlens_q)
-        longest_k = _longest("max_seqlen_k", max_seqlen_k, mask.cu_seqlens_k)
+        longest_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+        longest_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
         return cls(mask, longest_q, longest_k)
 
     def __len__(self) -> int:

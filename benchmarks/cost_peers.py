@@ -81,7 +81,7 @@ def aiconfigurator(row: dict, database) -> tuple[float | None, str]:
     heads, cache = (row["q_heads"], row["kv_heads"]), KVCacheQuantMode.bfloat16
     if "cache" in row:
         if row["cache"] != "full" or row["queries"] != 1:
-            return None, "no unequal lengths or shared prefixes"
+            return None, "no unequal lengths, shared prefixes or several new tokens"
         operator = GenerationAttention("decode", 1, *heads, cache, head_size=row["head_dim"])
         asked = {"batch_size": row["batch"], "s": row["length"]}
     else:

@@ -7,12 +7,7 @@ kernel starts with cold caches, and the clocks are left alone.
 """
 
 import argparse
-import csv
-import io
-import re
-import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -23,17 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from flashlib.course.chapters.io_model import standard_attention
 from flashlib.measure import save_record, time_call
+from flashlib.measure.counting.counters import marked, read
 from flashlib.measure.records.record import new_record
 
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 HEADS, HEAD_DIM = 16, 64  # enough heads to keep all multiprocessors busy with whole rows
-SECTOR = 32  # bytes that the L2 cache hands out at a time
-METRICS = {
-    "l2_read": ("lts__t_sectors_srcunit_tex_op_read.sum", SECTOR),
-    "l2_written": ("lts__t_sectors_srcunit_tex_op_write.sum", SECTOR),
-    "dram_read": ("dram__bytes_read.sum", 1),
-    "dram_written": ("dram__bytes_write.sum", 1),
-}
+COUNTERS = ("l2_read", "l2_written", "dram_read", "dram_written")
 SOURCES = ["course/chapters/io_model.py"]
 NOTES = (
     f"{HEADS} heads, head_dim {HEAD_DIM}, bf16, no mask; bytes and time of all heads. standard: three steps, scores and weights written out; "
@@ -53,40 +43,25 @@ def inputs(tokens: int) -> list[torch.Tensor]:
     return [torch.randn(1, HEADS, tokens, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
 
 
+def cases() -> list[tuple[str, int]]:
+    return [(name, tokens) for tokens in TOKENS for name in METHODS]
+
+
 def run_marked() -> None:
-    """What `ncu` watches: each method once for each length, in a range that names both."""
-    for tokens in TOKENS:
+    """What `ncu` watches: each method once for each length, under its number."""
+    for number, (name, tokens) in enumerate(cases()):
         q, k, v = inputs(tokens)
-        for name, method in METHODS.items():
-            method(q, k, v)  # lazy initialization is not what is to be counted
-            torch.cuda.synchronize()
-            torch.cuda.nvtx.range_push(f"case:{name}:{tokens}")
-            method(q, k, v)
-            torch.cuda.nvtx.range_pop()
-
-
-def counted() -> dict[tuple[str, int], dict[str, int]]:
-    """Bytes by method and length, over all the kernels of the call."""
-    metrics = ",".join(metric for metric, _ in METRICS.values())
-    command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--nvtx"]
-    command += ["--clock-control", "none", "--metrics", metrics, sys.executable, __file__, "--marked"]
-    answer = subprocess.run(command, check=False, capture_output=True, text=True)
-    lines = [line for line in answer.stdout.splitlines() if line.startswith('"')]
-    if answer.returncode or not lines:
-        raise RuntimeError(f"ncu failed ({answer.returncode}): {answer.stdout[-2000:]} {answer.stderr[-2000:]}")
-    totals = defaultdict(lambda: defaultdict(int))
-    for kernel in csv.DictReader(io.StringIO("\n".join(lines))):
-        if case := re.search(r"case:(\w+):(\d+)", " ".join(filter(None, kernel.values()))):
-            total = totals[case[1], int(case[2])]
-            total["kernels"] += 1
-            for name, (metric, unit) in METRICS.items():
-                total[name] += int(float(kernel[metric].replace(",", "")) * unit)
-    return totals
+        METHODS[name](q, k, v)  # lazy initialization is not what is to be counted
+        with marked(number):
+            METHODS[name](q, k, v)
 
 
 def rows() -> list[dict]:
     found = []
-    for (name, tokens), total in counted().items():
+    watched = read([sys.executable, __file__, "--marked"], COUNTERS, stalls=False)
+    for number, (name, tokens) in enumerate(cases()):
+        counted = watched[number]
+        total = {"kernels": len(counted.kernels), **{counter: int(counted.figures[counter]) for counter in COUNTERS}}
         q, k, v = inputs(tokens)
         ms = time_call(lambda: METHODS[name](q, k, v), device="cuda", budget_s=0.5).median_ms  # noqa: B023
         found.append(
@@ -103,8 +78,9 @@ def main():
     if options.marked:
         run_marked()
         return
+    found = rows()
     l2 = torch.cuda.get_device_properties("cuda").L2_cache_size
-    record = new_record("attention_traffic", rows(), SOURCES, NOTES, l2_bytes=l2)
+    record = new_record("attention_traffic", found, SOURCES, NOTES, l2_bytes=l2)
     save_record(record, options.out)
     for row in record.rows:
         print(row)

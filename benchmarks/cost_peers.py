@@ -38,6 +38,9 @@ CASE = (
     "cache",
     "dtype",
     "peer",
+    "kind",
+    "q_len",
+    "kv_len",
 )
 TABLES = ("h200_sxm", "trtllm", "1.3.0rc20")
 NOTES = (
@@ -58,7 +61,7 @@ def genz(row: dict) -> tuple[float | None, str]:
         return None, "no backward"
     if row.get("mask", "").startswith(("window", "ragged")) or row.get("cache") in ("ragged", "prefix"):
         return None, "no windows, unequal lengths or shared prefixes"
-    queries, keys = (row["queries"], row["length"]) if decodes else (row["length"], row["length"])
+    queries, keys = row.get("queries", row["length"]), row["length"]
     sizes = [row["batch"], row["q_heads"], queries, keys, row["head_dim"], row["kv_heads"]]
     kept = (
         (ResidencyInfo.AC_onchip, ResidencyInfo.AC_onchip)
@@ -78,20 +81,34 @@ def aiconfigurator(row: dict, database) -> tuple[float | None, str]:
     heads, cache = (row["q_heads"], row["kv_heads"]), KVCacheQuantMode.bfloat16
     if "cache" in row:
         if row["cache"] != "full" or row["queries"] != 1:
-            return None, "no unequal lengths or shared prefixes"
+            return None, "no unequal lengths, shared prefixes or several new tokens"
         operator = GenerationAttention("decode", 1, *heads, cache, head_size=row["head_dim"])
         asked = {"batch_size": row["batch"], "s": row["length"]}
     else:
         if row["direction"] == "backward":
             return None, "no backward"
-        if row["mask"] not in ("causal", "packed-causal"):
-            return None, "causal prefill only"
+        if row["mask"] not in ("causal", "packed-causal") or "queries" in row:
+            return None, "causal prefill of whole prompts only"
         operator = ContextAttention("prefill", 1, *heads, cache, FMHAQuantMode.bfloat16, head_size=row["head_dim"])
         asked = {"batch_size": row["batch"], "s": row["length"]}
     try:
         return float(operator._engine_query(database, **asked)), ""
     except Exception as error:  # what its tables do not hold it says in many ways
         return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def as_raced(row: dict) -> dict:
+    """A row of cost_points.json in the columns of the races. A chunk of a prompt has fewer queries than keys."""
+    told = {**row, "length": row["kv_len"], "mask": "causal", "direction": row["kind"]}
+    if row["kind"] == "decode":
+        return {**told, "queries": row["q_len"], "cache": "full"}
+    return told if row["q_len"] == row["kv_len"] else {**told, "queries": row["q_len"]}
+
+
+def answers(row: dict, database) -> dict:
+    said = {"genz": genz(row), "aiconfigurator": aiconfigurator(row, database)}
+    reasons = {f"{name}_why_not": why for name, (_, why) in said.items() if why}
+    return {**{f"{name}_ms": ms for name, (ms, _) in said.items()}, **reasons}
 
 
 def rows() -> list[dict]:
@@ -103,10 +120,9 @@ def rows() -> list[dict]:
             for row in json.loads((BENCHMARKS / f"{topic}.json").read_text(encoding="utf-8"))["rows"]:
                 ours = row["peer"] == peer or (peer == "flashlib" and row["peer"].startswith("flashlib_"))
                 if ours and row["ms"] and (topic, row["peer"]) != ("shared_prefix", "flashlib"):
-                    said = {"genz": genz(row), "aiconfigurator": aiconfigurator(row, database)}
-                    answers = {f"{name}_ms": ms for name, (ms, _) in said.items()}
-                    reasons = {f"{name}_why_not": why for name, (_, why) in said.items() if why}
-                    found.append({**{name: row[name] for name in CASE if name in row}, **answers, **reasons})
+                    found.append({**{name: row[name] for name in CASE if name in row}, **answers(row, database)})
+    for row in json.loads((BENCHMARKS / "cost_points.json").read_text(encoding="utf-8"))["rows"]:
+        found.append({**{name: row[name] for name in CASE if name in row}, **answers(as_raced(row), database)})
     return found
 
 

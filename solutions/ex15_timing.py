@@ -3,8 +3,6 @@
 Both are generators. What they yield is a request to somebody who has the machine; what comes back from the yield is the answer.
 """
 
-import math
-
 
 class Session:
     """Given. How a generator of this file is driven from outside: its first request, and then the next for each answer."""
@@ -42,7 +40,7 @@ def percentiles(samples: list[int]) -> tuple[int, int, int]:
     """
     # BEGIN SOLUTION
     ordered = sorted(samples)
-    return tuple(ordered[max(1, math.ceil(share * len(ordered) / 100)) - 1] for share in (50, 90, 99))
+    return tuple(ordered[max(1, -(-share * len(ordered) // 100)) - 1] for share in (50, 90, 99))
     # END SOLUTION
 
 

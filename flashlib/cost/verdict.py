@@ -119,7 +119,7 @@ class Verdict:
             rows,
             headers,
             notes=[
-                f"Of {len(self.judged)} points; the record cost_peers says why not the others of the races. Those of cost_points were not asked. "
+                f"Of {len(self.judged)} points; the record cost_peers says why not the others. "
                 "aiconfigurator's tables are of TensorRT-LLM's kernels."
             ],
         )
@@ -156,7 +156,7 @@ def points(folder: str = "h200", gpu: Device | None = None) -> Iterable[Point]:
                 yield replace(makes(topic, row, gpu), by_peer=theirs.get(_case_of(row), {}))
     if (BENCHMARKS / folder / f"{FURTHER}.json").is_file():  # what benchmarks/cost_points.py has timed, if it was run
         for row in load_record(f"{folder}/{FURTHER}").rows:
-            yield further(row, gpu)
+            yield replace(further(row, gpu), by_peer=theirs.get(_case_of(row), {}))
 
 
 def _peers(folder: str) -> dict[tuple, dict[str, float]]:
@@ -168,7 +168,7 @@ def _peers(folder: str) -> dict[tuple, dict[str, float]]:
 
 
 def _case_of(row: dict) -> tuple:
-    names = ("batch", "q_heads", "kv_heads", "length", "head_dim", "mask", "direction", "queries", "own", "cache", "dtype", "peer")  # fmt: skip
+    names = ("batch", "q_heads", "kv_heads", "length", "head_dim", "mask", "direction", "queries", "own", "cache", "dtype", "peer", "kind", "q_len", "kv_len")  # fmt: skip
     return tuple(row.get(name) for name in names)
 
 

@@ -20,6 +20,7 @@ EXPLORERS = {
     "memory_wall_explorer": widgets.memory_wall_explorer,
     "page_stepper": widgets.page_stepper,
     "roofline_explorer": widgets.roofline_explorer,
+    "timing_explorer": widgets.timing_explorer,
 }
 
 

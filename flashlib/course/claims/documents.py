@@ -60,8 +60,12 @@ def tiling_on_a_cpu() -> Evidence:
         for backend in ("reference", "tiled"):
             peaks[backend, tokens] = peak_bytes(lambda q=q, k=k, v=v, name=backend: attention(q, k, v, backend=name))
     saved = {tokens: 1 - peaks["tiled", tokens] / peaks["reference", tokens] for tokens in (512, 1024)}
-    cells = _by_peer("cpu/protocol", "batch", "length")
-    gains = {cell: times["naive"] / times["cpu"] for cell, times in cells.items() if {"naive", "cpu"} <= times.keys()}
+    # By processor time, which other processes on the machine do not add to: busy processors over calls in a second.
+    cells: dict[tuple, dict[str, float]] = {}
+    for row in load_record("cpu/protocol").rows:
+        if row["ms"]:
+            cells.setdefault((row["batch"], row["length"]), {})[row["peer"]] = row["processors"] / row["tokens_per_s"]
+    gains = {cell: spent["naive"] / spent["cpu"] for cell, spent in cells.items() if {"naive", "cpu"} <= spent.keys()}
     long = [gain for (_, length), gain in gains.items() if length >= 1024]
     verdict = WRONG if min(long) > 1.3 and saved[1024] > max(0.7, saved[512]) else PARTLY
     figures = {"least": min(long), "most": max(long), "short": min(gain for (_, length), gain in gains.items() if length == 128), "saved": saved[1024], "saved_short": saved[512]}  # fmt: skip
@@ -249,7 +253,7 @@ CLAIMS = {
         ),
         Claim(
             3, "001", "FlashAttention does not suit CPUs: tiling gains 20 to 30% of time and 50 to 70% of memory.", WRONG,
-            "The tiled kernel was {least:.1f} to {most:.1f} times as fast as the unfused formula from 1,024 tokens on, and {short:.1f} times at 128. Memory saved is no constant: {saved_short:.0%} at 512 tokens, {saved:.0%} at 1,024, and more with each doubling.",
+            "By processor time, the tiled kernel was {least:.1f} to {most:.1f} times as fast as the unfused formula from 1,024 tokens on, and {short:.1f} times at 128. Memory saved is no constant: {saved_short:.0%} at 512 tokens, {saved:.0%} at 1,024, and more with each doubling.",
             "a record in which the unfused formula comes within 30% of the tiled kernel at 1,024 tokens or more", tiling_on_a_cpu,
         ),
         Claim(

@@ -59,7 +59,10 @@ def protocol_by_length(record: Record) -> Figure:
     Raises:
         ValueError: nothing in the record was timed.
     """
+    from matplotlib.ticker import FuncFormatter
+
     rows = _measured(record, "ms")
+    lengths = sorted({row["length"] for row in rows})
     batches = sorted({row["batch"] for row in rows})
     columns = {"ms": "latency, P50 (ms)", "tokens_per_s": "tokens per second", "peak_bytes": "peak memory"}
     with style.canvas(height=7.2) as fig:
@@ -72,15 +75,18 @@ def protocol_by_length(record: Record) -> Figure:
                     points = sorted((row["length"], row[column]) for row in inside if row["peer"] == peer)
                     drawn[peer] = _draw(ax, peer, points)
                 ax.set_yscale("log", base=2 if column == "peak_bytes" else 10)
-                power_axis(ax, sorted({row["length"] for row in rows}))
+                power_axis(ax, lengths)
+                ax.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
                 ax.grid(True)
                 if column == "ms":
                     ax.set_title(f"batch of {batch}", fontsize=10)
             down[0].set_ylabel(label)
             if column == "peak_bytes":
                 byte_axis(down[0].yaxis, log=True)
+            else:
+                down[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
         peers = _order(rows)
-        fig.legend([drawn[peer] for peer in peers], peers, loc="outside lower center", ncols=4)
+        fig.legend([drawn[peer] for peer in peers], peers, loc="outside upper right", ncols=4)
         fig.suptitle("Short, middle and long prompts", x=0.01, ha="left", fontweight="bold", fontsize=11)
         _source(fig, record)
         told = "; ".join(

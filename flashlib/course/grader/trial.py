@@ -156,6 +156,7 @@ class Trial:
         self.answered = show(reply.value)
         if reply.meter is not None:
             self.own_word = True
+            self._expect_something_counted(reply)
             if not leaving_allowed:
                 self._expect_tensors_to_stay(reply)
         return reply
@@ -194,6 +195,7 @@ class Trial:
             return None
         self.ask(function, first)
         before = child.memory_peak()
+        child.keep_to_memory()
         reply = self.ask(function, args, guarded=room, together=together)
         self._expect_unchanged(reply.seen.changed)
         rooms = [size for _, size in room.values()]
@@ -206,6 +208,18 @@ class Trial:
     def confirmed(self) -> None:
         """What this check counted was seen from outside, too: its points are not the process's own word."""
         self.own_word = False
+
+    def _expect_something_counted(self, reply: Reply) -> None:
+        """Code that computes something runs some operation, or launches a kernel, where the meter looks."""
+        meter, made = reply.meter, [x for x in as_tuple(reply.value) if isinstance(x, Tensor) and x.is_floating_point()]
+        if any(x.numel() for x in made) and not (meter["calls"] or meter["launches"] or meter["left"]):
+            self.fail(
+                "nothing-counted",
+                "Your code computed this answer where nothing is counted: in another thread, or with PyTorch's hooks switched off. "
+                "This check counts: compute in the function that is called.",
+                got="an answer, and no operation",
+                expected="operations of PyTorch, or a kernel",
+            )
 
     def _expect_tensors_to_stay(self, reply: Reply) -> None:
         if reply.meter["left"]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flashlib.course.grader.engine import sandbox_for
 from flashlib.course.grader.exercise import Exercise, exercise_names, load_exercise
-from flashlib.course.grader.matrix import RIGHT, grade_file
+from flashlib.course.grader.matrix import RIGHT, WRONG, grade_file
 from flashlib.course.grader.report import Report
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.session import REPOSITORY
@@ -87,9 +87,15 @@ def as_markdown(records: Sequence[Record]) -> str:
 
 
 def publish() -> str:
-    """`exercises/SURVIVAL.md` with the recorded rounds in it."""
+    """`exercises/SURVIVAL.md` with the recorded rounds in it, and how many of each kind there are."""
     records = [load_record(path.stem, FOLDER) for path in sorted(FOLDER.glob("ex*.json"))]
     text = PAGE.read_text()
+    hostile = [file for file in (WRONG.parent / "hostile").iterdir() if file.suffix in (".py", ".txt")]
+    for kind, count in (
+        ("wrong solutions that people write", len(list(WRONG.glob("*/*.py")))),
+        ("hostile submissions", len(hostile)),
+    ):
+        text = re.sub(rf"(?m)^\| {kind} \| \d*", f"| {kind} | {count}", text)
     return re.sub(
         f"{re.escape(BEGIN)}.*{re.escape(END)}",
         lambda _: f"{BEGIN}\n\n{as_markdown(records)}\n\n{END}",

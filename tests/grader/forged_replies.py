@@ -107,7 +107,7 @@ class NoSandbox:
     must_fence = False
 
     def _ask(self, order, seconds, fds=()):
-        return {"status": 0, "peak_memory": 0, "strays": 0, "stopped": True}
+        return {"status": 0, "peak_memory": 0, "strays": 0, "stopped": True, "cpu": 0.0}
 
 
 class Forger:

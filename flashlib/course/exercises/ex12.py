@@ -418,7 +418,9 @@ def all_nan(q: Tensor, k: Tensor, v: Tensor, *others) -> Tensor:
 
 inject = Target("inject_chunked", oracle=injected64, budget=injected_budget, misconceptions=ALL_MISTAKES)
 inject_nan = replace(inject, misconceptions=(replace(MEMORY_READ_AT_0, model=all_nan), *ALL_MISTAKES))
-inject_spread = replace(inject, misconceptions=(replace(NO_MAXIMUM, model=all_nan), *ALL_MISTAKES))
+# In such scores memory and own keys are all or nothing, and weights that are exchanged look like other mistakes.
+APART = tuple(mistake for mistake in ALL_MISTAKES if mistake.slug != "weights-swapped")
+inject_spread = replace(inject, misconceptions=(replace(NO_MAXIMUM, model=all_nan), *APART))
 inject_no_keys = replace(inject, misconceptions=(replace(EMPTY_MEMORY, model=all_nan), *ALL_MISTAKES))
 
 # ---------------------------------------------------------------------------------------------------------- properties

@@ -156,9 +156,8 @@ class Trial:
         self.answered = show(reply.value)
         if reply.meter is not None:
             self.own_word = True
-            self._expect_something_counted(reply)
             if not leaving_allowed:
-                self._expect_tensors_to_stay(reply)
+                self._expect_to_be_counted(reply, computes=on is None)
         return reply
 
     def watch(
@@ -209,10 +208,10 @@ class Trial:
         """What this check counted was seen from outside, too: its points are not the process's own word."""
         self.own_word = False
 
-    def _expect_something_counted(self, reply: Reply) -> None:
-        """Code that computes something runs some operation, or launches a kernel, where the meter looks."""
+    def _expect_to_be_counted(self, reply: Reply, *, computes: bool = True) -> None:
+        """Code that computes something runs some operation, or launches a kernel, where the meter looks, and stays there."""
         meter, made = reply.meter, [x for x in as_tuple(reply.value) if isinstance(x, Tensor) and x.is_floating_point()]
-        if any(x.numel() for x in made) and not (meter["calls"] or meter["launches"] or meter["left"]):
+        if computes and any(x.numel() for x in made) and not (meter["calls"] or meter["launches"] or meter["left"]):
             self.fail(
                 "nothing-counted",
                 "Your code computed this answer where nothing is counted: in another thread, or with PyTorch's hooks switched off. "
@@ -220,8 +219,6 @@ class Trial:
                 got="an answer, and no operation",
                 expected="operations of PyTorch, or a kernel",
             )
-
-    def _expect_tensors_to_stay(self, reply: Reply) -> None:
         if reply.meter["left"]:
             self.fail(
                 "leaves-pytorch",
@@ -364,7 +361,7 @@ class Trial:
                 expected=f"at most {memory // MIB} MiB",
                 hint=hint,
             )
-        self._expect_tensors_to_stay(reply)
+        self._expect_to_be_counted(reply)
         if memory is not None:
             self.own_word = own_word
         return reply

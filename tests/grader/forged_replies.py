@@ -121,11 +121,16 @@ class Forger:
     def __init__(self, module: Any, at: int, rng: random.Random, groups: tuple[str, ...]) -> None:
         self.module, self.left, self.rng, self.groups = module, at, rng, frozenset(groups)
         self.objects: dict[int, Any] = {}
-        self.handles = 0
+        self.handles, self.cpu_seconds = 0, 0.0
         self.honest: list[bytes] = []  # every answer as it would have been
+
+    hands_out = False  # this is no process whose page faults could be seen
 
     def child(self, *, metered: bool) -> "Forger":
         return self
+
+    def memory_peak(self) -> int:
+        return 0
 
     def end(self) -> int:
         return 0

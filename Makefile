@@ -25,7 +25,7 @@ LAB_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install weights lab test test-bits test-long test-gpu sanitize-gpu lint unit nbcheck format exercises notebooks pins clean
+.PHONY: help install weights lab test test-bits test-long test-gpu sanitize-gpu lint unit coverage nbcheck format exercises notebooks pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,15 +69,24 @@ test-gpu: install ## Check the kernels on this machine's GPU and write what came
 sanitize-gpu: install ## Run the kernels under compute-sanitizer (from the CUDA toolkit): memory errors, races, barriers
 	$(BIN)/python tests/gpu/sanitize.py --out $(GPU_RESULTS) --compilers $(shell nproc 2>/dev/null || echo 4)
 
-lint: install ## Check style and formatting of code and notebooks
+lint: install ## Check style and formatting, that imports run downwards, and types
 	@echo "== Style: ruff"
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	@echo "== Imports: import-linter"
+	$(BIN)/lint-imports
+	@echo "== Types: mypy"
+	$(BIN)/mypy
 
 # Each worker computes on one thread: on two cores, the threads of two workers would spend their time waiting for one another.
 unit: install ## Run all tests but the notebooks
 	@echo "== Tests: pytest"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+coverage: install ## Run the tests, and print for each file of the library how much of it they ran
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run --parallel-mode -m pytest -q
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 nbcheck: install ## Execute every notebook and compare every output with the committed one
 	@echo "== Notebooks: nbval"
@@ -101,5 +110,5 @@ pins: install ## Write constraints.txt for what pyproject.toml asks; UPGRADE=--u
 	  --custom-compile-command "make pins" --output-file constraints.txt pyproject.toml
 
 clean: ## Remove .venv and all caches (not the weights)
-	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

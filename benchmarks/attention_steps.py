@@ -12,10 +12,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from flashlib.measure import matmul_flops_per_s, naive_steps, save_record, stream_bytes_per_s
-from flashlib.measure.record import new_record
+from flashlib.measure.records.record import new_record
 
 TOKENS = (2048, 16384)
-SOURCES = ["measure/machine.py", "measure/steps.py", "backends/torch_sdpa.py"]
+SOURCES = ["measure/racing/machine.py", "measure/racing/steps.py", "backends/torch_sdpa.py"]
 NOTES = "SmolLM2-135M shape: batch 1, 9 query heads, 3 KV heads, head_dim 64, bf16, causal; fused is torch_sdpa_cudnn"
 
 

@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from flashlib.course.io_model import standard_attention
+from flashlib.course.chapters.io_model import standard_attention
 from flashlib.measure import save_record, time_call
-from flashlib.measure.record import new_record
+from flashlib.measure.records.record import new_record
 
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 HEADS, HEAD_DIM = 16, 64  # enough heads to keep all multiprocessors busy with whole rows
@@ -34,7 +34,7 @@ METRICS = {
     "dram_read": ("dram__bytes_read.sum", 1),
     "dram_written": ("dram__bytes_write.sum", 1),
 }
-SOURCES = ["course/io_model.py"]
+SOURCES = ["course/chapters/io_model.py"]
 NOTES = (
     f"{HEADS} heads, head_dim {HEAD_DIM}, bf16, no mask; bytes and time of all heads. standard: three steps, scores and weights written out; "
     "flash: PyTorch's FlashAttention-2 kernel, whose tiles are 128 rows high."

@@ -21,7 +21,7 @@ from flashlib import attention
 from flashlib.backends import BACKENDS
 from flashlib.config import FlashAttentionConfig
 from flashlib.measure import memory_wall
-from flashlib.measure.record import new_record, save_record
+from flashlib.measure.records.record import new_record, save_record
 from flashlib.reference import check, check_gradients
 
 BACKENDS_CHECKED = (

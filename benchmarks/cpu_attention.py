@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from flashlib.launch.cpu.library import FORCED
-from flashlib.measure.bench import Plan, run, summary, told
-from flashlib.measure.cases import Case
-from flashlib.measure.decoding import DecodeCase, decode_peers
-from flashlib.measure.peers import find_peers
+from flashlib.measure.racing.bench import run, summary, told
+from flashlib.measure.racing.cases import Case
+from flashlib.measure.racing.decoding import DecodeCase, decode_peers
+from flashlib.measure.racing.peers import find_peers
+from flashlib.measure.racing.plan import Plan
 
 # Batch, query heads, KV heads, length, head_dim, mask.
 FORWARD = [

@@ -15,9 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from flashlib.inference.decode import choose_num_splits, decode_attention
-from flashlib.measure.bench import decode_sources
-from flashlib.measure.record import new_record, save_record
-from flashlib.measure.timing import capture, time_in_turns
+from flashlib.measure.racing.timing import capture, time_in_turns
+from flashlib.measure.records.record import new_record, save_record
+from flashlib.measure.records.sources import decode_sources
 from flashlib.reference import assert_within_budget
 
 ON_GPU = torch.cuda.is_available()

@@ -1,6 +1,6 @@
 """On a GPU: time decoding over tile sizes, split counts and ways to merge, against PyTorch's SDPA on cuDNN.
 
-The best stand in DECODE_TABLE of flashlib/kernels/decode_launch.py and in choose_num_splits of flashlib/inference/decode.py.
+The best stand in DECODE_TABLE of flashlib/launch/decode.py and in choose_num_splits of flashlib/inference/decode.py.
 
 python benchmarks/tune_decode.py --out results --compilers 14
 
@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from flashlib.inference import decode
-from flashlib.kernels.decode_launch import DecodeOptions, decode_launches
-from flashlib.kernels.tiles import TileConfig
-from flashlib.measure.timing import capture, time_call, time_in_turns
+from flashlib.launch.decode import DecodeOptions, decode_launches
+from flashlib.launch.tiles import TileConfig
+from flashlib.measure.racing.timing import capture, time_call, time_in_turns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128

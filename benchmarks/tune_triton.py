@@ -1,4 +1,4 @@
-"""On a GPU: time the Triton kernels over tile sizes. The fastest stand in flashlib/kernels/tiles.py.
+"""On a GPU: time the Triton kernels over tile sizes. The fastest stand in flashlib/launch/tiles.py.
 
 python benchmarks/tune_triton.py --out results --compilers 12
 """
@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from flashlib import AttentionSpec
-from flashlib.kernels.hopper_launch import hopper_launches
-from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch
-from flashlib.kernels.tiles import HopperTiles, TileConfig, capability_of, tile_config
+from flashlib.launch.hopper import hopper_launches
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import backward_launches, forward_launch
+from flashlib.launch.start import Launch
+from flashlib.launch.tiles import HopperTiles, TileConfig, capability_of, tile_config
 from flashlib.measure import time_call
 
 CANDIDATES = {

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from flashlib.spec import AttentionSpec
     from flashlib.values import check_values
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AttentionSpec",
     "BackendUnavailableError",

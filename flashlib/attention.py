@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import choose
 from flashlib.config import FlashAttentionConfig, current_config
-from flashlib.engines import TiledEngine, run_engine
+from flashlib.engines import run_engine
+from flashlib.launch.engines import TiledEngine
 from flashlib.masks import Mask
 from flashlib.nested import is_nested, nested_attention
 from flashlib.packing import AlignedPack, sequences_of
 from flashlib.partial import merge_sinks
+from flashlib.routes import find_route, new_route, route_key
 from flashlib.spec import AttentionSpec
 
 __all__ = ["attention"]
@@ -74,17 +79,25 @@ def attention(
 
     Sources: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; Dao et al. 2022 (arXiv 2205.14135).
     """
+    key: tuple | None = None
+    given: list[Tensor] = []
+    if not torch.compiler.is_compiling() and sinks is None and not dropout_p:
+        chosen_config = current_config() if config is None else config
+        key, given = route_key(q, k, v, mask, causal, scale, softcap, alibi_slopes, return_lse, backend, chosen_config)
+        route = find_route(key)
+        if route is not None:
+            return route(q, k, v, given)
     if is_nested(q, k, v):
-        inside = {
+        inside: dict[str, Any] = {
             "mask": mask,
             "causal": causal,
             "alibi_slopes": alibi_slopes,
             "return_lse": return_lse,
             "config": config,
         }
-        scores = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        scores: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
         return nested_attention(
-            q, k, v, **inside, **scores, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend
+            attention, q, k, v, **inside, **scores, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend
         )
     q, k, v = autocast_inputs(q, k, v)
     spec = AttentionSpec.from_tensors(
@@ -106,6 +119,10 @@ def attention(
     config = config or current_config()
     chosen = choose(spec, backend, config)
     sequences = sequences_of(spec.mask) if config.packing == "aligned" and not spec.is_empty else None
+    if key is not None and chosen.name == "triton" and sequences is None and not spec.is_empty:
+        route = new_route(key, q, k, v, spec, config, return_lse, given)
+        if route is not None:
+            return route(q, k, v, given)
     with autocast_off(spec.device):
         if sequences is not None:
             pack = AlignedPack.of(q, k, v, spec, sequences)
@@ -117,5 +134,9 @@ def attention(
         if sequences is not None:
             out, lse = pack.gathered(out, lse)
         if sinks is not None and (spec.is_empty or not chosen.has_sinks):
+            assert lse is not None  # a problem with sinks asks for it
             out, lse = merge_sinks(out, lse, sinks)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,9 +25,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Say what this machine has: processor, GPUs, packages, which attention backends run and why not, weights."""
+    from flashlib.course.weights import find_weights
     from flashlib.doctor import examine, print_report
 
-    report = examine()
+    report = examine(find_weights())
     if as_json:
         typer.echo(report.to_json())
     else:
@@ -40,7 +41,7 @@ def bench(
         str,
         typer.Argument(
             help="A preset: training-forward, training-backward, window, varlen, grouped, memory, quick; decode, paged-decode, "
-            "ragged-decode, shared-prefix, chunked-injection. Or a grid: "
+            "ragged-decode, shared-prefix, chunked-injection; protocol (latency, tokens/s, memory and processors, from short to long). Or a grid: "
             "'length=1024,4096 head_dim=64,128 mask=full,causal direction=forward,backward'. Or a record to show again: FILE.json."
         ),
     ] = "quick",
@@ -53,23 +54,30 @@ def bench(
     limit: Annotated[float | None, typer.Option(help="Begin no case after so many seconds.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the inputs and the order; drawn if not given.")] = None,
     compilers: Annotated[int, typer.Option(help="Compile ahead, in so many processes.")] = 0,
+    counters: Annotated[
+        bool,
+        typer.Option(
+            "--counters", help="Read hardware counters instead of timing; needs a GPU and Nsight Compute's ncu."
+        ),
+    ] = False,
     figures: Annotated[bool, typer.Option(help="Draw the record.")] = True,
 ) -> None:
     """Race attention against its peers on this machine: every result checked first, then timed in turns, and recorded."""
-    from flashlib.measure.bench import compile_ahead, plan
-    from flashlib.measure.console import print_record, run_with_progress
-    from flashlib.measure.record import load_record
+    from flashlib.measure.racing.bench import compile_ahead, plan
+    from flashlib.measure.racing.console import print_record, run_with_progress
+    from flashlib.measure.racing.counted import run_counters
+    from flashlib.measure.records.record import load_record
 
     try:
         if what.endswith(".json"):
             out, record = Path(what).parent, load_record(Path(what).stem, Path(what).parent)
         else:
             names = [name for name in peers.split(",") if name]
-            options = {"topic": topic, "seconds": seconds, "limit_s": limit, "seed": seed}
+            options: dict[str, Any] = {"topic": topic, "seconds": seconds, "limit_s": limit, "seed": seed}
             chosen = plan(what, peers=names, device=device, tutorial=tutorial, **options)
             if compilers:
                 compile_ahead(chosen, compilers)
-            record = run_with_progress(chosen, out)
+            record = run_counters(chosen, out) if counters else run_with_progress(chosen, out)
     except (FileNotFoundError, ValueError) as error:
         typer.echo(f"flashlib bench: {error}", err=True)
         raise typer.Exit(1) from error
@@ -99,10 +107,10 @@ def inspect(
     """Compile our kernels for a GPU that need not be here: registers, spills, shared memory, tensor cores, PTX and SASS."""
     import torch
 
-    from flashlib.kernels import inspect as kernels
+    from flashlib.launch import inspect as kernels
 
     try:
-        options = {"causal": causal, "intervals": intervals, "softcap": softcap, "alibi": alibi}
+        options: dict[str, Any] = {"causal": causal, "intervals": intervals, "softcap": softcap, "alibi": alibi}
         band = None if window is None else (window, None)
         element = getattr(torch, dtype, None)
         if not isinstance(element, torch.dtype):
@@ -117,6 +125,29 @@ def inspect(
             out.mkdir(parents=True, exist_ok=True)
             for kind in ("ptx", "sass", "ttgir"):
                 (out / f"{report.name}_{arch}.{kind}").write_text(getattr(report, kind), encoding="utf-8")
+
+
+@app.command()
+def new_exercise(
+    name: Annotated[str, typer.Argument(help="ex and two digits, such as ex21.")],
+    topic: Annotated[str, typer.Option(help="A word for the name of its file, such as rope_scaling.")],
+    chapter: Annotated[str, typer.Option(help="The notebook it belongs to, such as 05_heads_positions_cache.")],
+    title: Annotated[str, typer.Option(help="A few words; the topic's if not given.")] = "",
+) -> None:
+    """Lay out the files of a new exercise: a small one that grades, to be filled with your own."""
+    from flashlib.course.new_exercise import REPOSITORY, lay_out
+
+    try:
+        written = lay_out(name, topic, chapter, title or topic.replace("_", " ").capitalize())
+    except ValueError as error:
+        typer.echo(f"flashlib new-exercise: {error}", err=True)
+        raise typer.Exit(1) from error
+    for path in written:
+        typer.echo(path.relative_to(REPOSITORY))
+    typer.echo(
+        "Put your own functions in, then: python -m flashlib.course.stubs and python -m flashlib.course.grader.matrix "
+        + name
+    )
 
 
 @app.command()

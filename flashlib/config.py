@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import dacite
 import yaml
@@ -25,6 +26,7 @@ from torch.utils import checkpoint
 
 from flashlib.packing import PACKINGS
 from flashlib.tiled import Tiling
+from flashlib.values import constant_when_traced
 
 __all__ = [
     "FA2Config",
@@ -37,9 +39,21 @@ __all__ = [
     "use_config",
 ]
 
+# Every backend there is; :data:`flashlib.backends.BACKENDS` has an object for each.
+BACKEND_NAMES = (
+    *("reference", "tiled", "torch_sdpa_math", "torch_sdpa_efficient", "torch_sdpa_flash", "torch_sdpa_cudnn"),
+    *("cpu", "triton", "flash_attn_2", "flash_attn_3"),
+)
 INJECTION_MODES = ("blend", "gate")
 FP32_PRECISIONS = ("ieee", "tf32", "tf32x3")
 AUTOTUNE = ("unknown", "always", "never")
+
+
+def check_name(argument: str, name: str) -> str:
+    """Return ``name`` if there is such a backend; else ValueError naming ``argument`` and the backends there are."""
+    if name not in BACKEND_NAMES:
+        raise ValueError(f"{argument}: there is no backend {name!r}; backends are {', '.join(BACKEND_NAMES)}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,7 @@ def check_alpha(alpha: float, mode: str) -> None:
 
 @dataclass(frozen=True)
 class ProfilingConfig:
-    """How :class:`flashlib.measure.profiler.AttentionProfiler` measures, unless it is told otherwise.
+    """How :class:`flashlib.measure.racing.profiler.AttentionProfiler` measures, unless it is told otherwise.
 
     Attributes:
         enabled: whether it measures at all.
@@ -155,8 +169,6 @@ class FlashAttentionConfig:
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self):
-        from flashlib.backends import check_name
-
         if self.packing not in PACKINGS:
             raise ValueError(f"packing must be one of {', '.join(PACKINGS)}; got {self.packing!r}")
         if self.backend != "auto":
@@ -197,17 +209,20 @@ _current: ContextVar[FlashAttentionConfig | None] = ContextVar("flashlib_config"
 _entered: list[FlashAttentionConfig] = []  # by any thread, the newest last
 
 
+@constant_when_traced
 def current_config() -> FlashAttentionConfig:
     """The configuration in force: that of the innermost :func:`use_config`, or the defaults.
 
     A thread that has not entered a :func:`use_config` of its own sees the newest that any thread is inside of: worker threads, and those in which
     autograd runs a backward pass. Under ``torch.compile`` it is read once, when the call is traced.
     """
-    return _current.get() or (_entered[-1] if _entered else FlashAttentionConfig())
+    return _current.get() or (_entered[-1] if _entered else _defaults())
 
 
-# What torch.compiler.assume_constant_result does to a function, without importing the compiler for it: half a second and more.
-current_config._dynamo_marked_constant = True
+@functools.cache
+def _defaults() -> FlashAttentionConfig:
+    """One and the same: who calls under the defaults is known by it again (:mod:`flashlib.routes`)."""
+    return FlashAttentionConfig()
 
 
 @contextlib.contextmanager
@@ -236,7 +251,7 @@ def _carry_through_checkpoints() -> None:
     """
     reentrant, generator = checkpoint.CheckpointFunction, checkpoint._checkpoint_without_reentrant_generator
 
-    class CheckpointFunction(reentrant):
+    class CheckpointFunction(reentrant):  # type: ignore[valid-type, misc]
         @staticmethod
         def forward(ctx, run_function, *arguments):
             return reentrant.forward(ctx, _carrying(run_function), *arguments)
@@ -245,8 +260,9 @@ def _carry_through_checkpoints() -> None:
     def without_reentrant(function, *arguments, **options):
         return generator(_carrying(function), *arguments, **options)
 
-    checkpoint.CheckpointFunction = CheckpointFunction
-    checkpoint._checkpoint_without_reentrant_generator = without_reentrant
+    module: Any = checkpoint
+    module.CheckpointFunction = CheckpointFunction
+    module._checkpoint_without_reentrant_generator = without_reentrant
 
 
 def _carrying(function: Callable) -> Callable:

@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -68,12 +69,13 @@ class Report:
         return json.dumps(asdict(self), indent=2)
 
 
-def examine() -> Report:
-    """Look at this machine. Takes seconds where a GPU has to be woken or the CPU kernels have not been compiled yet; fetches nothing."""
-    from flashlib.course.weights import find_weights
+def examine(weights: Path | None) -> Report:
+    """Look at this machine. Takes seconds where a GPU has to be woken or the CPU kernels have not been compiled yet; fetches nothing.
 
+    Args:
+        weights: where those of the course's model were found; None if they are not here.
+    """
     capabilities = torch.cpu.get_capabilities()
-    found = find_weights()
     return Report(
         system={"python": platform.python_version(), "os": platform.platform()},
         cpu=capabilities.get("cpu_name", platform.machine()),
@@ -87,7 +89,7 @@ def examine() -> Report:
         driver=_driver(),
         packages={name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},  # names its CUDA version
         backends=backends.available(),
-        weights=str(found) if found else None,
+        weights=str(weights) if weights else None,
     )
 
 

@@ -1,142 +1,26 @@
-"""Our two implementations, the tiled algorithm and the kernels, as autograd, torch.func, torch.compile and torch.export see them.
+"""Our own implementations, the tiled algorithm and the kernels, as autograd, torch.func, torch.compile and torch.export see them.
 
-An engine computes a forward and a backward pass from tensors and plain numbers. Around it stand, once for both:
+An engine (:mod:`flashlib.launch.engines`) computes a forward and a backward pass from tensors and plain numbers. Around it stand, once for all:
 
 * in eager mode one ``torch.autograd.Function``, which knows backward, forward mode (where the engine does), and ``vmap``: the mapped dimension
   becomes part of the batch;
-* under a tracer, or for tensors without data, one operator (:mod:`flashlib.operators`), which a graph can hold and which says the shapes of its results.
+* under a tracer, or for tensors without data, one operator (:mod:`flashlib.launch.operators`), which a graph can hold and which says the shapes of its results.
 
 A second derivative is refused in plain words where somebody asks for it, and not before: ``create_graph=True`` alone is no reason.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from flashlib.autocast import autocast_off
+from flashlib.launch.engines import Engine, name_of, no_second_derivative
+from flashlib.launch.folding import folded, folded_numbers
 from flashlib.spec import AttentionSpec
-from flashlib.tiled import Tiling, tiled_backward, tiled_forward, tiled_jvp
 from flashlib.values import has_data
 
-__all__ = ["Engine", "TiledEngine", "TritonEngine", "engine_named", "refuse_second_derivative", "run_engine"]
-
-
-class Engine(Protocol):
-    """How a checked problem is computed. ``str(engine)`` says its name and its settings; :func:`engine_named` reads them back."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]: ...
-
-    def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
-
-    def empty_results(self, q: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        """``(out, lse)`` as :meth:`forward` would return them, not filled in."""
-
-
-@dataclass(frozen=True)
-class TiledEngine:
-    """FlashAttention in plain PyTorch (:mod:`flashlib.tiled`)."""
-
-    tiling: Tiling
-
-    def __str__(self) -> str:
-        return f"tiled {self.tiling.block_q} {self.tiling.block_k} {self.tiling.loop_order}"
-
-    @classmethod
-    def from_words(cls, block_q: str, block_k: str, loop_order: str) -> TiledEngine:
-        return cls(Tiling(int(block_q), int(block_k), loop_order))
-
-    def forward(self, q, k, v, spec):
-        return tiled_forward(q, k, v, spec, self.tiling)
-
-    def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
-        return tiled_backward(q, k, v, out, lse, grad_out, grad_lse, spec, self.tiling)
-
-    def jvp(self, q, k, v, out, lse, tangents, spec):
-        return tiled_jvp(q, k, v, out, lse, tangents, spec, self.tiling)
-
-    def empty_results(self, q, v, spec):
-        return q.new_empty(spec.out_shape), q.new_empty(spec.out_shape[:3], dtype=spec.accumulate_dtype)
-
-
-@dataclass(frozen=True)
-class TritonEngine:
-    """Our Triton and Gluon kernels (:mod:`flashlib.kernels`); settings as :class:`flashlib.config.TritonConfig`."""
-
-    precision: str
-    autotune: str
-
-    def __str__(self) -> str:
-        return f"triton {self.precision} {self.autotune}"
-
-    @classmethod
-    def from_words(cls, precision: str, autotune: str) -> TritonEngine:
-        return cls(precision, autotune)
-
-    def forward(self, q, k, v, spec):
-        from flashlib.kernels.run import launch_forward
-
-        return launch_forward(q, k, v, self._options(spec))
-
-    def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
-        from flashlib.kernels.run import launch_backward
-
-        return launch_backward(q, k, v, out, lse, grad_out, grad_lse, self._options(spec))
-
-    def empty_results(self, q, v, spec):
-        from flashlib.kernels.launch import empty_results
-
-        return empty_results(q, v)
-
-    def _options(self, spec):
-        from flashlib.kernels.launch import KernelOptions
-
-        return KernelOptions.from_spec(spec, self.precision, self.autotune)
-
-
-@dataclass(frozen=True)
-class CPUEngine:
-    """Our kernels for processors (:mod:`flashlib.kernels.cpu`)."""
-
-    def __str__(self) -> str:
-        return "cpu"
-
-    @classmethod
-    def from_words(cls) -> CPUEngine:
-        return cls()
-
-    def forward(self, q, k, v, spec):
-        from flashlib.kernels.launch import KernelOptions
-        from flashlib.launch.cpu import operators
-
-        return operators.run_forward(q, k, v, KernelOptions.from_spec(spec), operators.library())
-
-    def backward(self, q, k, v, out, lse, grad_out, grad_lse, spec):
-        from flashlib.kernels.launch import KernelOptions
-        from flashlib.launch.cpu import operators
-
-        options = KernelOptions.from_spec(spec)
-        return operators.run_backward(q, k, v, out, lse, grad_out, grad_lse, options, operators.library())
-
-    def empty_results(self, q, v, spec):
-        from flashlib.kernels.launch import empty_results
-
-        return empty_results(q, v)
-
-
-_ENGINES = {"tiled": TiledEngine, "triton": TritonEngine, "cpu": CPUEngine}
-
-
-def engine_named(words: str) -> Engine:
-    """The engine of which ``words`` is the ``str``: operators take no other arguments than numbers, tensors and text."""
-    name, *settings = words.split()
-    return _ENGINES[name].from_words(*settings)
+__all__ = ["differentiable_gradients", "refuse_second_derivative", "run_engine"]
 
 
 def run_engine(engine: Engine, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -146,9 +30,9 @@ def run_engine(engine: Engine, q: Tensor, k: Tensor, v: Tensor, spec: AttentionS
         if not has_data(q, k, v):
             if spec.has_tangents:
                 raise NotImplementedError(
-                    f"a forward-mode derivative cannot be traced through {_name(engine)} attention; {_FORWARD_MODE}"
+                    f"a forward-mode derivative cannot be traced through {name_of(engine)} attention; {_FORWARD_MODE}"
                 )
-            from flashlib.operators import attention_forward  # registering operators imports PyTorch's compiler
+            from flashlib.launch.operators import attention_forward  # registering operators imports PyTorch's compiler
 
             return attention_forward(q, k, v, *numbers, str(engine))
         return _Attention.apply(q, k, v, engine, *numbers)
@@ -159,7 +43,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, engine, *numbers):
-        return engine.forward(q, k, v, AttentionSpec.from_numbers(q, k, v, *numbers))
+        return engine.forward(q, k, v, numbers)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -178,22 +62,23 @@ class _Attention(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return None, None, None, *nothing
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        with autocast_off(q.device):
-            return *_Gradients.apply(q, k, v, out, lse, grad_out, grad_lse, ctx.engine, *numbers), *nothing
+        return *differentiable_gradients(q, k, v, out, lse, grad_out, grad_lse, ctx.engine, tuple(numbers)), *nothing
 
     @staticmethod
     def jvp(ctx, dq, dk, dv, *_):
         q, k, v, out, lse, numbers = _restored(ctx)
         jvp = getattr(ctx.engine, "jvp", None)
         if jvp is None:
-            raise NotImplementedError(f"{_name(ctx.engine)} attention has no forward-mode derivative; {_FORWARD_MODE}")
-        return jvp(q, k, v, out, lse, (dq, dk, dv), AttentionSpec.from_numbers(q, k, v, *numbers))
+            raise NotImplementedError(
+                f"{name_of(ctx.engine)} attention has no forward-mode derivative; {_FORWARD_MODE}"
+            )
+        return jvp(q, k, v, out, lse, (dq, dk, dv), numbers)
 
     @staticmethod
     def vmap(info, in_dims, q, k, v, engine, *numbers):
-        folded = _folded(info.batch_size, in_dims[:3], (q, k, v))
-        batch = folded[0].shape[0] // info.batch_size
-        results = _Attention.apply(*folded, engine, *_folded_numbers(info.batch_size, batch, in_dims[4:], numbers))
+        together = folded(info.batch_size, in_dims[:3], (q, k, v))
+        batch = together[0].shape[0] // info.batch_size
+        results = _Attention.apply(*together, engine, *folded_numbers(info.batch_size, batch, in_dims[4:], numbers))
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0)
 
 
@@ -202,7 +87,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, out, lse, grad_out, grad_lse, engine, *numbers):
-        return engine.backward(q, k, v, out, lse, grad_out, grad_lse, AttentionSpec.from_numbers(q, k, v, *numbers))
+        return engine.backward(q, k, v, out, lse, grad_out, grad_lse, numbers)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -210,31 +95,29 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise no_second_derivative(_name(ctx.engine))
+        raise no_second_derivative(name_of(ctx.engine))
 
     @staticmethod
     def jvp(ctx, *_):
-        raise no_second_derivative(_name(ctx.engine))
+        raise no_second_derivative(name_of(ctx.engine))
 
     @staticmethod
     def vmap(info, in_dims, q, k, v, out, lse, grad_out, grad_lse, engine, *numbers):
-        folded = _folded(info.batch_size, in_dims[:7], (q, k, v, out, lse, grad_out, grad_lse))
-        batch = folded[0].shape[0] // info.batch_size
-        results = _Gradients.apply(*folded, engine, *_folded_numbers(info.batch_size, batch, in_dims[8:], numbers))
+        together = folded(info.batch_size, in_dims[:7], (q, k, v, out, lse, grad_out, grad_lse))
+        batch = together[0].shape[0] // info.batch_size
+        results = _Gradients.apply(*together, engine, *folded_numbers(info.batch_size, batch, in_dims[8:], numbers))
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
 
 
+def differentiable_gradients(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, engine: Engine, numbers: tuple,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(dq, dk, dv)`` as a node of its own, which knows ``vmap`` and refuses to be differentiated; ``numbers`` as of the forward."""
+    with autocast_off(q.device):
+        return _Gradients.apply(q, k, v, out, lse, grad_out, grad_lse, engine, *numbers)
+
+
 _FORWARD_MODE = "the backends 'tiled', 'reference' and 'torch_sdpa_math' have one"
-
-
-def no_second_derivative(name: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"{name} attention has no second derivative; the backends 'reference' and 'torch_sdpa_math' have one"
-    )
-
-
-def _name(engine: Engine) -> str:
-    return str(engine).split()[0]
 
 
 def _restored(ctx) -> tuple:
@@ -243,32 +126,6 @@ def _restored(ctx) -> tuple:
     for at, tensor in zip(ctx.tensors_at, tensors, strict=True):
         numbers[at] = tensor
     return q, k, v, out, lse, numbers
-
-
-def _folded(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """``[B, ...]`` of each of ``size`` problems as one batch of ``size * B``."""
-    return [
-        None if x is None else _mapped_first(size, dim, x).flatten(0, 1)
-        for dim, x in zip(in_dims, tensors, strict=True)
-    ]
-
-
-def _mapped_first(size: int, dim: int | None, x: Tensor) -> Tensor:
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-
-
-def _folded_numbers(size: int, batch: int, in_dims: tuple[int | None, ...], numbers: tuple) -> list:
-    """The numbers of one batch of ``size * batch``. What all entries share stays shared."""
-    *rest, seed = numbers
-    if in_dims[-1] is not None:
-        raise ValueError("dropout under vmap needs randomness='same': one seed serves all of a batch")
-    folded = []
-    for dim, x in zip(in_dims, rest, strict=False):
-        if isinstance(x, Tensor) and (dim is not None or x.shape[0] != 1):
-            x = _mapped_first(size, dim, x)
-            x = x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)
-        folded.append(x)
-    return [*folded, seed]
 
 
 def refuse_second_derivative(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,7 +164,8 @@ class Mask:
         """
         device = torch.device(device or "cpu")
         start, stop = self.bounds(batch, q_len, kv_len, device)
-        (entries,) = torch.broadcast_shapes(start.shape[:1], stop.shape[:1])  # 0 for a mask of no sequences
+        # 0 for a mask of no sequences. Not torch.broadcast_shapes, which imports PyTorch's compiler.
+        entries = stop.shape[0] if start.shape[0] == 1 else start.shape[0]
         start = start.clamp(0, kv_len).expand(entries, q_len)
         stop = stop.clamp(0, kv_len).expand(entries, q_len)
         sees_something = start < stop
@@ -198,28 +200,32 @@ class Window(Mask):
         left, right: how many keys before and after its own position a row sees; None for no limit. Any number will do, however large
             (``sys.maxsize``): what lies beyond the first or the last key is not there.
         offset: the key position at which row 0 sits. None aligns bottom-right: ``Sk - Sq``. An int, or an integer tensor
-            ``[B]`` (one per sequence) or ``[B, Sq]`` (one per row) for batches whose sequences start at different places.
+            ``[B]`` (one per sequence) or ``[B, Sq]`` (one per row) for batches whose sequences start at different places. Or a
+            :class:`Varlen`, to align bottom-right inside each of its sequences.
 
     Source: Beltagy et al. 2020, Longformer (arXiv 2004.05150), section 3.1; ``window_size`` in flash_attn.
     """
 
     left: int | None = None
     right: int | None = None
-    offset: int | Tensor | None = None
+    offset: int | Tensor | Varlen | None = None
 
     def __post_init__(self):
         for name in ("left", "right"):
             width = getattr(self, name)
             if width is not None:
                 object.__setattr__(self, name, _count(f"Window: {name}", width, "or None for no limit"))
-        if self.offset is not None and not isinstance(self.offset, int):
+        if self.offset is not None and not isinstance(self.offset, int | Varlen):
             object.__setattr__(self, "offset", _integers("offset", self.offset, ndims=(1, 2)))
 
     def bounds(self, batch, q_len, kv_len, device):
-        shape = (batch, q_len, kv_len, device)
-        start = _row(0, device) if self.left is None else _keys_from_rows(self.offset, -self.left, *shape)
-        stop = _row(kv_len, device) if self.right is None else _keys_from_rows(self.offset, self.right + 1, *shape)
+        shape, offset = (batch, q_len, kv_len, device), self._offset(q_len, device)
+        start = _row(0, device) if self.left is None else _keys_from_rows(offset, -self.left, *shape)
+        stop = _row(kv_len, device) if self.right is None else _keys_from_rows(offset, self.right + 1, *shape)
         return start, stop
+
+    def _offset(self, q_len: int, device: torch.device) -> int | Tensor | None:
+        return self.offset.offset(q_len, device) if isinstance(self.offset, Varlen) else self.offset
 
     def band(self):
         if self.offset is not None:
@@ -227,7 +233,8 @@ class Window(Mask):
         return tuple(None if width is None or width >= NO_LIMIT else width for width in (self.left, self.right))
 
     def row_offsets(self, batch, q_len, kv_len, device):
-        return None if self.offset is None else _held_row_offsets(self.offset, batch, q_len, device)
+        offset = self._offset(q_len, device)
+        return None if offset is None else _held_row_offsets(offset, batch, q_len, device)
 
 
 class Causal(Window):
@@ -238,7 +245,7 @@ class Causal(Window):
             filled to different lengths: ``KeyLengths(lengths) & Causal(offset=lengths - q_len)``.
     """
 
-    def __init__(self, offset: int | Tensor | None = None):
+    def __init__(self, offset: int | Tensor | Varlen | None = None):
         super().__init__(left=None, right=0, offset=offset)
 
     def __repr__(self):
@@ -334,7 +341,7 @@ class Varlen(Mask):
     """Sequences of different lengths packed one after another: a row sees only the keys of its own sequence.
 
     As :class:`Documents`, but told by the boundaries, and a sequence may have more or fewer queries than keys. Causal attention
-    and windows inside each sequence, aligned bottom-right there: ``packed & Causal(packed.offset(q_len))``.
+    and windows inside each sequence, aligned bottom-right there: ``packed & Causal(packed)``.
 
     Args:
         cu_seqlens_q: cumulative lengths, integers ``[N + 1]``: sequence n has the rows ``cu_seqlens_q[n] <= i <
@@ -366,16 +373,22 @@ class Varlen(Mask):
             )
 
     @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Both cumulative lengths, int64."""
+        ends: Any = self.cu_seqlens_q, self.cu_seqlens_k
+        return ends[0].to(torch.int64), ends[1].to(torch.int64)
+
+    @property
     def num_sequences(self) -> int:
-        return self.cu_seqlens_q.shape[0] - 1
+        return len(self.cu_seqlens_q) - 1
 
     @property
     def lengths_q(self) -> Tensor:
-        return self.cu_seqlens_q.cpu().diff()
+        return self.ends[0].cpu().diff()
 
     @property
     def lengths_k(self) -> Tensor:
-        return self.cu_seqlens_k.cpu().diff()
+        return self.ends[1].cpu().diff()
 
     def offset(self, q_len: int, device: torch.device | str | None = None) -> Tensor:
         """The key at which each row sits, less the row: int64 ``[1, q_len]``. In each sequence, the last row sits at the last key."""
@@ -402,7 +415,7 @@ class Varlen(Mask):
 
     def _sequences(self, q_len: int, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
         """Both cumulative lengths on ``device``, and the number of the sequence to which each row belongs: ``[1, q_len]``."""
-        ends_q, ends_k = (x.to(device or x.device) for x in (self.cu_seqlens_q, self.cu_seqlens_k))
+        ends_q, ends_k = (x.to(device or x.device) for x in self.ends)
         rows = torch.arange(q_len, device=ends_q.device)[None]
         sequence = torch.searchsorted(ends_q, rows, right=True) - 1
         return ends_q, ends_k, sequence.clamp(min=0)  # below 0 only where cumulative lengths do not begin with 0
@@ -544,7 +557,11 @@ def _expect_batch(mask: str, lengths: Tensor, batch: int) -> None:
 
 def _cumulative(name: str, cu_seqlens: Tensor | Sequence[int]) -> Tensor:
     """Cumulative lengths as int64, looked at where that waits for nobody."""
-    ends = _integers(name, cu_seqlens, ndims=(1,))
+    ends = _tensor(cu_seqlens)
+    if (
+        ends.dtype != torch.int32 or ends.dim() != 1
+    ):  # int32, as flash_attn has them, is left as it is: a conversion is a kernel
+        ends = _integers(name, cu_seqlens, ndims=(1,))
     if not len(ends):
         raise ValueError(f"{name} must begin with 0; got []")
     if not may_read(ends):

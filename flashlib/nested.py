@@ -5,6 +5,9 @@ As PyTorch's SDPA takes them, q, k and v are ``[B, H, j, D]``, made by transposi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,7 @@ def is_nested(*tensors: Tensor) -> bool:
 
 
 def nested_attention(
+    attention: Callable[..., Any],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -37,6 +41,7 @@ def nested_attention(
     """:func:`flashlib.attention` inside each sequence; arguments as there.
 
     Args:
+        attention: that function, for one pack.
         q: jagged ``[B, Hq, j, D]``. k, v: jagged ``[B, Hkv, j', D]`` and ``[B, Hkv, j', Dv]``: sequences of k and v may be longer or shorter than
             those of q, and are one another's.
         mask: causal attention and windows, aligned bottom-right in each sequence; None for all of it.
@@ -45,8 +50,6 @@ def nested_attention(
     Returns:
         out, jagged ``[B, Hq, j, Dv]``, with the offsets of q. With ``return_lse`` also lse, jagged ``[B, Hq, j]``.
     """
-    from flashlib.attention import attention
-
     (q, q_ends), (k, k_ends), (v, v_ends) = (_packed(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     differ = k_ends is not v_ends and k_ends.shape != v_ends.shape
     if differ or (k_ends is not v_ends and may_read(k_ends, v_ends) and not torch.equal(k_ends, v_ends)):
@@ -60,7 +63,7 @@ def nested_attention(
     packed = Varlen(q_ends, k_ends)
     left, right = _band(mask)
     right = 0 if causal else right
-    inside = packed if left is None and right is None else packed & Window(left, right, packed.offset(len(q)))
+    inside = packed if left is None and right is None else packed & Window(left, right, packed)
     if config is None:
         config = config_for(q.device.type, packed=options.get("backend", "auto") == "auto", repeatable=False)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -70,9 +73,9 @@ def nested_attention(
     return _jagged(result[0], q_ends), _jagged(result[1], q_ends)
 
 
-def _packed(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+def _packed(name: str, x: Any) -> tuple[Tensor, Tensor]:
     """``[total, H, D]`` and the offsets ``[B + 1]`` of a jagged tensor ``[B, H, j, D]``."""
-    if not isinstance(x, Tensor) or not x.is_nested:
+    if not is_nested(x):
         came = "a dense tensor" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"q, k and v must all be jagged nested tensors or none of them; {name} is {came}")
     if x.layout is not torch.jagged:
@@ -84,7 +87,7 @@ def _packed(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     return x.values(), x.offsets()
 
 
-def _shape(x: Tensor) -> str:
+def _shape(x: Any) -> str:
     return f"[{', '.join('j' if at == x._ragged_idx else str(int(size)) for at, size in enumerate(x.shape))}]"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,11 +50,10 @@ class AlignedPack:
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sequences: Varlen) -> AlignedPack:
         """The problem with each sequence of ``sequences`` at a multiple of :data:`ALIGNMENT` tokens."""
-        cu_seqlens = (x.to(spec.device, torch.int64) for x in (sequences.cu_seqlens_q, sequences.cu_seqlens_k))
-        shift_q, shift_k = (_shifts(x) for x in cu_seqlens)
+        ends_q, ends_k = (x.to(spec.device, torch.int64) for x in sequences.ends)
+        shift_q, shift_k = _shifts(ends_q), _shifts(ends_k)
         number = sequences.sequence_of_rows(spec.q_len, spec.device)[0].clamp(min=0)
         places_q = torch.arange(spec.q_len, device=spec.device) + shift_q[number]
-        ends_k = sequences.cu_seqlens_k.to(spec.device, torch.int64)
         key = torch.arange(spec.kv_len, device=spec.device)
         places_k = key + shift_k[(torch.searchsorted(ends_k, key, right=True) - 1).clamp(min=0)]
         count = len(ends_k) - 1
@@ -62,8 +62,9 @@ class AlignedPack:
         moved = shift_k[number][None]
         seen = spec.intervals
         nothing = seen.start >= seen.stop
-        start, stop = (torch.where(nothing, 0, x + moved) for x in (seen.start, seen.stop))
-        intervals = RowIntervals(*(_spread(x, places_q, q_len, dim=1) for x in (start, stop)), kv_len)
+        ends = (torch.where(nothing, 0, x + moved) for x in (seen.start, seen.stop))
+        start, stop = (_spread(x, places_q, q_len, dim=1) for x in ends)
+        intervals = RowIntervals(start, stop, kv_len)
         offsets, slopes = None, spec.alibi_slopes
         if slopes is not None:
             before = (
@@ -73,10 +74,16 @@ class AlignedPack:
             )
             offsets = _spread(before + moved - shift_q[number][None], places_q, q_len, dim=1)
             slopes = slopes if slopes.dim() == 2 else _spread(slopes, places_q, q_len, dim=2)
-        changed = {"q_len": q_len, "kv_len": kv_len, "mask": Intervals(intervals, offsets), "alibi_slopes": slopes}
+        changed: dict[str, Any] = {
+            "q_len": q_len,
+            "kv_len": kv_len,
+            "mask": Intervals(intervals, offsets),
+            "alibi_slopes": slopes,
+        }
         return cls(
             _spread(q, places_q, q_len, dim=2),
-            *(_spread(x, places_k, kv_len, dim=2) for x in (k, v)),
+            _spread(k, places_k, kv_len, dim=2),
+            _spread(v, places_k, kv_len, dim=2),
             dataclasses.replace(spec, **changed),
             places_q,
         )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,13 @@ def naive_attention(
     Raises:
         TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors`.
     """
-    options = {"mask": mask, "causal": causal, "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    options: dict[str, Any] = {
+        "mask": mask,
+        "causal": causal,
+        "scale": scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+    }
     options |= {"sinks": sinks, "dropout_p": dropout_p, "dropout_seed": dropout_seed}
     spec = AttentionSpec.from_tensors(q, k, v, **options, return_lse=return_lse)
     out, lse = naive_forward(q, k, v, spec)
@@ -158,7 +165,8 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
     if options.get("dropout_p") and options.get("dropout_seed") is None:
         raise ValueError("dropout_seed must say which weights are dropped, so that results can be compared; got None")
     AttentionSpec.from_tensors(q, k, v, **options)
-    return naive_attention(q.double(), k.double(), v.double(), **options, return_lse=True)
+    q, k, v = q.double(), k.double(), v.double()
+    return naive_forward(q, k, v, AttentionSpec.from_tensors(q, k, v, **options, return_lse=True))
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,7 @@ def _budget(q: Tensor, k: Tensor, v: Tensor, exact_out: Tensor, exact_lse: Tenso
     spec = AttentionSpec.from_tensors(q, k, v, **options)
     worst = dict.fromkeys(("out", "lse"), 0.0)
     for _, _, problem in _reordered(q, k, v, spec):
-        _raise_to(worst, lambda wide, at=problem: _naive(*at, spec, wide=wide), (exact_out, exact_lse))
+        _raise_to(worst, _naive, (*problem, spec), (exact_out, exact_lse))
     terms = _rounding_of_terms(q, k, v, exact_out, exact_lse, spec)
     return ErrorBudget(
         out=_finite_budget("out", 2 * worst["out"] + one_rounding(exact_out, spec.dtype) + terms["out"], spec),
@@ -220,10 +228,15 @@ def _budget(q: Tensor, k: Tensor, v: Tensor, exact_out: Tensor, exact_lse: Tenso
     )
 
 
-def _raise_to(worst: dict[str, float], naive: Callable[[bool], tuple[Tensor, ...]], exact: tuple[Tensor, ...]) -> None:
-    """Raise each number of ``worst`` to the error of ``naive(wide)`` in one order: not wide, or if that overflows, wide."""
+def _raise_to(
+    worst: dict[str, float], naive: Callable[..., tuple[Tensor, ...]], arguments: tuple, exact: tuple[Tensor, ...]
+) -> None:
+    """Raise each number of ``worst`` to the error of ``naive(*arguments)`` in one order: not wide, or if that overflows, wide."""
     for wide in (False, True):
-        errors = [largest_error(result, reference) for result, reference in zip(naive(wide), exact, strict=True)]
+        errors = [
+            largest_error(result, reference)
+            for result, reference in zip(naive(*arguments, wide=wide), exact, strict=True)
+        ]
         if all(map(math.isfinite, errors)):
             break
     worst.update({name: max(worst[name], error) for name, error in zip(worst, errors, strict=True)})
@@ -245,8 +258,10 @@ def _reorderings(spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor]]:
     small = spec.batch * spec.q_heads * spec.q_len * spec.kv_len < LARGE_ENOUGH
     generator = torch.Generator("cpu").manual_seed(0)  # the budget of given inputs is a number, not a draw
     for _ in range(REORDERINGS if small else 0):
-        orders = (torch.randperm(size, generator=generator, device="cpu") for size in (spec.kv_len, spec.head_dim))
-        yield tuple(order.to(spec.device) for order in orders)
+        keys, channels = (
+            torch.randperm(size, generator=generator, device="cpu") for size in (spec.kv_len, spec.head_dim)
+        )
+        yield keys.to(spec.device), channels.to(spec.device)
 
 
 def _reordered(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor, tuple]]:
@@ -356,9 +371,7 @@ def check_gradients(gradients, q, k, v, grad_out, grad_lse=None, **options) -> C
     for keys, channels, problem in _reordered(q, k, v, spec):
         dq, dk, dv = exact
         same_order = (dq[..., channels], dk[:, :, keys][..., channels], dv[:, :, keys])
-        _raise_to(
-            worst, lambda wide, at=problem: _naive_gradients(*at, grad_out, grad_lse, spec, wide=wide), same_order
-        )
+        _raise_to(worst, _naive_gradients, (*problem, grad_out, grad_lse, spec), same_order)
     exact_out, exact_lse = oracle(q, k, v, **options)
     terms = _rounding_of_terms(q, k, v, exact_out, exact_lse, spec, grad_out, grad_lse)
     error, budget = {}, {}

@@ -191,10 +191,11 @@ class AttentionSpec:
     @property
     def intervals(self) -> RowIntervals:
         """The mask as one interval of visible keys per row. Made once; not by functools.cached_property, whose lock torch.compile cannot trace."""
-        if self._intervals is None:
+        made = self._intervals
+        if made is None:
             made = self.mask.intervals(self.batch, self.q_len, self.kv_len, self.device)
             object.__setattr__(self, "_intervals", made)
-        return self._intervals
+        return made
 
     @property
     def row_offsets(self) -> Tensor | None:
@@ -215,6 +216,7 @@ class AttentionSpec:
         """What dropout multiplies the weights of a tile by: ``[B, Hq, rows, keys]`` in the accumulation dtype; None without dropout."""
         if not self.dropout_p:
             return None
+        assert self.dropout_seed is not None
         heads = self.batch, self.q_heads
         return keep_factors(self.dropout_seed, self.dropout_p, *heads, rows, keys, self.accumulate_dtype)
 

@@ -25,11 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashlib.autocast import autocast_inputs
-from flashlib.masks import Mask, Tile
+from flashlib.masks import Tile
 from flashlib.spec import AttentionSpec
 
-__all__ = ["LOOP_ORDERS", "Tiling", "tiled_attention"]
+__all__ = ["LOOP_ORDERS", "Tiling"]
 
 LOOP_ORDERS = ("q_outer", "kv_outer")
 
@@ -57,50 +56,8 @@ class Tiling:
             raise ValueError(f"loop_order must be one of {', '.join(LOOP_ORDERS)}; got {self.loop_order!r}")
 
 
-def tiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Mask | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    return_lse: bool = False,
-    block_q: int = 128,
-    block_k: int = 128,
-    loop_order: str = "q_outer",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact attention without the N x N matrix. Differentiable once, backward and forward (JVP), also through the LSE.
-
-    Args:
-        q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Sk, D]``, ``[B, Hkv, Sk, Dv]``; fp16, bf16, fp32 or fp64. Arithmetic is in
-            fp32 (fp64 for fp64).
-        mask, causal, scale, softcap, alibi_slopes, dropout_p, dropout_seed, return_lse: as in :func:`flashlib.attention`.
-        block_q, block_k, loop_order: see :class:`Tiling`. They change the rounding, never the result.
-
-    Returns:
-        out ``[B, Hq, Sq, Dv]``; with ``return_lse`` also lse ``[B, Hq, Sq]``, natural log, fp32 (fp64 for fp64).
-
-    Raises:
-        TypeError, ValueError: as :meth:`flashlib.AttentionSpec.from_tensors` and :class:`Tiling`.
-    """
-    from flashlib.engines import TiledEngine, run_engine  # it stands on this module
-
-    tiling = Tiling(block_q, block_k, loop_order)
-    q, k, v = autocast_inputs(q, k, v)
-    options = {"mask": mask, "causal": causal, "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    options |= {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
-    spec = AttentionSpec.from_tensors(q, k, v, **options, return_lse=return_lse)
-    out, lse = run_engine(TiledEngine(tiling), q, k, v, spec)
-    return (out, lse) if return_lse else out
-
-
 def tiled_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tiling: Tiling) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of a checked problem. Shapes as in :func:`tiled_attention`."""
+    """``(out, lse)`` of a checked problem. Shapes as in :func:`flashlib.backends.pytorch.tiled_attention`."""
     out = torch.empty(spec.out_shape, dtype=spec.dtype, device=spec.device)
     lse = torch.empty(spec.out_shape[:3], dtype=spec.accumulate_dtype, device=spec.device)
     forward = _forward_q_outer if tiling.loop_order == "q_outer" else _forward_kv_outer

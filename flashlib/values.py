@@ -11,16 +11,38 @@ make no sense never reach memory that is not theirs (each function says what the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["check_values", "has_data", "has_tangent", "has_values", "may_read", "transforms"]
+__all__ = [
+    "check_values",
+    "constant_when_traced",
+    "has_data",
+    "has_tangent",
+    "has_values",
+    "may_read",
+    "transforms",
+    "values_are_asked_for",
+]
 
 _asked: ContextVar[bool] = ContextVar("flashlib_check_values", default=False)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_traced(function: Function) -> Function:
+    """Have torch.compile run a function that makes no tensors when it traces a call of it, and take the answer for a constant.
+
+    What torch.compiler.assume_constant_result does, without importing the compiler for it: half a second and more.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
 
 
 @contextlib.contextmanager
@@ -31,6 +53,11 @@ def check_values() -> Iterator[None]:
         yield
     finally:
         _asked.reset(token)
+
+
+def values_are_asked_for() -> bool:
+    """Whether this is inside of :func:`check_values`."""
+    return _asked.get()
 
 
 def has_values(*tensors: Tensor) -> bool:

@@ -10,16 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from tabulate import tabulate
 
 from flashlib.backends.base import Backend, BackendUnavailableError
 from flashlib.backends.cpu import CPUBackend
+from flashlib.backends.explanation import Explanation
 from flashlib.backends.flash_attn import FlashAttention2, FlashAttention3
 from flashlib.backends.pytorch import ReferenceBackend, TiledBackend
+from flashlib.backends.speeds import recorded_speeds
 from flashlib.backends.torch_sdpa import SDPACudnn, SDPAEfficient, SDPAFlash, SDPAMath, needs_dense_mask
 from flashlib.backends.triton import TritonBackend
-from flashlib.config import FlashAttentionConfig, current_config
+from flashlib.config import FlashAttentionConfig, check_name, current_config
 from flashlib.spec import AttentionSpec
+from flashlib.values import constant_when_traced
 
 __all__ = [
     "BACKENDS",
@@ -59,16 +61,14 @@ class Preference:
     reason: str
 
 
-# The figures are forward passes at head_dim 128, 16k tokens, bf16, on one H200 (torch 2.11, TFLOP/s full / causal).
+# How fast the first ones were on one GPU, explain() tells from the record (flashlib.backends.speeds); a test holds the order against it.
 PREFERENCES: tuple[Preference, ...] = (
     Preference("triton", "our own kernels: any mask, the LSE and its gradient, deterministic"),
     Preference("flash_attn_3", "written for Hopper; the published figures lead on that GPU"),
-    Preference("torch_sdpa_cudnn", "comes with PyTorch; 605 / 553 TFLOP/s on an H200, 1.7x FlashAttention-2"),
+    Preference("torch_sdpa_cudnn", "cuDNN's kernels, which come with PyTorch"),
     Preference("flash_attn_2", "FlashAttention-2 with windows, softcap and LSE, which PyTorch's copy does not offer"),
     Preference("cpu", "our own kernels for processors: any mask, the LSE and its gradient, deterministic"),
-    Preference(
-        "torch_sdpa_flash", "FlashAttention-2 inside PyTorch: 340 / 318 TFLOP/s on an H200; the fused kernel on CPUs"
-    ),
+    Preference("torch_sdpa_flash", "FlashAttention-2 inside PyTorch; the fused kernel on CPUs"),
     Preference("torch_sdpa_efficient", "takes any mask and fp32 on a GPU, without the N x N matrix of scores"),
     Preference("tiled", "runs everything everywhere in linear memory; a Python loop, so slow for its size"),
     Preference("torch_sdpa_math", "PyTorch's unfused formula: makes the N x N matrix, so only when asked for"),
@@ -78,13 +78,6 @@ PREFERENCES: tuple[Preference, ...] = (
 
 # Multiply-adds of Q K^T. One call of the CPU kernels costs 31 us before they begin, one of PyTorch's own 10, on an AMD EPYC.
 LEAST_CPU_PRODUCTS = 2**18
-
-
-def check_name(argument: str, name: str) -> str:
-    """Return ``name`` if there is such a backend; else ValueError naming ``argument`` and the backends there are."""
-    if name not in BACKENDS:
-        raise ValueError(f"{argument}: there is no backend {name!r}; backends are {', '.join(BACKENDS)}")
-    return name
 
 
 def available() -> dict[str, str | None]:
@@ -128,7 +121,7 @@ def explain(spec: AttentionSpec, config: FlashAttentionConfig | None = None) -> 
     """
     _check_spec(spec)
     config = config or current_config()
-    reasons = {preference.backend: preference.reason for preference in PREFERENCES}
+    reasons = _reasons(spec.device)
     rows, chosen = [], None
     for name in order_of_choice(config, spec.device):
         obstacle = BACKENDS[name].why_not(spec, config)
@@ -139,32 +132,13 @@ def explain(spec: AttentionSpec, config: FlashAttentionConfig | None = None) -> 
     return Explanation(tuple(rows), chosen)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """The order of choice for one problem. Print it, or end a notebook cell with it.
-
-    Attributes:
-        rows: ``(backend, runs, reason)``: why it stands where it stands if it runs, else what stands against it.
-        chosen: the backend that ``"auto"`` picks; None if no backend runs the problem.
-    """
-
-    rows: tuple[tuple[str, bool, str], ...]
-    chosen: str | None
-
-    def _table(self, style: str) -> str:
-        marks = [
-            ("->" if name == self.chosen else "", name, "yes" if runs else "no", reason)
-            for name, runs, reason in self.rows
-        ]
-        return tabulate(marks, headers=("", "backend", "runs", "why, or why not"), tablefmt=style)
-
-    def __str__(self) -> str:
-        return self._table("simple")
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self._table("html")
+def _reasons(device: torch.device) -> dict[str, str]:
+    """Why each backend stands where it stands, with what was recorded on a GPU where the tensors are on one."""
+    speeds = recorded_speeds() if device.type == "cuda" else {}
+    return {
+        one.backend: f"{one.reason}; {speeds[one.backend]}" if one.backend in speeds else one.reason
+        for one in PREFERENCES
+    }
 
 
 def _passed_over(name: str, spec: AttentionSpec, config: FlashAttentionConfig) -> str | None:
@@ -201,6 +175,7 @@ def order_of_choice(config: FlashAttentionConfig, device: torch.device) -> list[
     return names
 
 
+@constant_when_traced
 def config_for(device: str, *, packed: bool, repeatable: bool) -> FlashAttentionConfig:
     """The configuration in force, narrowed for a kind of call.
 
@@ -213,8 +188,24 @@ def config_for(device: str, *, packed: bool, repeatable: bool) -> FlashAttention
         BackendUnavailableError: nothing is left, or the backend that is asked for by name does not repeat its gradients.
     """
     config = current_config()
+    kept = _narrowed.get((id(config), device, packed, repeatable))
+    if kept is not None and kept[0] is config:
+        return kept[1]
+    narrowed = _narrow(config, device, packed, repeatable)
+    if len(_narrowed) >= MOST_NARROWED:
+        _narrowed.clear()
+    _narrowed[id(config), device, packed, repeatable] = (config, narrowed)
+    return narrowed
+
+
+# One and the same for one configuration, by whose identity calls are known again (flashlib.routes).
+_narrowed: dict[tuple, tuple[FlashAttentionConfig, FlashAttentionConfig]] = {}
+MOST_NARROWED = 64
+
+
+def _narrow(config: FlashAttentionConfig, device: str, packed: bool, repeatable: bool) -> FlashAttentionConfig:
     if repeatable:
-        fa2, fa3 = (replace(settings, deterministic=True) for settings in (config.fa2, config.fa3))
+        fa2, fa3 = replace(config.fa2, deterministic=True), replace(config.fa3, deterministic=True)
         config = replace(config, fa2=fa2, fa3=fa3)
         if config.backend != "auto" and not BACKENDS[config.backend].repeats_gradients:
             raise BackendUnavailableError(
@@ -234,7 +225,3 @@ def config_for(device: str, *, packed: bool, repeatable: bool) -> FlashAttention
             )
         config = replace(config, order=allowed)
     return config
-
-
-# Run by the compiler's tracer instead of being traced, as current_config is: it makes no tensors.
-config_for._dynamo_marked_constant = True

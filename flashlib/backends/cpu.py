@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from flashlib.backends.base import Backend
-from flashlib.engines import CPUEngine, run_engine
+from flashlib.engines import run_engine
 from flashlib.launch.cpu.library import why_missing
+from flashlib.launch.engines import CPUEngine
 from flashlib.spec import AttentionSpec
 
 __all__ = ["CPUBackend"]

@@ -14,10 +14,12 @@ import torch
 from flashlib.backends.base import Backend
 from flashlib.engines import refuse_second_derivative
 from flashlib.spec import AttentionSpec
+from flashlib.values import constant_when_traced
 
 __all__ = ["FlashAttention2", "FlashAttention3"]
 
 
+@constant_when_traced
 def no_package(name: str) -> str | None:
     """Why there is no such package other than this one, or None."""
     spec = importlib.util.find_spec(name)
@@ -26,9 +28,6 @@ def no_package(name: str) -> str | None:
     if getattr(spec.loader, "stands_in", False) or spec.name.startswith("flashlib."):
         return f"the package {name} is flashlib itself, standing in for it"
     return None
-
-
-no_package._dynamo_marked_constant = True  # run by the compiler's tracer instead of being traced
 
 
 class _FlashAttentionPackage(Backend):

@@ -6,13 +6,18 @@ how they are written and debugged on a laptop. Only then do they take CPU tensor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flashlib.backends.base import Backend
-from flashlib.engines import TritonEngine, run_engine
-from flashlib.kernels.launch import TRITON_INSTALLED, KernelOptions, blocks, forward_launch, interpreting
-from flashlib.kernels.tiles import TileConfig
+from flashlib.engines import run_engine
+from flashlib.launch.engines import TritonEngine
+from flashlib.launch.options import KernelOptions, blocks
+from flashlib.launch.plain import forward_launch
+from flashlib.launch.start import TRITON_INSTALLED, interpreting
+from flashlib.launch.tiles import TileConfig
 from flashlib.spec import AttentionSpec
 
 __all__ = ["TritonBackend", "count_tiles"]
@@ -55,8 +60,8 @@ def count_tiles(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tiles: Til
         tiles: tile sizes; None for those that the forward would use.
     """
     options = KernelOptions.from_spec(spec)
-    tiles = tiles or forward_launch(q, k, v, options)[0].tiles
-    shape = (spec.batch, spec.q_heads, blocks(spec.q_len, tiles.block_m), 3)
+    used: Any = tiles or forward_launch(q, k, v, options)[0].tiles
+    shape = (spec.batch, spec.q_heads, blocks(spec.q_len, used.block_m), 3)
     counts = torch.zeros(shape, dtype=torch.int32, device=spec.device)
-    forward_launch(q, k, v, options, tiles=tiles, counts=counts)[0].start()
+    forward_launch(q, k, v, options, tiles=used, counts=counts)[0].start()
     return counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,7 +52,7 @@ def cost(
 
         def ask(model: str, gpu: str) -> report.Report:
             target = this_machine() if gpu == "here" else device(gpu)
-            options = {
+            options: dict[str, Any] = {
                 "dtype": dtype,
                 "weights": weights,
                 "cache": cache,

@@ -32,13 +32,13 @@ class Work:
     """What a computation does.
 
     Attributes:
-        products, exponentials, other: operations of each kind.
+        products, exponentials, other: operations of each kind; a share of them where several devices share the work.
         read, written: bytes by operand.
     """
 
-    products: int = 0
-    exponentials: int = 0
-    other: int = 0
+    products: float = 0
+    exponentials: float = 0
+    other: float = 0
     read: Mapping[str, float] = field(default_factory=dict)
     written: Mapping[str, float] = field(default_factory=dict)
 

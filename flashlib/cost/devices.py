@@ -131,7 +131,7 @@ def this_machine() -> Device:
     import psutil
     import torch
 
-    from flashlib.measure.machine import matmul_flops_per_s, stream_bytes_per_s
+    from flashlib.measure.racing.machine import matmul_flops_per_s, stream_bytes_per_s
 
     if torch.cuda.is_available():
         found = named(torch.cuda.get_device_name())

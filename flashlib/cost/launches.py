@@ -1,6 +1,6 @@
 """Our kernels as they launch: which programs there are, in which order, how many tiles each visits, and what all of them do.
 
-The choices below, tile sizes, orders and numbers of splits, are those of :mod:`flashlib.kernels` and
+The choices below, tile sizes, orders and numbers of splits, are those of :mod:`flashlib.launch` and
 :mod:`flashlib.inference.decode`, repeated here so that asking for a cost brings neither PyTorch nor Triton. A test holds the two
 together.
 """
@@ -47,7 +47,9 @@ class Launch:
             how often it comes again.
         tile: products, exponentials and bytes asked of the cache for one whole tile, padding included.
         work: all that the kernel does, padding included; bytes are what it asks of the cache.
-        memory: bytes that come from memory, or go there.
+        memory: bytes that come from memory, or go there, if the cache keeps what programs that are at work share.
+        shared: bytes that it would have to keep for that, until the last wave of programs has passed; 0 if no wave reads what another did.
+        rows: of a tile, where a program's steps follow one another (decoding); else 0.
     """
 
     kernel: str
@@ -55,6 +57,15 @@ class Launch:
     tile: Work
     work: Work
     memory: float
+    shared: float = 0.0
+    rows: int = 0
+
+    def read_once(self, gpu: Device) -> bool:
+        """Whether the cache keeps what programs share, so that :attr:`memory` is all that crosses memory. If not, it is the least.
+
+        Half of a GPU's cache counts: it has two parts, and what all multiprocessors read lies in both.
+        """
+        return self.shared <= gpu.cache_bytes / 2
 
     @property
     def tiles(self) -> int:
@@ -62,18 +73,30 @@ class Launch:
         return sum(tiles * count * times for programs, times in self.parts for tiles, count in programs)
 
     @property
+    def memory_written(self) -> float:
+        """Of :attr:`memory`, what the kernel writes. When it ends, up to all that the cache holds of it still lies there. Partial results
+        that the same kernel reads again never leave the cache."""
+        inside = self.work.written.get("partial", 0) if "partial" in self.work.read else 0
+        return sum(self.work.written.values()) - inside
+
+    @property
+    def memory_read(self) -> float:
+        """Of :attr:`memory`, what the kernel reads."""
+        return self.memory - self.memory_written
+
+    @property
     def program_count(self) -> int:
         return sum(count * times for programs, times in self.parts for _, count in programs)
 
 
-# The warp-specialised kernels for Hopper, as in flashlib.kernels.tiles and flashlib.kernels.hopper_launch.
+# The warp-specialised kernels for Hopper, as in flashlib.launch.tiles and flashlib.launch.hopper.
 HOPPER = {64: Tiles(192, 128), 128: Tiles(128, 128)}
 HOPPER_ROOMY, HOPPER_NARROW, HOPPER_LEAST_KEYS = Tiles(128, 128), Tiles(128, 64), 1024
 HOPPER_BACKWARD = {64: Tiles(128, 128), 128: Tiles(64, 128)}
 HOPPER_BACKWARD_ROOMY = {64: Tiles(64, 128), 128: Tiles(32, 128)}
 HOPPER_DQ = Tiles(128, 64)
 HOPPER_CACHE, HOPPER_SPREAD = 8 << 20, 3.5
-# The plain ones, as in flashlib.kernels.tiles: by major compute capability, kernel and widest head_dim.
+# The plain ones, as in flashlib.launch.tiles: by major compute capability, kernel and widest head_dim.
 TABLE = {
     9: {
         "forward": {64: Tiles(128, 64), 128: Tiles(128, 128), 256: Tiles(128, 64)},
@@ -128,21 +151,23 @@ def forward_launches(problem: Problem, gpu: Device) -> list[Launch]:
         if mask.widths is None:
             of_head += Work(read={"intervals": 2 * 4 * mask.q_len})
         work += (of_head + tile * _visited(blocks, hopper)) * (count * problem.q_heads)
-        memory += _from_memory(problem, mask, of_head, gpu) * count
+        memory += _from_memory(problem, mask) * count
     heads = problem.batch * problem.q_heads
     least = 1 if hopper else 0
+    row_blocks = -(-problem.q_len // tiles.block_m)
+    together = 1
     if hopper:
-        row_blocks = -(-problem.q_len // tiles.block_m)
         programs = min(gpu.units, row_blocks * heads)
         together = _heads_together(problem, heads, row_blocks, programs)
         order = _side_by_side(by_entry, problem.q_heads, together, least)
     else:
         order = _head_by_head(by_entry, problem.q_heads, least, backwards=True)
+    shared = _shared_keys(problem, together) if row_blocks * together > gpu.units else 0.0
     if not hopper:
-        return [Launch("attention_forward", order, tile, work, memory)]
+        return [Launch("attention_forward", order, tile, work, memory, shared)]
     # The counter that hands out blocks of rows is zeroed first.
     before = [Launch("fill", [([(0, 1)], 1)], Work(), Work(), 0.0), *([_prepare(problem)] * _by_row(problem))]
-    return [*before, Launch("hopper_forward", order, tile, work, memory)]
+    return [*before, Launch("hopper_forward", order, tile, work, memory, shared)]
 
 
 def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
@@ -187,7 +212,9 @@ def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
         least = mask.q_len * ((d + dv) * size + 2 * FP32)
         memory += (least * problem.q_heads + owned.bytes * problem.kv_heads) * count
     order = _head_by_head(by_entry, problem.kv_heads, 0, backwards=False, times=problem.group)
-    launches.append(Launch("hopper_dkdv" if hopper else "backward_dkdv", order, tile, work, memory))
+    # Blocks of keys begin at rows of their own, so that all rows of a group's heads pass before the last block is done with the first.
+    passing = problem.group * problem.q_len * (d + dv) * size
+    launches.append(Launch("hopper_dkdv" if hopper else "backward_dkdv", order, tile, work, memory, passing))
 
     launches += [_prepare(problem)] * (by_row and hopper)
     tiles = dq_tiles(problem, gpu)
@@ -204,7 +231,9 @@ def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
         keys = mask.seen_keys * (d + dv) * problem.kv_itemsize
         memory += ((sum(own) + mask.q_len * d * size) * problem.q_heads + keys * problem.kv_heads) * count
     order = _head_by_head(by_entry, problem.q_heads, 1 if hopper else 0, backwards=True)
-    launches.append(Launch("hopper_dq" if hopper else "backward_dq", order, tile, work, memory))
+    launches.append(
+        Launch("hopper_dq" if hopper else "backward_dq", order, tile, work, memory, _shared_keys(problem, 1))
+    )
     return launches
 
 
@@ -278,11 +307,11 @@ def decode_launches(
     written = Work(written={"out": out})
     if merged_inside:
         work += written + Work(written={"partial": partial}) + merging
-        return [Launch("decode_split", [(programs, 1)], tile, work, work.bytes - 2 * partial)]
+        return [Launch("decode_split", [(programs, 1)], tile, work, work.bytes - 2 * partial, rows=tiles.block_m)]
     split = work + Work(written={"partial": partial})
     combine = merging + written
     return [
-        Launch("decode_split", [(programs, 1)], tile, split, split.bytes),
+        Launch("decode_split", [(programs, 1)], tile, split, split.bytes, rows=tiles.block_m),
         Launch("combine", [([(0, query)], 1)], Work(), combine, combine.bytes),
     ]
 
@@ -303,7 +332,7 @@ def _fewest_waves(pairs: int, max_length: int, units: int, block_n: int) -> int:
 
 
 def forward_tiles(problem: Problem, gpu: Device) -> Tiles:
-    """The tile of the forward (``hopper_tiles`` and ``tile_config`` of :mod:`flashlib.kernels`)."""
+    """The tile of the forward (``hopper_tiles`` and ``tile_config`` of :mod:`flashlib.launch`)."""
     if not _hopper_runs(problem, gpu):
         return _table("forward", problem, gpu)
     left, by_row = _left(problem), _by_row(problem)
@@ -381,14 +410,20 @@ def _given(mask: Visible, hopper: bool) -> Visible:
 
 
 def _left(problem: Problem) -> int | None:
-    return None if _by_row(problem) else problem.visible[0].widths[0]
+    return None if _by_row(problem) else _widths(problem)[0]
+
+
+def _widths(problem: Problem) -> tuple[int | None, int | None]:
+    """Of a band, left and right; None for no limit on that side."""
+    widths = problem.visible[0].widths
+    return (None, None) if widths is None else widths
 
 
 def _keys_per_row(problem: Problem) -> int:
     """About how many keys a row sees under a band; all of them if it is told row by row."""
     if _by_row(problem):
         return problem.kv_len
-    left, right = problem.visible[0].widths
+    left, right = _widths(problem)
     seen = problem.visible[0].seen_keys
     if right is not None and left is None:
         return seen - min(problem.q_len, seen) // 2
@@ -413,25 +448,26 @@ def _passing_keys(problem: Problem, mask: Visible, blocks: list[BlockTiles], blo
     return Work(read={"k": keys * problem.head_dim * problem.kv_itemsize, "v": keys * problem.v_head_dim * problem.kv_itemsize})  # fmt: skip
 
 
-def _from_memory(problem: Problem, mask: Visible, asked: Work, gpu: Device) -> float:
-    """Bytes of one batch entry that the cache does not answer. K and V of the heads that are worked on together fit into it, or
-    at least those of one; where not even they do, each wave of programs brings them again."""
+def _from_memory(problem: Problem, mask: Visible) -> float:
+    """Bytes of one batch entry that cross memory if the cache answers the rest: each operand once."""
     q_and_out = mask.q_len * ((problem.head_dim + problem.v_head_dim) * problem.itemsize + FP32) * problem.q_heads
     per_head = mask.seen_keys * (problem.head_dim + problem.v_head_dim) * problem.kv_itemsize
-    times = 1.0
-    if per_head > gpu.cache_bytes / 2:
-        waves = -(-problem.q_len // (128 * gpu.units))
-        times = min(waves * problem.group, (asked.read["k"] + asked.read["v"]) * problem.group / max(per_head, 1))
-    return q_and_out + per_head * problem.kv_heads * max(times, 1.0)
+    return q_and_out + per_head * problem.kv_heads
+
+
+def _shared_keys(problem: Problem, heads: int) -> float:
+    """K and V of so many query heads that are worked on together."""
+    seen = max(mask.seen_keys for mask in problem.visible)
+    return -(-heads // problem.group) * seen * (problem.head_dim + problem.v_head_dim) * problem.kv_itemsize
 
 
 def _heads_together(problem: Problem, heads: int, row_blocks: int, programs: int) -> int:
-    """As ``heads_together`` of flashlib.kernels.hopper_launch."""
+    """As ``heads_together`` of flashlib.launch.hopper."""
     if not row_blocks or not heads:
         return 1
     seen = problem.kv_len if _by_row(problem) else problem.visible[0].seen_keys
     bytes_per_head = seen * (problem.head_dim + problem.v_head_dim) * problem.kv_itemsize / problem.group
-    right = None if _by_row(problem) else problem.visible[0].widths[1]
+    right = None if _by_row(problem) else _widths(problem)[1]
     spread = HOPPER_SPREAD if _by_row(problem) or right is not None else 0
     least = max(1, HOPPER_CACHE // max(1, int(bytes_per_head)), -(-int(spread * programs) // row_blocks))
     together = heads

@@ -138,6 +138,8 @@ class Model:
     @property
     def expert_weights(self) -> int:
         """Parameters of one expert."""
+        if self.experts is None:
+            return 0
         size, bias = self.experts.size, self.experts.bias
         return 3 * self.hidden * size + bias * (2 * size + self.hidden)
 
@@ -433,7 +435,8 @@ def _deepseek_v3(fields: _Fields) -> dict:
     dims = [fields.count(name) for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
     mla = MLA(None if rank is None else checked_count("q_lora_rank", rank, 1), *dims)
     heads = fields.count("num_attention_heads")
-    experts = Experts(*(fields.count(name) for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")))  # fmt: skip
+    count, chosen, size, shared = (fields.count(name) for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts"))  # fmt: skip
+    experts = Experts(count, chosen, size, shared)
     layers = fields.layers(experts_from=fields.count("first_k_dense_replace"))
     return {"q_heads": heads, "kv_heads": heads, "head_dim": mla.nope_dim + mla.rope_dim, "layers": layers, "experts": experts, "mla": mla}  # fmt: skip
 

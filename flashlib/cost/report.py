@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flashlib.cost.conventions import CONVENTIONS, exact
 from flashlib.cost.counts import Problem, paper_flops
@@ -13,7 +14,7 @@ from flashlib.cost.models import MEMORY_KEPT, Model, max_batch, max_context
 from flashlib.cost.parallel import Parallel
 from flashlib.cost.steps import Step, StepCost
 from flashlib.cost.visible import Visible
-from flashlib.measure.tables import Table, format_bytes, format_number, table
+from flashlib.measure.records.tables import Table, format_bytes, format_number, table
 
 __all__ = ["WAITS", "Report", "compare", "draw_roofs", "report"]
 
@@ -64,7 +65,7 @@ class Report:
 
     def memory(self) -> dict[str, float]:
         """Bytes on all devices, and what else would fit."""
-        sizes = {"dtype": self.weights, "cache_dtype": self.cache, "devices": self.parallel.devices}
+        sizes: dict[str, Any] = {"dtype": self.weights, "cache_dtype": self.cache, "devices": self.parallel.devices}
         return {
             "available": self.device.memory_bytes * self.parallel.devices * (1 - MEMORY_KEPT),
             "weights": self.model.weight_bytes(self.weights),

@@ -284,8 +284,8 @@ class _Costing:
     def _latent_attention(self, group: Requests) -> Estimate:
         """With absorption: all query heads share one key of ``kv_rank + rope`` channels, whose first ``kv_rank`` are the value. It is
         read once for both. (DeepSeek-V2, section 2.1.2.)"""
-        mla = self.model.mla
-        parallel = self.parallel
+        mla, parallel = self.model.mla, self.parallel
+        assert mla is not None
         wide = mla.kv_rank + mla.rope_dim
         heads = self.model.q_heads // (parallel.tensor * parallel.sequence)
         keys = -(-group.context // parallel.context)
@@ -300,6 +300,7 @@ class _Costing:
     def _expanded_attention(self, group: Requests) -> Estimate:
         """Without: K and V of every head are made from the latents of the whole context, written, and attended to."""
         mla, heads = self.model.mla, self.model.q_heads
+        assert mla is not None
         problem = self._problem(Layer(), group, heads, heads, mla.nope_dim + mla.rope_dim, mla.v_dim)
         problem = replace(problem, kv_dtype=self.dtype)
         made = problem.batch * problem.kv_len * problem.kv_heads * (mla.nope_dim + mla.v_dim)
@@ -339,6 +340,7 @@ class _Costing:
     def experts(self) -> Estimate:
         """Each token computes its own; of all only those that some token takes are read."""
         model, experts = self.model, self.model.experts
+        assert experts is not None
         touched = experts.touched(self.tokens) + experts.shared
         computed = 2 * self.tokens * model.expert_weights * (experts.chosen + experts.shared) / self.parallel.tensor
         router = 2 * self.tokens * model.hidden * experts.count

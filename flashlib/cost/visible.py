@@ -134,7 +134,8 @@ class Visible:
         for name, lengths in (("q_lens", q_lens), ("kv_lens", kv_lens)):
             for length in lengths:
                 checked_count(name, length, 0)
-        runs, row, key = [], 0, 0
+        runs: list[Run] = []
+        row = key = 0
         for rows, keys in zip(q_lens, kv_lens, strict=True):
             runs += _band_runs(range(row, row + rows), key, key + keys, left, right, key + keys - rows - row)
             row, key = row + rows, key + keys
@@ -297,10 +298,10 @@ def _band_runs(
     turns += [] if right is None else [last_key - offset - right - 1]
     cuts = sorted({rows.start, rows.stop, *(turn for turn in turns if rows.start < turn < rows.stop)})
     for begin, end in itertools.pairwise(cuts):
+        start = first_key if left is None else max(first_key, begin + offset - left)
+        stop = last_key if right is None else min(last_key, begin + offset + right + 1)
         start_moves = left is not None and begin + offset - left >= first_key
-        stop_moves = right is not None and begin + offset + right + 1 < last_key
-        start = begin + offset - left if start_moves else first_key
-        stop = begin + offset + right + 1 if stop_moves else last_key
+        stop_moves = right is not None and stop < last_key
         if start_moves and not stop_moves:  # rows that sit too far behind the keys see nothing
             end = min(end, begin + stop - start)
         elif stop_moves and not start_moves and stop <= start:  # and so do rows too far before them

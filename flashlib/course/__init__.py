@@ -1,4 +1,4 @@
-"""What the notebooks need: predictions, source views, a traffic meter, figures, widgets, a real model, and the grader.
+"""What the notebooks need: predictions, source views, figures, widgets, a real model, and the grader.
 
 Everything is imported on first use, so that `import flashlib.course` brings neither matplotlib nor ipywidgets nor
 transformers.
@@ -8,7 +8,6 @@ from importlib import import_module
 
 _HOME = {
     "Figure": "display",
-    "TrafficMeter": "meter",
     "capture_qkv": "models",
     "chat_prompt": "models",
     "check": "grader",

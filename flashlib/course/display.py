@@ -12,7 +12,7 @@ import io
 import os
 from typing import TYPE_CHECKING, Any
 
-from flashlib.measure.tables import Table, format_bytes, format_number, table
+from flashlib.measure.records.tables import Table, format_bytes, format_number, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure

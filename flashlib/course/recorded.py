@@ -7,9 +7,9 @@ from dataclasses import replace
 from flashlib.course.display import Figure
 from flashlib.course.figures.charts import line_chart
 from flashlib.measure import load_record
-from flashlib.measure.bench import summary
-from flashlib.measure.record import BENCHMARKS, Record
-from flashlib.measure.tables import Table, table
+from flashlib.measure.racing.bench import summary
+from flashlib.measure.records.record import BENCHMARKS, Record
+from flashlib.measure.records.tables import Table, table
 
 __all__ = ["recorded_races", "recorded_split_counts"]
 

@@ -68,7 +68,7 @@ def show_source(
     """The source of a function, method, class or module of flashlib, or a part of it.
 
     Args:
-        obj: the object itself, as in `show_source(flashlib.tiled.tiled_attention)`.
+        obj: the object itself, as in `show_source(flashlib.backends.pytorch.tiled_attention)`.
         between: show only the lines from the one that contains the first text to the next that contains the second,
             both included. Texts, not numbers: they move with the code.
         docstring: False leaves docstrings out.

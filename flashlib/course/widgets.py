@@ -18,10 +18,11 @@ from torch import Tensor
 from flashlib import masks
 from flashlib.config import INJECTION_MODES, InjectionConfig
 from flashlib.course import figures
+from flashlib.course.chapters.memory_stories import Story, log_probabilities
+from flashlib.course.chapters.serving import SCRIPT, replay
+from flashlib.course.chapters.timing_machine import HABITS, WAYS, measured
 from flashlib.course.display import Figure, format_bytes, widgets_run
-from flashlib.course.memory_stories import Story, log_probabilities
 from flashlib.course.models import capture_qkv
-from flashlib.course.serving import SCRIPT, replay
 from flashlib.inference.injection import KVInjector
 from flashlib.masks import Mask
 from flashlib.reference import naive_attention
@@ -285,7 +286,7 @@ def visits_explorer(length: int = 64, head_dim: int = 64, itemsize: int = 2) -> 
         length: queries and keys.
         head_dim, itemsize: of K and V, for the bytes that are loaded.
     """
-    from flashlib.course.mask_kernels import visits_of
+    from flashlib.course.chapters.mask_kernels import visits_of
 
     def draw(row_block: int, kind: str, size: int, block_q: int, block_k: int) -> Figure:
         mask, title = _MASKS[kind](size, length, length)
@@ -418,12 +419,28 @@ def roofline_explorer() -> Figure | Explorer:
     )
 
 
+def timing_explorer() -> Figure | Explorer:
+    """Choose a machine's habit and a way to time, and see what that way says of three calls. See `flashlib.course.chapters.timing_machine`."""
+    costs = {"a": 4.0, "b": 2.0, "c": 6.0}
+
+    def draw(habit: str, way: str) -> Figure:
+        found = measured(way, costs, **HABITS[habit])
+        return figures.bars(
+            list(costs),
+            {"true": list(costs.values()), "measured": [round(found[name], 2) for name in costs]},
+            ylabel="time (ms)",
+            title=f"The machine: {habit}. The way: {way}.",
+        )
+
+    return explore(draw, habit=Choice(list(HABITS), "slows down"), way=Choice(list(WAYS), "one after the other"))
+
+
 def memory_explorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, story: Story) -> Figure | Explorer:
     """Choose alpha, its meaning and the layers, and see how likely a model then thinks the answers about a story.
 
     Args:
         model, tokenizer: from `flashlib.course.load_smollm2`.
-        story: what it is given as a memory, as `flashlib.course.memory_stories.HARBOR`.
+        story: what it is given as a memory, as `flashlib.course.chapters.memory_stories.HARBOR`.
     """
     from flashlib.interop.transformers_memory import encode_memory, with_memory
 

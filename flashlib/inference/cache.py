@@ -9,6 +9,7 @@ This cache is contiguous: one block of memory per layer, with room for ``capacit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,8 +173,8 @@ class KVCache:
         Raises:
             ValueError: a request holds fewer tokens than that.
         """
-        wanted = [lengths] * self.batch if isinstance(lengths, int) and not isinstance(lengths, bool) else lengths
-        wanted = integers("lengths", wanted, self.batch)
+        given: Any = [lengths] * self.batch if isinstance(lengths, int) and not isinstance(lengths, bool) else lengths
+        wanted = integers("lengths", given, self.batch)
         if (wanted < 0).any() or (wanted > self._lengths).any():
             raise ValueError(
                 f"lengths must lie between 0 and what each request holds, {self._lengths.tolist()}; got {wanted.tolist()}"

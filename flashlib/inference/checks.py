@@ -40,13 +40,6 @@ def _check_new(name: str, tensor: Tensor, batch: int, memory: Tensor) -> None:
         raise ValueError(f"{name} requires a gradient, which a cache cannot carry: append under torch.no_grad()")
 
 
-def no_such_page(request: int, entry: int, page: int, num_pages: int) -> ValueError:
-    """What is wrong with ``block_table[request, entry]``."""
-    return ValueError(
-        f"block_table[{request}, {entry}] is page {page}, but there are {num_pages} pages, numbered from 0"
-    )
-
-
 def check_size(name: str, size: int, least: int) -> None:
     if isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(f"{name} must be an int; got {type(size).__name__}")

@@ -18,10 +18,12 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from flashlib import routes
 from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import BackendUnavailableError
 from flashlib.config import current_config
-from flashlib.inference.checks import no_such_page
+from flashlib.launch.checks import check_decoding
+from flashlib.launch.decode import DecodeOptions, launch_decode
 from flashlib.masks import NO_LIMIT, KeyLengths, Window
 from flashlib.partial import Partial, fold
 from flashlib.reference import naive_attention
@@ -97,11 +99,22 @@ def decode_attention(
             outside of the cache is read.
         flashlib.BackendUnavailableError: the named backend cannot run this problem; the message says why.
     """
+    key = None
+    if not torch.compiler.is_compiling():
+        config = current_config()
+        numbers = (causal, window, scale, softcap, num_splits, split_size, backend)
+        key = routes.decode_key(q, k, v, lengths, block_table, *numbers, config)
+        route = routes.find_route(key)
+        if route is not None:
+            return route(q, k, v, lengths, block_table, return_lse)
     q, k, v = autocast_inputs(q, k, v)
     problem = Problem.checked(q, k, v, lengths, block_table, causal, window, scale, softcap, num_splits, split_size)
     why_not = {"triton": problem.triton_why_not, "cpu": problem.cpu_why_not}
+    chosen = _pick(backend, why_not)
     with autocast_off(q.device):
-        out, lse = _RUN[_pick(backend, why_not)](problem)
+        out, lse = _RUN[chosen](problem)
+    if key is not None and chosen == "triton":
+        routes.keep_decode_route(key, q, k, v, decode_options(problem, _precision(problem)), config)
     return (out, lse) if return_lse else out
 
 
@@ -256,8 +269,8 @@ def combine_splits(
         nothing = Partial.identity(*out.shape[1:], device=out.device)
         merged = fold([nothing, *(Partial(o, l) for o, l in zip(out, lse, strict=True))])
         return merged.out.to(dtype), merged.lse
-    from flashlib.kernels.decode_launch import combine_launch
-    from flashlib.kernels.launch import interpreting
+    from flashlib.launch.decode import combine_launch
+    from flashlib.launch.start import interpreting
 
     stored = torch.float32 if interpreting() else dtype  # the interpreter cuts off what a GPU rounds to bf16
     merged_out, merged_lse = out.new_empty(out.shape[1:], dtype=stored), lse.new_empty(lse.shape[1:])
@@ -372,20 +385,7 @@ class Problem:
 
     def check_values(self) -> None:
         """Read lengths and page numbers, and refuse those that cannot be. On a GPU this waits for it."""
-        batch, q_len = self.q.shape[0], self.q.shape[2]
-        full = torch.full((batch,), self.capacity, device="cpu")
-        lengths = full if self.lengths is None else self.lengths.cpu().long()
-        if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= self.capacity:
-            raise ValueError(f"lengths must lie between 0 and the capacity, {self.capacity}; got {lengths.tolist()}")
-        if self.block_table is None or q_len == 0:
-            return
-        num_pages, _, page_size, _ = self.k.shape
-        table, begin = self.block_table.cpu(), torch.arange(self.block_table.shape[1], device="cpu") * page_size
-        first = 0 if self.left is None else (lengths - q_len - self.left)[:, None]
-        wrong = (begin < lengths[:, None]) & (begin + page_size > first) & ((table < 0) | (table >= num_pages))
-        if wrong.any():
-            request, entry = wrong.nonzero()[0].tolist()
-            raise no_such_page(request, entry, int(table[request, entry]), num_pages)
+        check_decoding(self.q, self.k, self.lengths, self.block_table, self.left)
 
 
 # The two ways to run
@@ -440,7 +440,7 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
 
 
 def _triton(problem: Problem) -> tuple[Tensor, Tensor]:
-    precision = current_config().triton.fp32_precision if problem.q.dtype == torch.float32 else "ieee"
+    precision = _precision(problem)
     if not has_data(*problem.tensors()):
         from flashlib.inference.decode_operator import decode_triton
 
@@ -449,24 +449,30 @@ def _triton(problem: Problem) -> tuple[Tensor, Tensor]:
     return run_triton(problem, precision)
 
 
+def _precision(problem: Problem) -> str:
+    return current_config().triton.fp32_precision if problem.q.dtype == torch.float32 else "ieee"
+
+
 def run_triton(problem: Problem, precision: str) -> tuple[Tensor, Tensor]:
     """By the kernels; ``precision`` of fp32 products as in :class:`flashlib.config.TritonConfig`."""
-    from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
-
     if may_read(*(x for x in (problem.q, problem.lengths, problem.block_table) if x is not None)):
         problem.check_values()
+    return launch_decode(problem.q, problem.k, problem.v, decode_options(problem, precision))
+
+
+def decode_options(problem: Problem, precision: str) -> DecodeOptions:
+    """What the kernels must know of a problem, and into how many splits it is cut."""
     splits, fewest = _splits(problem)
     if splits > MOST_PROGRAMS:
         raise ValueError(
             f"a launch takes at most {MOST_PROGRAMS} splits; got {splits} (split_size={problem.split_size})"
         )
     split_size = problem.split_size or _blocks(problem.capacity, splits)
-    options = DecodeOptions(
+    return DecodeOptions(
         problem.lengths, problem.block_table, problem.left, problem.right, problem.scale, problem.softcap, splits,
         problem.split_size, merge_in_kernel=splits == 1 or split_size >= LEAST_MERGED_IN_KERNEL, precision=precision,
         fewest_splits=fewest,
     )  # fmt: skip
-    return launch_decode(problem.q, problem.k, problem.v, options)
 
 
 def _cpu(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -482,7 +488,7 @@ def _splits(problem: Problem) -> tuple[int, int]:
 
     From host-side numbers only, since lengths are on the device.
     """
-    from flashlib.kernels.decode_launch import most_keys, tiles_for
+    from flashlib.launch.decode import most_keys, tiles_for
 
     if problem.num_splits:
         return problem.num_splits, problem.num_splits
@@ -524,7 +530,7 @@ def _pick(backend: str, why_not: dict[str, Callable[[], str | None]]) -> str:
 
 
 def _no_triton(device: torch.device) -> str | None:
-    from flashlib.kernels.launch import TRITON_INSTALLED, interpreting
+    from flashlib.launch.start import TRITON_INSTALLED, interpreting
 
     if not TRITON_INSTALLED:
         return "triton is not installed (it exists for Linux only)"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashlib.engines import TiledEngine
 from flashlib.inference.decode import Problem, run_torch, run_triton
-from flashlib.operators import attention_backward
+from flashlib.launch.engines import TiledEngine
+from flashlib.launch.operators import attention_backward
 from flashlib.tiled import Tiling
 
 __all__ = ["decode_torch", "decode_triton"]

@@ -35,6 +35,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -277,7 +278,7 @@ class KVInjector:
         if len(memories) != len(inputs):
             raise ValueError(f"memories must be one per layer, {len(inputs)}; got {len(memories)}")
         alphas = alphas_by_layer(self.config.alpha if alpha is None else alpha, len(inputs))
-        options = {"mask": mask, "causal": causal, "scale": scale, "softcap": softcap}
+        options: dict[str, Any] = {"mask": mask, "causal": causal, "scale": scale, "softcap": softcap}
         return [
             self._inject(q, k, v, *(([], 0.0) if memory is None else ([memory], alpha)), layer, **options)
             for layer, ((q, k, v), memory, alpha) in enumerate(zip(inputs, memories, alphas, strict=True))
@@ -288,7 +289,9 @@ class KVInjector:
         statistics = self.statistics.setdefault(layer, InjectionStatistics())
         if not isinstance(alpha, Tensor) and alpha == 0:
             statistics.record(0, 0.0)
-            return attention(q, k, v, backend=self.backend, **options)
+            out = attention(q, k, v, backend=self.backend, **options)
+            assert isinstance(out, Tensor)
+            return out
         local = _piece(*attention(q, k, v, return_lse=True, backend=self.backend, **options))
         memory, keys = self._attend(local, q, k, v, chunks, options["scale"], options["softcap"])
         combine = _blend if self.config.mode == "blend" else _gate

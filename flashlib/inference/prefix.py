@@ -26,16 +26,17 @@ Sources: Juravsky et al. 2024, "Hydragen" (arXiv 2402.05099), sections 3.1 and 3
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashlib.attention import attention
 from flashlib.inference.decode import combine_splits, decode_attention, no_combine_kernel
-from flashlib.kernels.decode_launch import PackedSplits, combine_packed_launch
-from flashlib.kernels.launch import interpreting
-from flashlib.kernels.tiles import multiprocessors
-from flashlib.masks import Causal, KeyLengths
+from flashlib.launch.decode import PackedSplits, combine_packed_launch
+from flashlib.launch.start import interpreting
+from flashlib.launch.tiles import multiprocessors
+from flashlib.masks import Causal, KeyLengths, Mask
 from flashlib.partial import Partial, fold
 
 __all__ = ["SharedPrefix", "shared_prefix_attention"]
@@ -187,7 +188,7 @@ def shared_prefix_attention(
     for level in levels:
         if not isinstance(level, SharedPrefix):
             raise TypeError(f"prefixes must be SharedPrefix objects; got {type(level).__name__}")
-    options = {"scale": scale, "softcap": softcap, "backend": backend}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "backend": backend}
     own = _attend(q, k, v, _lengths_on(k.device, lengths), causal=True, **options)
     shared = [level._attend_rows(q, **options) for level in levels]
     if any(no_combine_kernel(part.out, part.lse) for part in [*shared, own]):
@@ -238,9 +239,10 @@ def _attend(
     """Attention over the first ``lengths`` keys of each batch entry; if causal, the last row sits at the last of them."""
     if backend == "auto" and _splitting_pays(q, k, v):
         return Partial(*decode_attention(q, k, v, lengths=lengths, causal=causal, return_lse=True, **options))
-    mask = None if lengths is None else KeyLengths(lengths)
-    if causal:
-        mask = Causal() if mask is None else mask & Causal(offset=lengths - q.shape[2])
+    mask: Mask | None = Causal() if causal else None
+    if lengths is not None:
+        within = KeyLengths(lengths)
+        mask = within & Causal(offset=lengths - q.shape[2]) if causal else within
     return Partial(*attention(q, k, v, mask=mask, return_lse=True, backend=backend, **options))
 
 

@@ -24,6 +24,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ _CAUSAL, _UNMASKED = Causal(), Unmasked()
 
 # ``(q, k, v, *, mask, scale, softcap) -> out``, with the shapes and meanings of flashlib.attention. With ``dropout_p`` and ``sinks`` as well where
 # a model asks for them.
-AttentionFunction = Callable[..., Tensor]
+AttentionFunction = Callable[..., Any]  # of q, k, v and options, to out
 _ON_REQUEST = {"dropout_p": "dropout of attention weights", "sinks": "attention sinks"}
 
 
@@ -255,7 +256,8 @@ def make_mask(
         return plain
 
     def visible(row: int, rows: int) -> Tensor:
-        return sdpa_mask(
+        masks: Any = sdpa_mask
+        return masks(
             batch_size,
             rows,
             kv_length,
@@ -293,7 +295,7 @@ def make_mask_tensor(
     intervals = mask.intervals(batch_size, q_length, kv_length, device)
     rows = torch.stack([intervals.start, intervals.stop], dim=-1)[:, None]
     if has_values(rows):
-        rows.flashlib_mask = mask
+        vars(rows)["flashlib_mask"] = mask
     return rows
 
 
@@ -327,10 +329,9 @@ def _mask_of_layer(query: Tensor, causal: bool, sliding_window: int | None, kwar
                 f"sliding_window={sliding_window} came without a mask; expected one from transformers.masking_utils"
             )
         return _CAUSAL if causal else _UNMASKED
-    offset = packed.offset(query.shape[2], query.device)
     # The window counts the token itself.
     window = None if sliding_window is None else sliding_window - 1
-    return packed & Window(window, 0 if causal else window, offset)
+    return packed & Window(window, 0 if causal else window, packed)
 
 
 def _packed(query: Tensor, kwargs: dict) -> Varlen | Unmasked:
@@ -445,7 +446,7 @@ def _one_run_per_row(
             f"{runs}; expected one run. Was the batch padded on the right and then continued? Generate with "
             "tokenizer.padding_side = 'left'"
         )
-    return plain if is_plain else Intervals(intervals)
+    return plain if is_plain and plain is not None else Intervals(intervals)
 
 
 def _band_of_corners(intervals: RowIntervals) -> Mask | None:
@@ -488,7 +489,8 @@ def _join_continuous_batching() -> None:
                 part.config._attn_implementation_internal = _PAGED[name]
         self._original_attn_impl = name
 
-    ContinuousBatchingManager.switch_to_cb_friendly_attn = switch
+    manager: Any = ContinuousBatchingManager
+    manager.switch_to_cb_friendly_attn = switch
 
 
 class KVCacheLayer(CacheLayerMixin):
@@ -504,7 +506,7 @@ class KVCacheLayer(CacheLayerMixin):
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
-        self.store: KVCache | None = None
+        self.store: Any = None  # a KVCache, once it is initialized
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, kv_heads, _, head_dim = key_states.shape
@@ -586,13 +588,14 @@ class FlashlibCache(Cache):
             raise TypeError(f"capacity must be an int; got {type(capacity).__name__}")
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1; got {capacity}")
-        super().__init__(layer_class_to_replicate=partial(KVCacheLayer, capacity))
+        layer: Any = partial(KVCacheLayer, capacity)
+        super().__init__(layer_class_to_replicate=layer)
         self.capacity = capacity
 
     @property
     def stores(self) -> list[KVCache]:
         """Each layer's :class:`flashlib.inference.cache.KVCache`; empty before the first token."""
-        return [layer.store for layer in self.layers if layer.is_initialized]
+        return [layer.store for layer in self.layers if isinstance(layer, KVCacheLayer) and layer.is_initialized]
 
     @property
     def nbytes(self) -> int:

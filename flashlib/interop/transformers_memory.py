@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -98,7 +99,8 @@ def encode_memory(model: PreTrainedModel, ids: Tensor | Sequence[int]) -> ModelM
     memories = tuple(Memory(store.keys, store.values) for store in cache.stores)
     if len(memories) != len(layers):
         raise ValueError(f"model must keep keys and values in each of its {len(layers)} layers; got {len(memories)}")
-    read = ModelMemory(memories, start=0, frequencies=model.base_model.rotary_emb.inv_freq)
+    body: Any = model.base_model
+    read = ModelMemory(memories, start=0, frequencies=body.rotary_emb.inv_freq)
     return read.at(-read.length)
 
 

@@ -1,1 +1,1 @@
-"""Device code, and nothing else: Triton kernels and the small helpers they are made of. Nothing of flashlib is imported here."""
+"""Device code, and nothing else: Triton and Gluon kernels, and the C++ of the processor. What plans and starts them is :mod:`flashlib.launch`."""

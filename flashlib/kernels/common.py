@@ -1,11 +1,13 @@
 """Pieces that the attention kernels share: which keys a row sees, which tiles that leaves, scores, and loading a tile.
 
 Names: ``i_`` an index of a program, ``o_`` offsets within a tile, ``m_`` boolean masks, ``p_`` pointers, ``b_`` tiles in
-registers. Sizes in capitals are compile-time constants.
+registers. Sizes in capitals are compile-time constants. What travels together is in :mod:`flashlib.kernels.bundles`.
 """
 
 import triton
 import triton.language as tl
+
+from flashlib.kernels.bundles import Ranges
 
 # How a kernel learns which keys a row sees. Every mask of flashlib.masks is one of these.
 UNMASKED = tl.constexpr(0)  # all of them
@@ -21,37 +23,25 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def row_intervals(
-    o_rows,
-    q_len,
-    kv_len,
-    offset,
-    left,
-    right,
-    p_start,
-    p_stop,
-    MASK: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-):
+def row_intervals(o_rows, problem):
     """First visible key, and one past the last, of each row: int32 ``[rows]``. A row past the end sees nothing."""
-    m_rows = o_rows < q_len
+    m_rows = o_rows < problem.q_len
     start = tl.zeros_like(o_rows)
-    stop = tl.zeros_like(o_rows) + kv_len
-    if MASK == INTERVALS:
-        start = tl.load(p_start + o_rows, mask=m_rows, other=0)
-        stop = tl.load(p_stop + o_rows, mask=m_rows, other=0)
-    if MASK == BAND:
-        if HAS_LEFT:
-            start = tl.maximum(start, o_rows + offset - left)
-        if HAS_RIGHT:
-            stop = tl.minimum(stop, o_rows + offset + right + 1)
+    stop = tl.zeros_like(o_rows) + problem.kv_len
+    if problem.MASK == INTERVALS:
+        start = tl.load(problem.p_start + o_rows, mask=m_rows, other=0)
+        stop = tl.load(problem.p_stop + o_rows, mask=m_rows, other=0)
+    if problem.MASK == BAND:
+        if problem.HAS_LEFT:
+            start = tl.maximum(start, o_rows + problem.offset - problem.left)
+        if problem.HAS_RIGHT:
+            stop = tl.minimum(stop, o_rows + problem.offset + problem.right + 1)
     return start, tl.where(m_rows, stop, start)
 
 
 @triton.jit
 def key_ranges(start, stop, m_rows, kv_len, BLOCK_N: tl.constexpr):
-    """Where a tile of rows meets the keys, in whole tiles of ``BLOCK_N``: ``(first, full_first, full_last, last)``.
+    """Where a tile of rows meets the keys, in whole tiles of ``BLOCK_N``.
 
     Tiles in [first, last) may hold a visible pair, those in [full_first, full_last) hold nothing else. Everything outside
     [first, last) is skipped. Rows that see nothing bound neither range, but with one of them no tile is full.
@@ -66,7 +56,7 @@ def key_ranges(start, stop, m_rows, kv_len, BLOCK_N: tl.constexpr):
     last = tl.minimum(tl.cdiv(last, BLOCK_N) * BLOCK_N, tl.cdiv(kv_len, BLOCK_N) * BLOCK_N)
     full_first = tl.minimum(tl.maximum(tl.cdiv(full_first, BLOCK_N) * BLOCK_N, first), last)
     full_last = tl.minimum(tl.maximum(full_last // BLOCK_N * BLOCK_N, full_first), last)
-    return first, full_first, full_last, tl.maximum(last, first)
+    return Ranges(first=first, full_first=full_first, full_last=full_last, last=tl.maximum(last, first))
 
 
 @triton.jit
@@ -80,19 +70,19 @@ def seen_range(start, stop, kv_len):
 
 
 @triton.jit
-def visits(first, full_first, full_last, last, PARTIAL: tl.constexpr):
+def visits(ranges, PARTIAL: tl.constexpr):
     """The range of a loop over the partial tiles of [first, last), or over the full ones. :func:`place` says where each lies."""
     if PARTIAL:
-        return first, last - (full_last - full_first)
+        return ranges.first, ranges.last - (ranges.full_last - ranges.full_first)
     else:
-        return full_first, full_last
+        return ranges.full_first, ranges.full_last
 
 
 @triton.jit
-def place(at, full_first, full_last, PARTIAL: tl.constexpr):
+def place(at, ranges, PARTIAL: tl.constexpr):
     """Where the tile visited at ``at`` begins. The partial tiles lie on both sides of the full ones, which are jumped over."""
     if PARTIAL:
-        return at + tl.where(at < full_first, 0, full_last - full_first)
+        return at + tl.where(at < ranges.full_first, 0, ranges.full_last - ranges.full_first)
     else:
         return at
 
@@ -155,64 +145,64 @@ def add_product(b_acc, b_left, b_right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def score_unit(scale, softcap, SOFTCAP: tl.constexpr):
+def score_unit(problem):
     """What one unit of a score tile is worth. Tiles hold raw products, so that the factor joins the exp2's multiply-add."""
-    if SOFTCAP:
-        return softcap
+    if problem.SOFTCAP:
+        return problem.softcap
     else:
-        return scale
+        return problem.scale
 
 
 @triton.jit
-def cap(b_s, scale, softcap, SOFTCAP: tl.constexpr):
+def cap(b_s, problem):
     """Raw products QK^T in the units of :func:`score_unit`: as they are, or squashed by the softcap."""
-    if SOFTCAP:
-        return tanh(b_s * (scale / softcap))
+    if problem.SOFTCAP:
+        return tanh(b_s * (problem.scale / problem.softcap))
     else:
         return b_s
 
 
 @triton.jit
-def alibi_slope(p_slopes, at, unit, ALIBI: tl.constexpr):
+def alibi_slope(p_slopes, at, problem):
     """The slope of one head, in score units; where each row has its own, :func:`alibi_rows` loads them."""
-    if ALIBI == BY_HEAD:
-        return tl.load(p_slopes + at) / unit
+    if problem.ALIBI == BY_HEAD:
+        return tl.load(p_slopes + at) / score_unit(problem)
     else:
         return 0.0
 
 
 @triton.jit
-def alibi_rows(slope, offset, p_slopes, p_offsets, slopes_at, o_rows, q_len, unit, ALIBI: tl.constexpr):
-    """Slope and offset of each row, shaped as ``o_rows``; or the two given, which serve for all rows."""
-    if ALIBI == BY_ROW:
-        m_rows = o_rows < q_len
-        slope = tl.load(p_slopes + slopes_at + o_rows, mask=m_rows, other=0.0) / unit
-        return slope, tl.load(p_offsets + o_rows, mask=m_rows, other=0)
+def alibi_rows(slopes, o_rows, problem):
+    """Slope and offset of each row, shaped as ``o_rows``; or those of the head, which serve for all rows."""
+    if problem.ALIBI == BY_ROW:
+        m_rows = o_rows < problem.q_len
+        slope = tl.load(slopes.p_slopes + slopes.at + o_rows, mask=m_rows, other=0.0) / score_unit(problem)
+        return slope, tl.load(slopes.p_offsets + o_rows, mask=m_rows, other=0)
     else:
-        return slope, offset
+        return slopes.slope, slopes.offset
 
 
 @triton.jit
-def add_alibi(b_s, slope, o_rows, o_keys, offset, ALIBI: tl.constexpr):
+def add_alibi(b_s, slope, o_rows, o_keys, offset, problem):
     """Take ``slope * |row + offset - key|`` from each score. All of them broadcast to the tile."""
-    if ALIBI:
+    if problem.ALIBI:
         return b_s - slope * tl.abs(o_rows + offset - o_keys).to(tl.float32)
     else:
         return b_s
 
 
 @triton.jit
-def kept_pairs(p_seed, threshold, i_head, o_rows, first_key, BLOCK_N: tl.constexpr):
+def kept_pairs(dropout, o_rows, first_key, BLOCK_N: tl.constexpr):
     """Which pairs of a tile dropout keeps, bool ``[rows, BLOCK_N]``: the numbers of :mod:`flashlib.dropout`.
 
     One Philox call gives four numbers, for four neighbouring keys; so ``first_key`` must be a multiple of 4.
-    ``threshold`` is that of :func:`flashlib.dropout.threshold`, its 32 bits read as a signed integer.
+    ``drop_below`` is :func:`flashlib.dropout.threshold`, its 32 bits read as a signed integer.
     """
     o_quads = first_key // 4 + tl.arange(0, BLOCK_N // 4)
     c0 = o_quads[None, :] + tl.zeros_like(o_rows)[:, None]
-    c1, c2 = o_rows[:, None] + tl.zeros_like(c0), i_head + tl.zeros_like(c0)
-    r0, r1, r2, r3 = tl.philox(tl.load(p_seed), c0, c1, c2, tl.zeros_like(c0))
-    least = threshold.to(tl.uint32, bitcast=True)
+    c1, c2 = o_rows[:, None] + tl.zeros_like(c0), dropout.i_head + tl.zeros_like(c0)
+    r0, r1, r2, r3 = tl.philox(tl.load(dropout.p_seed), c0, c1, c2, tl.zeros_like(c0))
+    least = dropout.drop_below.to(tl.uint32, bitcast=True)
     # Each join adds a dimension behind all others, of 2; the last dimension runs fastest: 0 1 2 3.
     even, odd = tl.join(r0 >= least, r2 >= least), tl.join(r1 >= least, r3 >= least)
     return tl.reshape(tl.join(even, odd), (o_rows.shape[0], BLOCK_N))

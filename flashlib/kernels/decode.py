@@ -11,8 +11,9 @@ core's instruction is tall (64 rows on Hopper) and may be narrow, and here the k
 import triton
 import triton.language as tl
 
+from flashlib.kernels.bundles import Cached, Pages, Problem, Results, Splits
 from flashlib.kernels.combine import merge_splits, store_rows
-from flashlib.kernels.common import LN_2, LOG2_E, cap, load_tile, score_unit
+from flashlib.kernels.common import BAND, LN_2, LOG2_E, cap, load_tile, score_unit
 
 # How a tile of keys lies in pages.
 IN_A_PAGE = tl.constexpr(0)  # in a single one, as all tiles of a contiguous cache do
@@ -27,12 +28,13 @@ ACROSS_PAGES = tl.constexpr(2)  # it may begin and end anywhere in a page
     ]
 )  # fmt: skip
 def decode_split(
-    p_q, p_k, p_v, p_out, p_lse, p_partial_out, p_partial_lse, p_arrivals, p_lengths, p_table,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_table, n_pages,
-    q_heads, q_len, row_blocks, n_rows, capacity, fewest_splits, split_size, left, right, scale, softcap, head_dim, v_head_dim,
-    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    TILE: tl.constexpr, FIXED_SIZE: tl.constexpr, MERGE: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
+    p_q, p_k, p_v, p_out, p_lse, p_partial_out, p_partial_lse, p_arrivals, p_lengths, p_table, stride_qb, stride_qh,
+    stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_table, n_pages, q_heads, q_len,
+    row_blocks, n_rows, capacity, fewest_splits, split_size, left, right, scale, softcap, head_dim, v_head_dim,
+    CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr,
+    FIXED_SIZE: tl.constexpr, MERGE: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one request and KV head, for ``BLOCK_M`` of the query rows that see them.
@@ -57,13 +59,17 @@ def decode_split(
         given = tl.load(p_lengths + i_b)
         length = tl.where((given >= 0) & (given <= capacity), given, 0).to(tl.int32)
         b_l += tl.where(length == given, 0.0, float("nan"))
-    start, stop = visible_keys(o_token, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
+    problem = Problem(
+        q_len=q_len, kv_len=length, offset=length - q_len, left=left, right=right, p_start=None, p_stop=None,
+        scale=scale, softcap=softcap, MASK=BAND, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, SOFTCAP=SOFTCAP, ALIBI=0,
+    )  # fmt: skip
+    start, stop = visible_keys(o_token, problem)
     stop = tl.where(m_rows, stop, 0)
     # The rows see a growing range of keys: together, from the first token's first key to the last token's last.
     first_token = i_m * BLOCK_M // GROUP_SIZE
     last_token = tl.minimum((i_m * BLOCK_M + BLOCK_M - 1) // GROUP_SIZE, q_len - 1)
-    first, _ = visible_keys(first_token, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
-    _, last = visible_keys(last_token, q_len, length, left, right, HAS_LEFT, HAS_RIGHT)
+    first, _ = visible_keys(first_token, problem)
+    _, last = visible_keys(last_token, problem)
     begin, size, n_live = splits_of(first, last, fewest_splits, split_size, BLOCK_N, FIXED_SIZE)
     if MERGE and i_split >= n_live:
         return
@@ -75,10 +81,13 @@ def decode_split(
     p_v += i_kv.to(tl.int64) * stride_vh
     if PAGE_SIZE > 0:
         p_table += i_b.to(tl.int64) * stride_table
-    page = pages_of(p_table, i_b, begin, first, end, PAGE_SIZE, TILE, BLOCK_N)
+    pages = Pages(p_table=p_table, i_b=i_b, PAGE_SIZE=PAGE_SIZE, TILE=TILE, BLOCK_N=BLOCK_N)
+    k = Cached(p_base=p_k, stride_page=stride_kb, stride_key=stride_ks, n_cols=head_dim, CHECK_COLS=CHECK_D)
+    v = Cached(p_base=p_v, stride_page=stride_vb, stride_key=stride_vs, n_cols=v_head_dim, CHECK_COLS=CHECK_DV)
+    page = pages_of(pages, begin, first, end)
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_acc = tl.zeros([BLOCK_DV, BLOCK_M], tl.float32)
-    unit = score_unit(scale, softcap, SOFTCAP)
+    unit = score_unit(problem)
     for n in tl.range(begin, end, BLOCK_N):
         o_keys = n + o_n
         # Keys that none of these rows see are not read: they count as 0.
@@ -87,8 +96,8 @@ def decode_split(
             m_pages = (page >= 0) & (page < n_pages)
             m_keys = m_keys & m_pages
         # k [BLOCK_N, BLOCK_D], s [BLOCK_N, BLOCK_M]
-        b_k = load_keys(p_k, page, n, o_d, stride_kb, stride_ks, m_keys, head_dim, PAGE_SIZE, TILE, BLOCK_N, CHECK_D)
-        b_s = cap(tl.dot(b_k, b_q, input_precision=PRECISION), scale, softcap, SOFTCAP)
+        b_k = load_keys(k, pages, page, n, o_d, m_keys)
+        b_s = cap(tl.dot(b_k, b_q, input_precision=PRECISION), problem)
         if PAGE_SIZE > 0:
             no_score = tl.where(m_pages, 0.0, float("nan"))
             b_s += no_score if TILE == IN_A_PAGE else no_score[:, None]
@@ -102,11 +111,9 @@ def decode_split(
         b_p = tl.exp2((b_s - pivot[None, :]) * (unit * LOG2_E))
         rescale = tl.exp2((b_m - pivot) * (unit * LOG2_E))
         b_l = b_l * rescale[None, :] + b_p
-        b_v = load_keys(
-            p_v, page, n, o_dv, stride_vb, stride_vs, m_keys, v_head_dim, PAGE_SIZE, TILE, BLOCK_N, CHECK_DV
-        )
+        b_v = load_keys(v, pages, page, n, o_dv, m_keys)
         # The next tile's pages are looked up while this one is worked on.
-        page = pages_of(p_table, i_b, n + BLOCK_N, first, end, PAGE_SIZE, TILE, BLOCK_N)
+        page = pages_of(pages, n + BLOCK_N, first, end)
         b_acc = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_acc * rescale[None, :], input_precision=PRECISION)
         b_m = m_new
 
@@ -116,17 +123,20 @@ def decode_split(
     b_lse = b_m * unit + tl.log2(b_l) * LN_2
     p_split_out = p_partial_out + i_split.to(tl.int64) * n_rows * v_head_dim
     p_split_lse = p_partial_lse + i_split.to(tl.int64) * n_rows
+    split = Results(p_out=p_split_out, p_lse=p_split_lse, v_head_dim=v_head_dim, BLOCK_DV=BLOCK_DV)
+    results = Results(p_out=p_out, p_lse=p_lse, v_head_dim=v_head_dim, BLOCK_DV=BLOCK_DV)
     if not MERGE:
-        store_rows(p_split_out, p_split_lse, b_out, b_lse, o_rows, m_rows, v_head_dim, BLOCK_DV)
+        store_rows(split, b_out, b_lse, o_rows, m_rows)
     elif n_live == 1:
-        store_rows(p_out, p_lse, b_out, b_lse, o_rows, m_rows, v_head_dim, BLOCK_DV)
+        store_rows(results, b_out, b_lse, o_rows, m_rows)
     else:
-        store_rows(p_split_out, p_split_lse, b_out, b_lse, o_rows, m_rows, v_head_dim, BLOCK_DV)
+        store_rows(split, b_out, b_lse, o_rows, m_rows)
         if arrives_last(p_arrivals + i_b * tl.num_programs(0) + tl.program_id(0), n_live):
-            merge_tile(
-                p_partial_out, p_partial_lse, p_out, p_lse, i_b, i_kv, i_m * BLOCK_M, q_heads, q_len, n_rows, n_live, v_head_dim,
-                GROUP_SIZE, BLOCK_M, MERGE_ROWS, BLOCK_DV, MERGE_SPLITS,
+            splits = Splits(
+                p_out=p_partial_out, p_lse=p_partial_lse, n_rows=n_rows, n_splits=n_live, v_head_dim=v_head_dim,
+                BLOCK_DV=BLOCK_DV, SPLITS=MERGE_SPLITS,
             )  # fmt: skip
+            merge_tile(splits, results, i_b, i_kv, i_m * BLOCK_M, q_heads, q_len, GROUP_SIZE, BLOCK_M, MERGE_ROWS)
 
 
 @triton.jit
@@ -142,16 +152,21 @@ def arrives_last(p_arrival, n_programs):
 
 @triton.jit
 def merge_tile(
-    p_partial_out, p_partial_lse, p_out, p_lse, i_b, i_kv, first_row, q_heads, q_len, n_rows, n_splits, v_head_dim,
-    GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
+    splits,
+    results,
+    i_b,
+    i_kv,
+    first_row,
+    q_heads,
+    q_len,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Merge the splits of one tile of packed rows, ``ROWS`` at a time; rows that are all padding are left out."""
     for row in range(first_row, tl.minimum(first_row + BLOCK_M, GROUP_SIZE * q_len), ROWS):
         _, o_token, o_rows = query_rows(i_b, i_kv, row, q_heads, q_len, GROUP_SIZE, ROWS)
-        merge_splits(
-            p_partial_out, p_partial_lse, p_out, p_lse, o_rows, o_token < q_len, n_rows, n_splits, v_head_dim, ROWS, BLOCK_DV,
-            SPLITS,
-        )  # fmt: skip
+        merge_splits(splits, results, o_rows, o_token < q_len, ROWS)
 
 
 @triton.jit
@@ -163,14 +178,14 @@ def query_rows(i_b, i_kv, first, q_heads, q_len, GROUP_SIZE: tl.constexpr, ROWS:
 
 
 @triton.jit
-def visible_keys(token, q_len, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+def visible_keys(token, problem):
     """First key that a token sees, and one past the last; the last token sits at the last key of the request."""
-    position = token + length - q_len
-    start, stop = position * 0, position * 0 + length  # shaped like the tokens: one, or a tile of them
-    if HAS_LEFT:
-        start = tl.maximum(position - left, 0)
-    if HAS_RIGHT:
-        stop = tl.minimum(position + right + 1, length)
+    position = token + problem.kv_len - problem.q_len
+    start, stop = position * 0, position * 0 + problem.kv_len  # shaped like the tokens: one, or a tile of them
+    if problem.HAS_LEFT:
+        start = tl.maximum(position - problem.left, 0)
+    if problem.HAS_RIGHT:
+        stop = tl.minimum(position + problem.right + 1, problem.kv_len)
     return start, stop
 
 
@@ -192,41 +207,38 @@ def splits_of(first, last, fewest_splits, split_size, BLOCK_N: tl.constexpr, FIX
 
 
 @triton.jit
-def pages_of(
-    p_table, i_b, n, first, end, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+def pages_of(pages, n, first, end):
     """The page of the tile of keys that begins at ``n``; or the pages that make it up, in order; or the page of each of its keys.
 
     A contiguous cache is one page per request. Entries for keys that are not visible are not read: their pages may be gone.
     """
+    PAGE_SIZE: tl.constexpr = pages.PAGE_SIZE
     if PAGE_SIZE == 0:
-        return i_b
-    elif TILE == IN_A_PAGE:
-        return tl.load(p_table + n // PAGE_SIZE, mask=n < end, other=0)
-    elif TILE == OF_PAGES:
-        o_keys = n + tl.arange(0, BLOCK_N)
-        p_pages = p_table + n // PAGE_SIZE + tl.arange(0, BLOCK_N) // PAGE_SIZE
+        return pages.i_b
+    elif pages.TILE == IN_A_PAGE:
+        return tl.load(pages.p_table + n // PAGE_SIZE, mask=n < end, other=0)
+    elif pages.TILE == OF_PAGES:
+        o_keys = n + tl.arange(0, pages.BLOCK_N)
+        p_pages = pages.p_table + n // PAGE_SIZE + tl.arange(0, pages.BLOCK_N) // PAGE_SIZE
         return tl.load(p_pages, mask=(o_keys >= first) & (o_keys < end), other=0)
     else:
-        o_keys = n + tl.arange(0, BLOCK_N)
-        return tl.load(p_table + o_keys // PAGE_SIZE, mask=(o_keys >= first) & (o_keys < end), other=0)
+        o_keys = n + tl.arange(0, pages.BLOCK_N)
+        return tl.load(pages.p_table + o_keys // PAGE_SIZE, mask=(o_keys >= first) & (o_keys < end), other=0)
 
 
 @triton.jit
-def load_keys(
-    p_base, page, n, o_cols, stride_page, stride_key, m_keys, n_cols, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHECK_COLS: tl.constexpr,
-):  # fmt: skip
+def load_keys(cached, pages, page, n, o_cols, m_keys):
     """A tile ``[keys, cols]`` of K or V, 0 where ``m_keys`` is False and beyond the last column, neither of which is read."""
-    o_n = tl.arange(0, BLOCK_N)
-    if TILE == IN_A_PAGE:
+    PAGE_SIZE: tl.constexpr = pages.PAGE_SIZE
+    o_n = tl.arange(0, pages.BLOCK_N)
+    if pages.TILE == IN_A_PAGE:
         slot = n if PAGE_SIZE == 0 else n % PAGE_SIZE
-        p_tile = p_base + page.to(tl.int64) * stride_page + slot.to(tl.int64) * stride_key
-        return load_tile(p_tile, o_n, o_cols, stride_key, m_keys, n_cols, True, CHECK_COLS)
-    elif TILE == OF_PAGES:
-        o_slots = (o_n % PAGE_SIZE).to(tl.int64) * stride_key
-        o_keys = page.to(tl.int64) * stride_page + o_slots
-        return load_tile(p_base, o_keys, o_cols, 1, m_keys, n_cols, True, CHECK_COLS)
+        p_tile = cached.p_base + page.to(tl.int64) * cached.stride_page + slot.to(tl.int64) * cached.stride_key
+        return load_tile(p_tile, o_n, o_cols, cached.stride_key, m_keys, cached.n_cols, True, cached.CHECK_COLS)
+    elif pages.TILE == OF_PAGES:
+        o_slots = (o_n % PAGE_SIZE).to(tl.int64) * cached.stride_key
+        o_keys = page.to(tl.int64) * cached.stride_page + o_slots
+        return load_tile(cached.p_base, o_keys, o_cols, 1, m_keys, cached.n_cols, True, cached.CHECK_COLS)
     else:
-        o_keys = page.to(tl.int64) * stride_page + ((n + o_n) % PAGE_SIZE).to(tl.int64) * stride_key
-        return load_tile(p_base, o_keys, o_cols, 1, m_keys, n_cols, True, CHECK_COLS)
+        o_keys = page.to(tl.int64) * cached.stride_page + ((n + o_n) % PAGE_SIZE).to(tl.int64) * cached.stride_key
+        return load_tile(cached.p_base, o_keys, o_cols, 1, m_keys, cached.n_cols, True, cached.CHECK_COLS)

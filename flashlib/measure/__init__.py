@@ -6,22 +6,22 @@ Everything is imported on first use: a table or a record can be shown without Py
 from importlib import import_module
 
 _HOME = {
-    "AttentionProfiler": "profiler",
-    "MemoryLevel": "machine",
-    "Record": "record",
-    "Timing": "timing",
-    "TrafficMeter": "meter",
-    "autoselect": "choosing",
-    "cpu_memory": "machine",
-    "load_record": "record",
-    "matmul_flops_per_s": "machine",
-    "memory_wall": "memory",
-    "naive_steps": "steps",
-    "profile": "profiler",
-    "save_record": "record",
-    "sources_hash": "record",
-    "stream_bytes_per_s": "machine",
-    "time_call": "timing",
+    "AttentionProfiler": "racing.profiler",
+    "MemoryLevel": "racing.machine",
+    "Record": "records.record",
+    "Timing": "racing.timing",
+    "TrafficMeter": "counting.meter",
+    "autoselect": "racing.choosing",
+    "cpu_memory": "racing.machine",
+    "load_record": "records.record",
+    "matmul_flops_per_s": "racing.machine",
+    "memory_wall": "racing.memory",
+    "naive_steps": "racing.steps",
+    "profile": "racing.profiler",
+    "save_record": "records.record",
+    "sources_hash": "records.record",
+    "stream_bytes_per_s": "racing.machine",
+    "time_call": "racing.timing",
 }
 
 __all__ = sorted(_HOME)

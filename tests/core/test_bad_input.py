@@ -94,6 +94,7 @@ def test_bad_input_is_named(call, error, message):
 PUBLIC = (
     "flashlib",
     "flashlib.backends",
+    "flashlib.backends.pytorch",
     "flashlib.config",
     "flashlib.inference",
     "flashlib.masks",
@@ -105,7 +106,7 @@ PUBLIC = (
 # They take no argument that a user could get wrong, or are what other functions return.
 NOTHING_TO_GET_WRONG = {
     "Backend", "BackendUnavailableError", "CacheFullError", "Comparison", "ErrorBudget", "Explanation", "FA2Config",
-    "FA3Config", "Intersection", "Mask", "MemoryLevel", "Preference", "Record", "RowIntervals", "Tile", "Timing",
+    "FA3Config", "Intersection", "Mask", "MemoryLevel", "Preference", "Record", "ReferenceBackend", "RowIntervals", "Tile", "TiledBackend", "Timing",
     "Unmasked", "available", "check_values", "cpu_memory", "current_config", "matmul_flops_per_s",
     "save_record", "stream_bytes_per_s",
 }  # fmt: skip

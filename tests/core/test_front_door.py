@@ -8,9 +8,19 @@ import torch
 import torch.nn.functional as F
 
 import flashlib
-from flashlib import AttentionSpec, BackendUnavailableError, FlashAttentionConfig, attention, explain, masks, use_config
+from flashlib import (
+    AttentionSpec,
+    BackendUnavailableError,
+    FlashAttentionConfig,
+    attention,
+    backends,
+    explain,
+    masks,
+    use_config,
+)
 from flashlib.backends import BACKENDS, PREFERENCES, available, choose, order_of_choice
-from flashlib.config import current_config
+from flashlib.config import BACKEND_NAMES, current_config
+from flashlib.measure import load_record
 from flashlib.reference import assert_within_budget, check, check_gradients, error_budget, naive_attention, oracle
 
 CPU_BACKENDS = [name for name, missing in available().items() if missing is None]
@@ -71,10 +81,14 @@ BAD = [
 
 @pytest.mark.parametrize("tensors, options, error, message", BAD, ids=range(len(BAD)))
 def test_bad_input_is_named(tensors, options, error, message):
-    for call in (attention, naive_attention, AttentionSpec.from_tensors, flashlib.tiled.tiled_attention):
+    for call in (attention, naive_attention, AttentionSpec.from_tensors, flashlib.backends.pytorch.tiled_attention):
         with pytest.raises(error) as caught:
             call(*tensors, **options)
         assert message in str(caught.value)
+
+
+def test_the_configuration_knows_every_backend():
+    assert tuple(BACKENDS) == BACKEND_NAMES
 
 
 def test_bad_backend_and_config_are_named():
@@ -160,6 +174,15 @@ def test_explain_lists_every_backend_once_and_marks_what_auto_runs():
     for name, runs, reason in explanation.rows:
         assert reason
         assert runs == (BACKENDS[name].why_not(spec, current_config()) is None)
+
+
+def test_explain_tells_recorded_speeds_on_a_gpu_and_none_on_a_cpu():
+    rows = load_record("h200/training_forward").select(peer="torch_sdpa_cudnn", length=16384, head_dim=128)
+    full, causal = (next(row["tflops"] for row in rows if row["mask"] == mask) for mask in ("full", "causal"))
+    told = backends._reasons(torch.device("cuda"))["torch_sdpa_cudnn"]
+    assert told.endswith(f"; {full:.0f} / {causal:.0f} TFLOP/s full / causal on NVIDIA H200")
+    assert backends._reasons(torch.device("cpu")) == {one.backend: one.reason for one in PREFERENCES}
+    assert not any("TFLOP" in one.reason for one in PREFERENCES)
 
 
 def test_our_kernels_come_first_on_a_gpu_and_behind_compiled_ones_on_a_cpu():

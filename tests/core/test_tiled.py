@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from problems import random_problem
 
 from flashlib import masks
-from flashlib.measure.meter import TrafficMeter
+from flashlib.backends.pytorch import tiled_attention
+from flashlib.measure.counting.meter import TrafficMeter
 from flashlib.reference import check, check_gradients, naive_attention
-from flashlib.tiled import LOOP_ORDERS, Tiling, tiled_attention
+from flashlib.tiled import LOOP_ORDERS, Tiling
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

@@ -10,8 +10,10 @@ from flashlib.cost.devices import device
 from flashlib.cost.launches import Tiles, backward_launches, decode_launches, forward_launches
 from flashlib.cost.visible import Visible
 from flashlib.inference import decode
-from flashlib.kernels import decode_launch, hopper_launch, tiles
-from flashlib.kernels.launch import KernelOptions
+from flashlib.launch import decode as decode_launch
+from flashlib.launch import hopper as hopper_launch
+from flashlib.launch import tiles
+from flashlib.launch.options import KernelOptions
 from flashlib.spec import AttentionSpec
 
 H200, A100 = device("h200"), device("a100")

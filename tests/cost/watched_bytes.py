@@ -14,8 +14,8 @@ from flashlib import attention, masks
 from flashlib.cost.counts import Problem, Work
 from flashlib.cost.devices import device
 from flashlib.cost.launches import backward_launches, decode_launches, forward_launches
-from flashlib.course.kernel_watch import KernelWatch
 from flashlib.inference import decode_attention
+from flashlib.measure.counting.kernel_watch import KernelWatch
 from flashlib.spec import AttentionSpec
 
 H200 = device("h200")  # fp32 runs on the plain kernels there too, with the tiles that the interpreter takes

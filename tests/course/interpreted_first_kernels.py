@@ -5,10 +5,10 @@ import random
 import torch
 import triton
 
-from flashlib.course import first_kernels as kernels
+from flashlib.course.chapters import first_kernels as kernels
 from flashlib.course.exercises.ex01 import softmax64, softmax_naive, softmax_terms
 from flashlib.course.grader.exercise import budget_of
-from flashlib.course.kernel_watch import KernelWatch, OutOfBoundsLoad, OutOfBoundsStore, Race, faults_raised
+from flashlib.measure.counting.kernel_watch import KernelWatch, OutOfBoundsLoad, OutOfBoundsStore, Race, faults_raised
 from flashlib.reference import largest_error
 
 budget = budget_of(softmax_naive, softmax64, softmax_terms)

@@ -4,9 +4,9 @@ import random
 
 import torch
 
-from flashlib.course.gradient_kernels import sum_of_parts
-from flashlib.course.gradients import sum_in_order
-from flashlib.course.kernel_watch import KernelWatch, Race, faults_raised
+from flashlib.course.chapters.gradient_kernels import sum_of_parts
+from flashlib.course.chapters.gradients import sum_in_order
+from flashlib.measure.counting.kernel_watch import KernelWatch, Race, faults_raised
 
 
 def main(rng: random.Random) -> None:

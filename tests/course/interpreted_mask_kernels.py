@@ -5,8 +5,9 @@ import warnings
 
 import torch
 
-from flashlib.course import mask_kernels, widgets
-from flashlib.kernels.tiles import TileConfig
+from flashlib.course import widgets
+from flashlib.course.chapters import mask_kernels
+from flashlib.launch.tiles import TileConfig
 from flashlib.masks import Causal, Documents, KeyLengths, Prefix, Tile, Unmasked, Window
 from flashlib.reference import check
 

@@ -11,7 +11,7 @@ HEAVY = ["matplotlib", "ipywidgets", "IPython", "transformers", "jupyterlab", "t
 IN_FRESH_PYTHON = f"""
 import sys
 import flashlib.course
-from flashlib.course import TrafficMeter, predict, show_source, figures, widgets
+from flashlib.course import predict, show_source, figures, widgets
 print([name for name in {HEAVY} if name in sys.modules])
 import flashlib.course.predictions, flashlib.course.source
 from flashlib.course import predict, show_source, figures

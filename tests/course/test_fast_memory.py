@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flashlib.course.meter import MADE_INSIDE, TrafficMeter
+from flashlib.backends.pytorch import tiled_attention
+from flashlib.measure.counting.meter import MADE_INSIDE, TrafficMeter
 from flashlib.reference import naive_attention
-from flashlib.tiled import tiled_attention
 
 f4 = 4
 

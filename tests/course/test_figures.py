@@ -276,8 +276,8 @@ def test_the_largest_block_fits_and_one_more_row_does_not():
 @pytest.mark.parametrize("n, block_q", [(512, 32), (600, 48)])
 def test_the_bytes_that_figures_state_are_those_that_the_code_moves(n, block_q):
     """`moved_bytes` and `naive_moved_bytes` are formulas; the meter counts the real thing."""
-    from flashlib.course import TrafficMeter
-    from flashlib.tiled import tiled_attention
+    from flashlib.backends.pytorch import tiled_attention
+    from flashlib.measure import TrafficMeter
 
     d = 32
     q, k, v = (torch.randn(1, 1, n, d) for _ in range(3))

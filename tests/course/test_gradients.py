@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashlib.course import figures, gradients, widgets
-from flashlib.measure.record import new_record, save_record
+from flashlib.backends.pytorch import tiled_attention
+from flashlib.course import figures, widgets
+from flashlib.course.chapters import gradients
+from flashlib.measure.records.record import new_record, save_record
 from flashlib.reference import naive_attention, oracle_gradients
-from flashlib.tiled import tiled_attention
 
 
 @pytest.fixture

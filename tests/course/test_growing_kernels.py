@@ -6,7 +6,7 @@ pytest.importorskip("triton")
 
 
 def test_base_2_multiplies_less(monkeypatch):
-    from flashlib.course.growing_kernels import instructions
+    from flashlib.course.chapters.growing_kernels import instructions
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # as in the notebook: the compiler runs all the same
     counted = instructions("sm_90")
@@ -21,7 +21,7 @@ def test_base_2_multiplies_less(monkeypatch):
 
 
 def test_a_compiler_that_fails_is_told():
-    from flashlib.course.growing_kernels import instructions
+    from flashlib.course.chapters.growing_kernels import instructions
 
     with pytest.raises(RuntimeError, match="compiling for sm_1 failed"):
         instructions("sm_1")

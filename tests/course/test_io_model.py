@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 
+from flashlib.backends.pytorch import tiled_attention
 from flashlib.course import figures
-from flashlib.course.io_model import count_traffic, fit_exponent, standard_attention, tile_machine
-from flashlib.course.meter import MADE_INSIDE
+from flashlib.course.chapters.io_model import count_traffic, fit_exponent, standard_attention, tile_machine
+from flashlib.measure.counting.meter import MADE_INSIDE
 from flashlib.reference import assert_within_budget
-from flashlib.tiled import tiled_attention
 
 f4 = 4
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from flashlib.course.kernel_watch import KernelWatch
+from flashlib.measure.counting.kernel_watch import KernelWatch
 
 pytest.importorskip("triton")
 
@@ -20,7 +20,7 @@ def test_bad_operands_are_named():
 
 
 def test_without_the_interpreter_it_says_so():
-    code = "from flashlib.course.kernel_watch import KernelWatch\nwith KernelWatch(): pass"
+    code = "from flashlib.measure.counting.kernel_watch import KernelWatch\nwith KernelWatch(): pass"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False

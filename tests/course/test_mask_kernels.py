@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 
 def test_compiled_beside_a_process_that_interprets(monkeypatch):
-    from flashlib.course.machine_code import compile_apart, lines_with, product_shapes, resident_programs
-    from flashlib.kernels.tiles import TileConfig
+    from flashlib.course.chapters.machine_code import compile_apart, lines_with, product_shapes, resident_programs
+    from flashlib.launch.tiles import TileConfig
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     tiles = TileConfig(64, 32, 4, 2)
@@ -28,7 +28,7 @@ def test_compiled_beside_a_process_that_interprets(monkeypatch):
 
 
 def test_a_compilation_that_fails_is_told():
-    from flashlib.course.machine_code import compile_apart
+    from flashlib.course.chapters.machine_code import compile_apart
 
     with pytest.raises(RuntimeError, match="arch must be one of"):
         compile_apart({"x": {"arch": "sm_1"}})

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashlib.course.meter import ELSEWHERE, MADE_INSIDE, TrafficMeter
+from flashlib.measure.counting.meter import ELSEWHERE, MADE_INSIDE, TrafficMeter
 
 f4 = 4
 B, H, N, D = 2, 3, 32, 8

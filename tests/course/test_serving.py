@@ -5,7 +5,7 @@ import random
 import pytest
 
 from flashlib.course import figures, widgets
-from flashlib.course.serving import SCRIPT, Request, replay, serve_contiguous, serve_paged
+from flashlib.course.chapters.serving import SCRIPT, Request, replay, serve_contiguous, serve_paged
 
 
 def test_contiguous_rooms_by_hand():

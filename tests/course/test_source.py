@@ -7,10 +7,11 @@ import json
 import pytest
 
 import flashlib.tiled
+from flashlib.backends.pytorch import tiled_attention
 from flashlib.course import show_source
 from flashlib.course.source import Source, _without_docstrings
 from flashlib.masks import Causal, RowIntervals
-from flashlib.tiled import tiled_attention, tiled_forward
+from flashlib.tiled import tiled_forward
 
 
 def test_a_function_is_shown_as_it_is():

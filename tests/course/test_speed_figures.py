@@ -12,8 +12,8 @@ from flashlib.course.figures.speed import (
     save_figures,
     speed_by_length,
 )
-from flashlib.measure.cases import parse_grid
-from flashlib.measure.record import new_record
+from flashlib.measure.racing.cases import parse_grid
+from flashlib.measure.records.record import new_record
 
 RATES = {"triton": 500.0, "torch_sdpa_cudnn": 400.0, "flex_attention": 250.0, "somebody_else": 100.0}
 

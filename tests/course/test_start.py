@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flashlib import doctor
-from flashlib.course.start import CHAPTERS, PARTS, course_map, machine_table
+from flashlib.course.chapters.start import CHAPTERS, PARTS, course_map, machine_table
 from flashlib.doctor import GPU
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -36,15 +36,15 @@ def test_each_notebook_opens_with_the_title_on_the_map(path):
 
 
 def test_the_machine_is_told_with_and_without_gpu_and_weights(monkeypatch):
-    report = replace(doctor.examine(), gpus=(), weights=None)
-    monkeypatch.setattr(doctor, "examine", lambda: report)
+    report = replace(doctor.examine(None), gpus=(), weights=None)
+    monkeypatch.setattr(doctor, "examine", lambda weights: report)
     told = dict(machine_table().rows)
     assert told["GPU"].startswith("none")
     assert "flashlib weights" in told["weights of SmolLM2"]
     assert "reference" in told["backends of attention"]
 
     equipped = replace(report, gpus=(GPU("NVIDIA H200", "9.0", 140 * 2**30),), weights="/somewhere")
-    monkeypatch.setattr(doctor, "examine", lambda: equipped)
+    monkeypatch.setattr(doctor, "examine", lambda weights: equipped)
     told = dict(machine_table().rows)
     assert told["GPU"] == "NVIDIA H200 (140 GiB)"
     assert told["weights of SmolLM2"] == "here"

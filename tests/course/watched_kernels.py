@@ -9,7 +9,7 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import InterpreterError
 
-from flashlib.course.kernel_watch import (
+from flashlib.measure.counting.kernel_watch import (
     KernelFault,
     KernelWatch,
     OutOfBoundsLoad,

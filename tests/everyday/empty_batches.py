@@ -5,6 +5,7 @@ import random
 import torch
 
 from flashlib import attention, masks, reference
+from flashlib.backends.pytorch import tiled_attention
 from flashlib.config import InjectionConfig
 from flashlib.inference import (
     KVCache,
@@ -16,7 +17,6 @@ from flashlib.inference import (
 )
 from flashlib.inference.decode import combine_splits, split_partials
 from flashlib.interop.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from flashlib.tiled import tiled_attention
 
 # batch, query heads, KV heads, rows, keys
 EMPTY = {

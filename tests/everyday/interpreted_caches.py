@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernels.seeds import seeds_asked_for
 
 from flashlib import FlashAttentionConfig, use_config
-from flashlib.course.kernel_watch import KernelWatch, faults_raised
 from flashlib.inference.decode import decode_attention
 from flashlib.interop.flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from flashlib.interop.flash_attn.pages import Pages
+from flashlib.measure.counting.kernel_watch import KernelWatch, faults_raised
 
 BATCH, HEADS, DIM, CAPACITY = 3, 2, 16, 24
 BAD = 1  # the request that something is wrong with

@@ -17,10 +17,11 @@ from kernels.seeds import seeds_asked_for
 from problems import random_problem
 
 from flashlib import AttentionSpec, attention, masks
-from flashlib.course.kernel_watch import KernelWatch, faults_raised
-from flashlib.kernels import tiles
-from flashlib.kernels.launch import KernelOptions, forward_launch
-from flashlib.kernels.tiles import TileConfig
+from flashlib.launch import tiles
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import forward_launch
+from flashlib.launch.tiles import TileConfig
+from flashlib.measure.counting.kernel_watch import KernelWatch, faults_raised
 from flashlib.reference import check, check_gradients
 
 SMALL = TileConfig(32, 16, 4, 1)  # small tiles meet more edges in few tokens

@@ -5,7 +5,7 @@ import random
 import torch
 
 from flashlib.inference import decode_attention
-from flashlib.kernels import decode_launch
+from flashlib.launch import decode as decode_launch
 
 
 def main(rng: random.Random) -> None:

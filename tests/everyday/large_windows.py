@@ -120,7 +120,7 @@ def flash_attn_holds(rng: random.Random, problems: int) -> None:
 
 def lengths_beyond_the_capacity_give_nan(rng: random.Random) -> None:
     """On a GPU nobody looks at the lengths before the kernel does: however large, they are not taken for another number."""
-    from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
+    from flashlib.launch.decode import DecodeOptions, launch_decode
 
     q, (k, v) = torch.randn(3, 1, 1, 16), (torch.randn(3, 1, 20, 16) for _ in range(2))
     lengths = torch.tensor([20, rng.choice((2**31, 2**32 + 1)), sys.maxsize])

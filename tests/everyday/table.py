@@ -18,7 +18,7 @@ import typer
 from tabulate import tabulate
 
 from flashlib.backends import BACKENDS
-from flashlib.measure.record import BENCHMARKS, Record, load_record
+from flashlib.measure.records.record import BENCHMARKS, Record, load_record
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "everyday.md"

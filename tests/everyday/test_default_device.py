@@ -9,6 +9,7 @@ import torch
 
 import flashlib
 from flashlib import attention, masks, reference
+from flashlib.backends.pytorch import tiled_attention
 from flashlib.config import InjectionConfig
 from flashlib.inference import (
     KVCache,
@@ -20,7 +21,6 @@ from flashlib.inference import (
     shared_prefix_attention,
 )
 from flashlib.rotary import apply_rotary, rotary_frequencies
-from flashlib.tiled import tiled_attention
 
 PACKAGE = Path(flashlib.__file__).parent
 # What makes a tensor where PyTorch's default device is, unless it is told another.

@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from flashlib.kernels.decode_launch import (
+from flashlib.launch.decode import (
     DecodeOptions,
     PackedSplits,
     combine_launch,
     combine_packed_launch,
     decode_launches,
 )
-from flashlib.kernels.hopper_launch import hopper_dkdv_launches, hopper_dq_launches, hopper_launches
-from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch
+from flashlib.launch.hopper import hopper_dkdv_launches, hopper_dq_launches, hopper_launches
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import backward_launches, forward_launch
+from flashlib.launch.start import Launch
 from flashlib.masks import Causal, KeyLengths, Mask, Window
 from flashlib.spec import AttentionSpec
 

@@ -11,7 +11,6 @@ from varlen_problems import Packed, expect
 
 import flashlib
 from flashlib import FlashAttentionConfig, attention, masks, use_config
-from flashlib.engines import TiledEngine
 from flashlib.inference import decode as decoding
 from flashlib.interop.flash_attn import (
     bert_padding,
@@ -23,6 +22,7 @@ from flashlib.interop.flash_attn import (
     kv_cache,
     pages,
 )
+from flashlib.launch.engines import TiledEngine
 
 READS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal", "aten::is_nonzero")
 

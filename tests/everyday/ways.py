@@ -30,7 +30,7 @@ from flashlib import BackendUnavailableError, FlashAttentionConfig, attention, u
 from flashlib.backends import BACKENDS, available
 from flashlib.inference.decode import decode_attention
 from flashlib.interop import flash_attn
-from flashlib.kernels.launch import interpreting
+from flashlib.launch.start import interpreting
 from flashlib.reference import assert_within_budget
 
 LENGTHS = [3, 5]  # of the packed sequences
@@ -464,8 +464,8 @@ def main(record: Path | None = None, subject: str = "", way: str = "", as_json: 
         for row in rows:
             print(f"{row['subject']:34} {row['way']:18} {row['outcome']:8} {row['message'][:300]}".rstrip())
     if record:
-        from flashlib.measure.bench import decode_sources, kernel_sources
-        from flashlib.measure.record import new_record, save_record
+        from flashlib.measure.records.record import new_record, save_record
+        from flashlib.measure.records.sources import decode_sources, kernel_sources
 
         sources = [
             "attention.py",

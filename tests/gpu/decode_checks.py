@@ -25,8 +25,8 @@ from in_sets import count_failures, now, of_budget, run_in_sets, started_kernels
 
 from flashlib.inference.decode import combine_splits, decode_attention
 from flashlib.masks import KeyLengths, Window
-from flashlib.measure.bench import decode_sources
-from flashlib.measure.record import Record, new_record, save_record
+from flashlib.measure.records.record import Record, new_record, save_record
+from flashlib.measure.records.sources import decode_sources
 from flashlib.partial import Partial, fold
 from flashlib.reference import check, largest_error
 

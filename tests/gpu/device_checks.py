@@ -30,8 +30,8 @@ from in_sets import count_failures, now, of_budget, run_in_sets, started_kernels
 from problems import Problem
 
 from flashlib import attention, masks
-from flashlib.measure.bench import kernel_sources
-from flashlib.measure.record import Record, new_record, save_record
+from flashlib.measure.records.record import Record, new_record, save_record
+from flashlib.measure.records.sources import kernel_sources
 from flashlib.reference import check, check_gradients
 
 BACKEND = "triton"

@@ -31,9 +31,9 @@ from in_sets import count_failures, now, of_budget, run_in_sets, started_kernels
 
 from flashlib import FlashAttentionConfig, attention, check_values, masks, use_config
 from flashlib.interop import flash_attn
-from flashlib.measure.bench import decode_sources, kernel_sources
-from flashlib.measure.record import Record, new_record, save_record
-from flashlib.measure.timing import time_call
+from flashlib.measure.racing.timing import time_call
+from flashlib.measure.records.record import Record, new_record, save_record
+from flashlib.measure.records.sources import decode_sources, kernel_sources
 from flashlib.reference import check, check_gradients
 
 BACKEND = "triton"

@@ -19,8 +19,9 @@ from unittest import mock
 
 import torch
 
-from flashlib.kernels.launch import Launch
-from flashlib.measure.record import Record, save_record
+from flashlib.launch.plans import Plan
+from flashlib.launch.start import Launch
+from flashlib.measure.records.record import Record, save_record
 
 PROBLEMS_IN_A_SET = 10
 SAVE_EVERY_S = 5
@@ -173,13 +174,17 @@ def _fraction(error: float, budget: float) -> float:
 @contextmanager
 def started_kernels(counts: Counter[str]):
     """Counts the kernels that are started inside, by name."""
-    start = Launch.start
+    start, start_plan = Launch.start, Plan.start_on
 
     def counted(launch: Launch) -> None:
         counts[launch.name] += 1
         start(launch)
 
-    with mock.patch.object(Launch, "start", counted):
+    def counted_plan(plan: Plan, *arguments) -> None:
+        counts.update(plan.names)
+        start_plan(plan, *arguments)
+
+    with mock.patch.object(Launch, "start", counted), mock.patch.object(Plan, "start_on", counted_plan):
         yield
 
 

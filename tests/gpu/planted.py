@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from flashlib.kernels.launch import Launch
+from flashlib.launch.start import Launch
 
 THREADS = 128  # four warps, one number each thread
 ROUNDS = gl.constexpr(4)  # that one word of shared memory is written and read

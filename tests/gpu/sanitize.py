@@ -36,10 +36,12 @@ from race_reports import CONTROL_OF, accesses, kind_of
 from torch import Tensor
 
 from flashlib import AttentionSpec, masks
-from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch, interpreting
-from flashlib.kernels.run import launch_backward, launch_forward
-from flashlib.measure.bench import decode_sources, kernel_sources
-from flashlib.measure.record import new_record, save_record
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import backward_launches, forward_launch
+from flashlib.launch.run import launch_backward, launch_forward
+from flashlib.launch.start import Launch, interpreting
+from flashlib.measure.records.record import new_record, save_record
+from flashlib.measure.records.sources import decode_sources, kernel_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -197,9 +199,9 @@ def warp_specialised() -> dict:
     """The warp-specialised kernels, ours and those beside them, by name."""
     import planted
 
-    from flashlib.kernels.hopper import hopper_forward
-    from flashlib.kernels.hopper_backward import hopper_dkdv
-    from flashlib.kernels.hopper_dq import hopper_dq
+    from flashlib.kernels.hopper.dkdv import hopper_dkdv
+    from flashlib.kernels.hopper.dq import hopper_dq
+    from flashlib.kernels.hopper.forward import hopper_forward
 
     others = (getattr(planted, f"{name}_kernel") for name in KIND_OF)
     return {kernel.__name__: kernel for kernel in (hopper_forward, hopper_dkdv, hopper_dq, *others)}
@@ -409,7 +411,7 @@ def decode(
     split_size: int | None = None, page_size: int | None = None, softcap: float = 0.0, merge_in_kernel: bool = True,
 ) -> None:  # fmt: skip
     """One decoding step of four requests, one of them empty and one with room left."""
-    from flashlib.kernels.decode_launch import DecodeOptions, launch_decode
+    from flashlib.launch.decode import DecodeOptions, launch_decode
 
     batch, kv_heads, lengths = 4, 2, [KV_LEN, 0, KV_LEN // 2, q_len]
     table, rows, room = None, batch, KV_LEN

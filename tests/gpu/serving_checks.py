@@ -37,8 +37,8 @@ from flashlib.inference import (
 )
 from flashlib.interop.flash_attn import flash_attn_with_kvcache
 from flashlib.masks import Window
-from flashlib.measure.bench import decode_sources, kernel_sources
-from flashlib.measure.record import Record, new_record
+from flashlib.measure.records.record import Record, new_record
+from flashlib.measure.records.sources import decode_sources, kernel_sources
 from flashlib.reference import Comparison, check, error_budget, largest_error, one_rounding, oracle
 from flashlib.rotary import rotary_frequencies, rotary_table, turn_pairs
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gpu import decode_checks, device_checks, everyday_checks, serving_checks, varlen_checks
 
-from flashlib.kernels.launch import interpreting
+from flashlib.launch.start import interpreting
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 

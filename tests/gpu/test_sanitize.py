@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 from gpu import planted
 
-from flashlib.kernels import hopper, hopper_backward, hopper_dq
-from flashlib.kernels.inspect import compile_launch
+from flashlib.kernels.hopper import common, dkdv, dq, forward
+from flashlib.launch.inspect import compile_launch
 
 HEADER = "========= COMPUTE-SANITIZER\n"
 RAN = "".join(f"{what} has run\n" for what in ["every case", *CONTROLS["racecheck"]])
@@ -74,26 +74,24 @@ PLANTED_RACES = race("planted_race_kernel", "planted.py:50", "planted.py:50") + 
 )
 HANDOVER = race("control_handover_kernel", line_of(planted.hear, "smem.load"), line_of(planted.tell, "smem.store"))
 DISPATCH = race("control_dispatch_kernel", *2 * [line_of(planted.control_dispatch_kernel, "def ")])
-NOTED = race("hopper_forward", line_of(hopper.noted, ".load("), line_of(hopper.note, ".store("))
+NOTED = race("hopper_forward", line_of(common.noted, ".load("), line_of(common.note, ".store("))
 OWN = {
     "handover": NOTED,
     "dispatch": race(
         "hopper_dkdv",
-        line_of(hopper_backward.hopper_dkdv, "def "),
-        line_of(hopper_backward.hopper_dkdv, "def "),
-        line_of(hopper_backward.hopper_dkdv, "gl.warp_specialize"),
+        line_of(dkdv.hopper_dkdv, "def "),
+        line_of(dkdv.hopper_dkdv, "def "),
+        line_of(dkdv.hopper_dkdv, "gl.warp_specialize"),
     ),
-    "written before": race(
-        "hopper_dq", line_of(hopper.noted, ".load("), line_of(hopper_dq.hopper_dq, "smem_place.index(0)")
-    ),
+    "written before": race("hopper_dq", line_of(common.noted, ".load("), line_of(dq.hopper_dq, "smem_place.index(0)")),
 }
 NEVER_EXCUSED = {
     "ordinary kernel": race("attention_forward", "forward.py:90", "forward.py:80"),
-    "one partition": race("hopper_forward", *2 * [line_of(hopper.consume, "pass_turn")]),
+    "one partition": race("hopper_forward", *2 * [line_of(forward.consume, "pass_turn")]),
     "no line": "========= Error: Race reported between Read access at hopper_forward+0xf0\n",
-    "library's line": race("hopper_forward", line_of(hopper.noted, ".load("), "standard.py:293"),
+    "library's line": race("hopper_forward", line_of(common.noted, ".load("), "standard.py:293"),
     "some ordered, some not": race(
-        "hopper_forward", line_of(hopper.noted, ".load("), line_of(hopper.note, ".store("), "standard.py:293"
+        "hopper_forward", line_of(common.noted, ".load("), line_of(common.note, ".store("), "standard.py:293"
     ),
 }
 

@@ -13,10 +13,12 @@ from gpu.decode_checks import CacheSet
 from gpu.feature_sets import FeatureSet
 from gpu.in_sets import coverage, run_in_sets
 
-from flashlib.kernels import launch as launching
-from flashlib.kernels.decode_launch import DecodeOptions, decode_launches
-from flashlib.kernels.launch import KernelOptions, Launch, backward_launches, forward_launch
-from flashlib.measure.record import new_record
+from flashlib.launch import options as launching
+from flashlib.launch.decode import DecodeOptions, decode_launches
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import backward_launches, forward_launch
+from flashlib.launch.start import Launch
+from flashlib.measure.records.record import new_record
 
 pytest.importorskip("triton")
 

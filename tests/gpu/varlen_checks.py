@@ -24,8 +24,8 @@ from in_sets import now, of_budget, run_in_sets, run_program, started_kernels, s
 from varlen_problems import Packed
 
 from flashlib import FlashAttentionConfig, use_config
-from flashlib.measure.bench import decode_sources, kernel_sources
-from flashlib.measure.record import Record, new_record
+from flashlib.measure.records.record import Record, new_record
+from flashlib.measure.records.sources import decode_sources, kernel_sources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (*[torch.bfloat16] * 4, *[torch.float16] * 3, torch.float32)

@@ -9,8 +9,8 @@ import torch
 from flashlib import reference
 from flashlib.course.grader.engine import Submission, grade, sandbox_for
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
+from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.inputs import in_poison, ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
-from flashlib.course.grader.report import Failure
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.sandbox.session import StudentError

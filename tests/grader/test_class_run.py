@@ -22,9 +22,9 @@ from flashlib.course.grader.classroom import Unfenced, grade_class
 from flashlib.course.grader.cli import grade as grade_command
 from flashlib.course.grader.engine import GRADER_ERROR, Submission
 from flashlib.course.grader.exercise import load_exercise
+from flashlib.course.grader.findings import Finding, Result
 from flashlib.course.grader.gradebook import folder_names, write_results
-from flashlib.course.grader.render import as_gradescope, as_page, as_text
-from flashlib.course.grader.report import Finding, Report, Result
+from flashlib.course.grader.report import Report, as_gradescope, as_page, as_text
 from flashlib.course.grader.sandbox import scratch
 from flashlib.course.grader.sandbox.confine import MIB, Protections, landlock_abi
 from flashlib.course.grader.sandbox.session import REPOSITORY, Child, Limits, Sandbox, SandboxError

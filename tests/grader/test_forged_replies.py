@@ -13,9 +13,9 @@ from grader.forged_replies import Forger, answering, forge
 
 from flashlib.course.grader.engine import GRADER_ERROR, UNUSABLE, Submission, _Run
 from flashlib.course.grader.exercise import exercise_names, load_exercise
+from flashlib.course.grader.findings import Finding, Result
 from flashlib.course.grader.journal import report_from
-from flashlib.course.grader.render import as_gradescope, as_page, as_text
-from flashlib.course.grader.report import Finding, Report, Result
+from flashlib.course.grader.report import Report, as_gradescope, as_page, as_text
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.session import REPOSITORY, StudentError
 from flashlib.course.grader.trial import show

@@ -19,10 +19,10 @@ from flashlib.course.grader.classroom import Graded
 from flashlib.course.grader.cli import grade as grade_command
 from flashlib.course.grader.engine import Submission
 from flashlib.course.grader.exercise import load_exercise
+from flashlib.course.grader.findings import Finding, Result
 from flashlib.course.grader.gradebook import class_report, write_results
 from flashlib.course.grader.policy import DAY, Policy, read_policy
-from flashlib.course.grader.render import as_gradescope
-from flashlib.course.grader.report import Finding, Report, Result
+from flashlib.course.grader.report import Report, as_gradescope
 from flashlib.course.grader.sandbox.session import REPOSITORY
 from flashlib.course.grader.scan import suspicious
 from flashlib.course.grader.similarity import alike

@@ -8,7 +8,7 @@ from grader.odd_answers import with_odd_answers
 
 from flashlib.course.grader.engine import GRADER_ERROR, UNUSABLE, Submission, grade
 from flashlib.course.grader.exercise import exercise_names, load_exercise
-from flashlib.course.grader.render import as_page, as_text
+from flashlib.course.grader.report import as_page, as_text
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.session import REPOSITORY
 

@@ -10,7 +10,7 @@ from flashlib import FlashAttentionConfig, attention, use_config
 from flashlib.config import InjectionConfig
 from flashlib.inference.injection import KVInjector, Memory, alphas_by_layer
 from flashlib.masks import Causal, KeyLengths
-from flashlib.measure.meter import TrafficMeter
+from flashlib.measure.counting.meter import TrafficMeter
 from flashlib.reference import assert_within_budget, error_budget, largest_error, one_rounding, oracle
 from flashlib.rotary import apply_rotary, rotary_frequencies
 from flashlib.tiled import Tiling

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashlib.inference.prefix import SharedPrefix, shared_prefix_attention
-from flashlib.measure.meter import TrafficMeter
+from flashlib.measure.counting.meter import TrafficMeter
 from flashlib.reference import assert_within_budget
 
 

@@ -20,7 +20,7 @@ from flashlib.interop.flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from flashlib.measure.meter import TrafficMeter
+from flashlib.measure.counting.meter import TrafficMeter
 from flashlib.reference import check, check_gradients
 
 SHARED = (

@@ -18,10 +18,10 @@ from seeds import seeds_asked_for
 
 from flashlib import attention
 from flashlib.backends.triton import count_tiles
-from flashlib.course.kernel_watch import KernelWatch, faults_raised
-from flashlib.kernels import tiles
-from flashlib.kernels.tiles import TileConfig
+from flashlib.launch import tiles
+from flashlib.launch.tiles import TileConfig
 from flashlib.masks import Tile
+from flashlib.measure.counting.kernel_watch import KernelWatch, faults_raised
 from flashlib.reference import check, check_gradients
 
 SMALL = TileConfig(32, 16, 4, 1)  # small tiles meet more edges in few tokens

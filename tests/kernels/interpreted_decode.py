@@ -21,15 +21,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from decode_problems import random_decode_problem
 from seeds import seeds_asked_for
 
-from flashlib.course.kernel_watch import KernelWatch, faults_raised
 from flashlib.inference import decode, prefix
 from flashlib.inference.decode import combine_splits, decode_attention, split_ranges
 from flashlib.inference.decode_operator import decode_triton
 from flashlib.inference.prefix import SharedPrefix, shared_prefix_attention
-from flashlib.kernels import decode_launch
-from flashlib.kernels.decode_launch import DecodeOptions, decode_launches, launch_decode
-from flashlib.kernels.launch import Launch
-from flashlib.kernels.tiles import TileConfig
+from flashlib.launch import counters
+from flashlib.launch import decode as decode_launch
+from flashlib.launch.decode import DecodeOptions, decode_launches, launch_decode
+from flashlib.launch.start import Launch
+from flashlib.launch.tiles import TileConfig
+from flashlib.measure.counting.kernel_watch import KernelWatch, faults_raised
 from flashlib.partial import Partial, fold
 from flashlib.reference import check
 
@@ -246,8 +247,8 @@ def main() -> None:
         check_combine(seeds.start)
         check_the_operator()
         check_the_grid()
-    counters = decode_launch.arrivals(1, torch.device("cpu"))
-    assert not counters.any(), "a launch left its arrival counters behind"
+    left = counters.arrivals(1, torch.device("cpu"))
+    assert not left.any(), "a launch left its arrival counters behind"
     print(f"{len(seeds)} problems within the budget")
 
 

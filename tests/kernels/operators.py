@@ -7,8 +7,8 @@ import torch
 import triton  # noqa: F401  (KernelWatch asks whether it interprets)
 
 from flashlib import attention, masks
-from flashlib.course.kernel_watch import KernelWatch, faults_raised
-from flashlib.operators import attention_backward, attention_forward
+from flashlib.launch.operators import attention_backward, attention_forward
+from flashlib.measure.counting.kernel_watch import KernelWatch, faults_raised
 from flashlib.spec import AttentionSpec
 
 torch.manual_seed(torch.seed())

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from problems import random_mask
 from seeds import seeds_asked_for
 
-from flashlib.kernels import hopper_launch
-from flashlib.kernels.launch import KernelOptions
-from flashlib.kernels.tiles import HopperTiles
+from flashlib.launch import hopper as hopper_launch
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.tiles import HopperTiles
 from flashlib.masks import Tile
 from flashlib.spec import AttentionSpec
 

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from decode_problems import random_decode_problem
 from problems import random_problem
 
-from flashlib.kernels.launch import KernelOptions
 from flashlib.launch.cpu.library import VARIANTS, Library
 from flashlib.launch.cpu.operators import run_backward, run_decode, run_forward
+from flashlib.launch.options import KernelOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1")

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from flashlib.kernels.launch import interpreting
+from flashlib.launch.start import interpreting
 
 
 def seeds_asked_for(program: str) -> range:

@@ -10,11 +10,12 @@ import torch
 
 from flashlib import AttentionSpec
 from flashlib.config import TritonConfig
-from flashlib.kernels import autotune, launch, tiles
-from flashlib.kernels.autotune import CANDIDATES, Device, Problem, fits, registers, search, searches, shared_memory
-from flashlib.kernels.inspect import ARCHITECTURES, inspect
-from flashlib.kernels.launch import KernelOptions, backward_launches, forward_launch
-from flashlib.kernels.tiles import TileConfig
+from flashlib.launch import autotune, plain, tiles
+from flashlib.launch.autotune import CANDIDATES, Device, Problem, fits, registers, search, searches, shared_memory
+from flashlib.launch.inspect import ARCHITECTURES, inspect
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import backward_launches, forward_launch
+from flashlib.launch.tiles import TileConfig
 
 H200 = Device("NVIDIA H200", (9, 0), ARCHITECTURES["sm_90"])
 CONSUMER = Device("NVIDIA GeForce RTX 3090", (8, 6), ARCHITECTURES["sm_86"])
@@ -195,12 +196,10 @@ def test_when_a_search_takes_place(monkeypatch):
 def test_the_launches_take_what_was_found(tmp_path, monkeypatch):
     """From the setting to the launch, for all three kernels; the GPU and the clock are made up."""
     monkeypatch.setenv("FLASHLIB_CACHE", str(tmp_path))
-    monkeypatch.setattr(launch, "searches", lambda mode, device: mode == "always")
+    monkeypatch.setattr(plain, "searches", lambda mode, device: mode == "always")
     monkeypatch.setattr(Device, "of", classmethod(lambda cls, device: H200))
     wanted = {"attention_forward": TileConfig(64, 32, 4, 2), "backward_dkdv": TileConfig(16, 64, 8, 2), "backward_dq": TileConfig(64, 32, 4, 1)}  # fmt: skip
-    monkeypatch.setattr(
-        launch, "time_launches", lambda launches: float(launches[-1].tiles != wanted[launches[-1].name])
-    )
+    monkeypatch.setattr(plain, "time_launches", lambda launches: float(launches[-1].tiles != wanted[launches[-1].name]))
     (q, k, v), options = inputs(causal=True)
     tuned = dataclasses.replace(options, autotune="always")
     forward, out, lse = forward_launch(q, k, v, tuned)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from kernels.descriptors import lost_descriptors
 
-from flashlib.kernels.inspect import ARCHITECTURES, KernelReport, inspect
-from flashlib.kernels.launch import checked_channels
-from flashlib.kernels.tiles import EXCEPTIONS, HOPPER, TABLE
+from flashlib.launch.inspect import ARCHITECTURES, KernelReport, inspect
+from flashlib.launch.options import checked_channels
+from flashlib.launch.tiles import EXCEPTIONS, HOPPER, TABLE
 
 WINDOW, CAUSAL = {"window": (256, 0)}, {"causal": True}
 SOFTCAP, ALIBI, INTERVALS = {"softcap": 30.0}, {"alibi": True}, {"intervals": True}

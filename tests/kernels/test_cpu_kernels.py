@@ -16,12 +16,12 @@ from flashlib import BackendUnavailableError, attention, masks
 from flashlib.backends import BACKENDS
 from flashlib.config import FlashAttentionConfig
 from flashlib.inference.decode import decode_attention
-from flashlib.kernels.launch import KernelOptions
 from flashlib.launch.cpu import operators
 from flashlib.launch.cpu.build import BuildError
 from flashlib.launch.cpu.library import VARIANTS, Library, load
 from flashlib.launch.cpu.operators import run_backward, run_forward
-from flashlib.operators import attention_backward, attention_forward
+from flashlib.launch.operators import attention_backward, attention_forward
+from flashlib.launch.options import KernelOptions
 from flashlib.reference import assert_within_budget, check, check_gradients
 from flashlib.spec import AttentionSpec
 

@@ -4,12 +4,13 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from flashlib.kernels.decode_launch import (
+from flashlib.launch.decode import (
     DecodeOptions,
     PackedSplits,
     combine_launch,
@@ -17,7 +18,7 @@ from flashlib.kernels.decode_launch import (
     decode_launches,
     decode_tiles,
 )
-from flashlib.kernels.inspect import ARCHITECTURES, compile_launch
+from flashlib.launch.inspect import ARCHITECTURES, compile_launch
 
 PROGRAM = Path(__file__).parent / "interpreted_decode.py"
 
@@ -35,7 +36,7 @@ def test_random_decoding_in_the_interpreter():
     assert answer.stdout == "12 problems within the budget\n"
 
 
-def launch(capability=9, head_dim=128, q_len=1, page_size=0, dtype=torch.bfloat16, left=None, softcap=0.0):
+def launch(capability=9, head_dim=128, q_len=1, page_size=0, dtype=torch.bfloat16, left=None, softcap=0.0, **splits):
     """A decoding step of 16 requests of 8k tokens, on tensors that have shapes only."""
 
     def tensor(*shape, dtype=dtype):
@@ -47,7 +48,7 @@ def launch(capability=9, head_dim=128, q_len=1, page_size=0, dtype=torch.bfloat1
     if page_size:
         pages = capacity // page_size
         cache, table = tensor(batch * pages, 8, page_size, head_dim), tensor(batch, pages, dtype=torch.int32)
-    options = DecodeOptions(tensor(batch, dtype=torch.int32), table, left, 0, head_dim**-0.5, softcap, num_splits=4)
+    options = DecodeOptions(tensor(batch, dtype=torch.int32), table, left, 0, head_dim**-0.5, softcap, 4, **splits)
     tiles = decode_tiles(4 * q_len, dtype, head_dim, capability)
     return decode_launches(tensor(batch, 32, q_len, head_dim), cache, cache, options, tiles=tiles)[0][0]
 
@@ -96,15 +97,16 @@ def test_fp32_is_not_decoded_on_tensor_cores():
     assert report.spills == 0 and not report.tensor_core_instructions
 
 
-def test_combine_fits():
+def combined():
+    """Splits of a step, merged by a kernel of its own."""
     partial_out, partial_lse = torch.empty(8, 2, 32, 1, 128, device="meta"), torch.empty(8, 2, 32, 1, device="meta")
     out = torch.empty(2, 32, 1, 128, dtype=torch.bfloat16, device="meta")
-    report = compile_launch(combine_launch(partial_out, partial_lse, out, partial_lse[0]), "sm_90")
-    assert report.spills == 0
+    return combine_launch(partial_out, partial_lse, out, partial_lse[0])
 
 
-@pytest.mark.parametrize("head_dim", [64, 256])
-def test_combine_of_packed_rows_fits(head_dim):
+def combined_packed(head_dim):
+    """Those of a shared prefix, and those of what follows it."""
+
     def splits(count, request, head):
         out = torch.empty(count, 2048, head_dim, dtype=torch.bfloat16, device="meta")
         return PackedSplits(out, torch.empty(count, 2048, device="meta"), request, head)
@@ -113,5 +115,12 @@ def test_combine_of_packed_rows_fits(head_dim):
         torch.empty(64, 32, 1, head_dim, dtype=torch.bfloat16, device="meta"),
         torch.empty(64, 32, 1, device="meta"),
     )
-    launch = combine_packed_launch(splits(8, 4, 256), splits(1, 32, 4), out, lse, kv_heads=8)
-    assert compile_launch(launch, "sm_90").spills == 0
+    return combine_packed_launch(splits(8, 4, 256), splits(1, 32, 4), out, lse, kv_heads=8)
+
+
+MERGES = {"combine": combined} | {f"combine packed, head_dim {d}": partial(combined_packed, d) for d in (64, 256)}
+
+
+@pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
+def test_merging_spills_nothing(merge):
+    assert compile_launch(merge(), "sm_90").spills == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernels.descriptors import Form, lost_descriptors
 
-from flashlib.kernels.inspect import inspect
+from flashlib.launch.inspect import inspect
 
 WINDOW = ["UMOV UR4, 0x400", "S2UR UR5, SR_CgaCtaId", "ULEA UR4, UR5, UR4, 0x18"]
 SHIFT = "USHF.R.U32.HI UR6, URZ, 0x4, UR4"

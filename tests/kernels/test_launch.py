@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from flashlib.kernels.hopper_launch import HOPPER_CACHE, heads_together
-from flashlib.kernels.launch import Launch
+from flashlib.launch.hopper import HOPPER_CACHE, heads_together
+from flashlib.launch.start import Launch
 
 
 class Recorder:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from flashlib import AttentionSpec, masks
-from flashlib.kernels.launch import KernelOptions, backward_launches, forward_launch
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import backward_launches, forward_launch
 
 B, H, S, D = 2, 4, 50, 64
 VARLEN = masks.Varlen([0, 20, 50])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashlib.measure.cases import PRESETS, Case, parse_grid, short_labels
+from flashlib.measure.racing.cases import PRESETS, Case, parse_grid, short_labels
 
 
 def test_a_grid_is_every_combination_of_its_values():

@@ -8,11 +8,19 @@ from typer.testing import CliRunner
 
 from flashlib.inference.decode import decode_attention
 from flashlib.measure import load_record, sources_hash
-from flashlib.measure.bench import decode_sources, kernel_sources, plan, race, run, summary
-from flashlib.measure.contender import draw_inputs
-from flashlib.measure.decoding import DECODE_PRESETS, Decode, DecodeCase, SharedPrefixPeer, decode_cases, decode_peers
-from flashlib.measure.peers import Peer
-from flashlib.measure.record import PACKAGE
+from flashlib.measure.racing.bench import plan, race, run, summary
+from flashlib.measure.racing.contender import draw_inputs
+from flashlib.measure.racing.decoding import (
+    DECODE_PRESETS,
+    Decode,
+    DecodeCase,
+    SharedPrefixPeer,
+    decode_cases,
+    decode_peers,
+)
+from flashlib.measure.racing.peers import Peer
+from flashlib.measure.records.record import PACKAGE
+from flashlib.measure.records.sources import decode_sources, kernel_sources
 
 CPU = torch.device("cpu")
 
@@ -68,11 +76,11 @@ def test_keys_are_counted_once_however_often_they_are_held():
 
 
 def test_sources_of_attention_and_of_decoding_are_all_that_there_are():
-    kernels = {f"kernels/{path.name}" for path in (PACKAGE / "kernels").glob("*.py")} - {
-        "kernels/__init__.py",
-        "kernels/inspect.py",
+    rooms = {f"{room}/{path.name}" for room in ("kernels", "launch") for path in (PACKAGE / room).glob("*.py")}
+    assert rooms - {"kernels/__init__.py", "launch/__init__.py", "launch/inspect.py"} <= {
+        *kernel_sources(),
+        *decode_sources(),
     }
-    assert kernels <= {*kernel_sources(), *decode_sources()}
     assert not [name for name in kernel_sources() if "decode" in name]
     assert len(sources_hash(decode_sources())) == 64
 

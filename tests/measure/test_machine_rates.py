@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from flashlib.course import TrafficMeter
-from flashlib.measure import machine
-from flashlib.measure.machine import cpu_memory, matmul_flops_per_s, stream_bytes_per_s
-from flashlib.measure.timing import Timing
+from flashlib.measure import TrafficMeter
+from flashlib.measure.racing import machine
+from flashlib.measure.racing.machine import cpu_memory, matmul_flops_per_s, stream_bytes_per_s
+from flashlib.measure.racing.timing import Timing
 
 
 @pytest.fixture

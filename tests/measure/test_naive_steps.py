@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashlib.measure import naive_steps
-from flashlib.measure.steps import FUSED
+from flashlib.measure.racing.steps import FUSED
 from flashlib.reference import assert_within_budget
 
 

@@ -13,11 +13,13 @@ import torch
 from typer.testing import CliRunner
 
 from flashlib.measure import load_record
-from flashlib.measure.bench import Plan, cpu_sources, plan, race, run, summary, told
-from flashlib.measure.cases import Case
-from flashlib.measure.contender import SampledRows, Witness, draw_inputs, inputs_for
-from flashlib.measure.peers import Naive, Peer, PeerUnavailableError, find_peers, naive, tutorial_attention
-from flashlib.measure.timing import time_in_turns
+from flashlib.measure.racing.bench import plan, race, run, summary, told
+from flashlib.measure.racing.cases import Case
+from flashlib.measure.racing.contender import SampledRows, Witness, draw_inputs, inputs_for
+from flashlib.measure.racing.peers import Naive, Peer, PeerUnavailableError, find_peers, naive, tutorial_attention
+from flashlib.measure.racing.plan import Plan
+from flashlib.measure.racing.timing import time_in_turns
+from flashlib.measure.records.sources import cpu_sources
 
 
 def a_case(mask="causal", direction="forward", **sizes) -> Case:
@@ -195,7 +197,7 @@ def test_a_limit_leaves_cases_out_and_says_so(tmp_path):
 
 def test_memory_of_each_peer_as_lengths_grow(tmp_path):
     todo = plan("memory", peers=["naive", "tiled"], device="cpu")
-    todo = Plan("memory", todo.cases[1:4], [*todo.peers, Absent()], "cpu", memory=True)
+    todo = Plan("memory", todo.cases[1:4], [*todo.peers, Absent()], "cpu", measures="memory")
     rows = run(todo, tmp_path).rows
     peak = {(row["peer"], row["length"]): row["peak_bytes"] for row in rows}
     lengths = sorted({row["length"] for row in rows})
@@ -235,7 +237,7 @@ def test_the_module_runs_without_the_command_line_tool(tmp_path):
     program = (
         "import sys\n"
         "for name in ('typer', 'rich', 'matplotlib', 'IPython', 'psutil', 'platformdirs'): sys.modules[name] = None\n"
-        "from flashlib.measure import bench\n"
+        "from flashlib.measure.racing import bench\n"
         "bench.main()\n"
     )
     arguments = [

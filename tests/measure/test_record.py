@@ -6,8 +6,8 @@ import json
 import pytest
 
 from flashlib.measure import load_record, save_record, sources_hash
-from flashlib.measure.bench import cpu_sources
-from flashlib.measure.record import BENCHMARKS, PACKAGE, _code_alone, _cpp_alone, new_record
+from flashlib.measure.records.record import BENCHMARKS, PACKAGE, _code_alone, _cpp_alone, new_record
+from flashlib.measure.records.sources import cpu_sources
 
 
 def test_a_record_survives_the_disk(tmp_path):

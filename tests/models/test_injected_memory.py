@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, T5Config, T5EncoderModel
 
 from flashlib.config import InjectionConfig
-from flashlib.course.memory_stories import HARBOR, ORCHARD, log_probabilities
+from flashlib.course.chapters.memory_stories import HARBOR, ORCHARD, log_probabilities
 from flashlib.course.models import sample_text
 from flashlib.inference.injection import KVInjector, Memory
 from flashlib.interop.transformers import FlashlibCache, set_attention

@@ -6,7 +6,7 @@ import pytest
 
 from flashlib.config import InjectionConfig
 from flashlib.course import widgets
-from flashlib.course.memory_stories import HARBOR, Story, log_probabilities
+from flashlib.course.chapters.memory_stories import HARBOR, Story, log_probabilities
 from flashlib.inference.injection import KVInjector
 from flashlib.interop.transformers_memory import encode_memory, with_memory
 

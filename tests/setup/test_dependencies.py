@@ -1,6 +1,7 @@
 """One set of dependencies: pyproject.toml says which, constraints.txt at which version, environment.yml follows both."""
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -126,6 +127,27 @@ def test_conda_environment_agrees_with_pyproject() -> None:
     assert "dev" in project.get_all("Provides-Extra")
 
 
+def test_readme_says_which_versions_are_supported() -> None:
+    """The table of README, held against pyproject.toml and the pins."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (Python|PyTorch|Triton) \| (.+) \|$", text, re.MULTILINE))
+    asked = {requirement.name: requirement.specifier for requirement in map(Requirement, metadata.requires("flashlib"))}
+    pins = {pin.name: _version(pin) for pin in _pins() if pin.name in ("torch", "triton")}
+    first, last = re.match(r"(3\.\d+) to (3\.\d+) ", rows["Python"]).groups()
+    supported = SpecifierSet(metadata.metadata("flashlib")["Requires-Python"])
+    minors = [minor for minor in range(6, 30) if supported.contains(f"3.{minor}.0")]
+    assert (first, last) == (f"3.{minors[0]}", f"3.{minors[-1]}")
+    for row, package in (("PyTorch", "torch"), ("Triton", "triton")):
+        assert str(asked[package]) == f">={rows[row].split()[0]}" and pins[package] in rows[row]
+
+
+def test_the_version_is_the_package_s_own() -> None:
+    import flashlib
+
+    assert flashlib.__version__ == metadata.version("flashlib")
+    assert f", {flashlib.__version__}\n" in (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 def _conda_requirement(entry: str) -> tuple[str, SpecifierSet]:
     requirement = Requirement(entry)
     return requirement.name, requirement.specifier
@@ -143,7 +165,9 @@ def _imported(folder: Path) -> Iterator[tuple[str, Path]]:
 
 @pytest.mark.parametrize(("folder", "extra"), [("flashlib", "course"), ("tests", "dev")])
 def test_every_import_is_a_declared_dependency(folder: str, extra: str) -> None:
-    declared = {canonicalize_name(want.name) for want in _wanted("flashlib", frozenset({"models", "course", extra}))}
+    declared = {
+        canonicalize_name(want.name) for want in _wanted("flashlib", frozenset({"cli", "models", "course", extra}))
+    }
     files = [path for path in (REPOSITORY / "tests").rglob("*.py") if not path.stem.startswith("test_")]
     helpers = {path.stem for path in files} | {path.parent.name for path in files}
     own = {"flashlib"} | OPTIONAL_IMPORTS | (helpers if folder == "tests" else set())

@@ -76,5 +76,5 @@ def test_processor_features_are_those_that_pytorch_sees(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         torch.cpu, "get_capabilities", lambda: {"cpu_name": "Test CPU", "neon": True, "sve": False, "i8mm": True}
     )
-    report = doctor.examine()
+    report = doctor.examine(None)
     assert report.cpu == "Test CPU" and report.cpu_features == ("neon", "i8mm")

@@ -33,7 +33,7 @@ def test_make_targets_exist(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_flashlib_commands_and_their_options_exist(document: str) -> None:
     commands = typer.main.get_command(app).commands
-    for name, rest in re.findall(r"^(?:\.venv/bin/)?flashlib ([a-z]+)(.*)$", _code(document), re.MULTILINE):
+    for name, rest in re.findall(r"^(?:\.venv/bin/)?flashlib ([a-z-]+)(.*)$", _code(document), re.MULTILINE):
         options = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z]+", rest)) <= options, f"flashlib {name}{rest}"
 

@@ -21,7 +21,7 @@ def test_every_make_target_is_explained_by_make_help() -> None:
 def test_make_test_runs_every_step_and_fails_if_one_does(tmp_path: Path, broken: str | None) -> None:
     """With stand-ins for the programs of .venv, which note down that they ran."""
     note = 'step=lint; case "$*" in *--nbval*) step=nbcheck;; *pytest*) step=unit;; esac\necho "ran $step"\n'
-    for program in ("python", "ruff"):
+    for program in ("python", "ruff", "lint-imports", "mypy"):
         _script(tmp_path / program, f'{note}[ "$step" != "{broken}" ]')
     _script(tmp_path / "flashlib", 'echo "ran flashlib $*"')
     (tmp_path / "stamp").touch()

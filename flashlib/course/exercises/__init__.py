@@ -72,7 +72,7 @@ An exercise `ex42` is three things that you write:
    A Triton exercise says `preload=("triton",)` and `environment={"TRITON_INTERPRET": "1"}`. `t.compile(name, *args)` makes the
    same call where launches are compiled for sm_80 and sm_90 instead: what no GPU runs is `compile-error`, and the answer says how
    each kernel multiplies tiles (`("ieee", "f32")`). Kernels in the interpreter are watched
-   (`flashlib/course/kernel_watch.py`): an address outside of the tensors passed is `out-of-bounds-load` or
+   (`flashlib/measure/counting/kernel_watch.py`): an address outside of the tensors passed is `out-of-bounds-load` or
    `out-of-bounds-store`, programs that meet in one are `race`, each at the student's line, and `t.ask(..., meter={"k": k}).meter`
    counts their bytes among `bytes_read` and `bytes_written`, with `launches`, `programs` and `largest_block` (in elements).
    "Outside" means outside of a tensor's allocation: what a view leaves out of its storage, `in_poison` makes NaN. What the

@@ -13,8 +13,8 @@ from torch import Tensor
 from flashlib import reference
 from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target, budget_of
+from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.inputs import transposed_in_poison
-from flashlib.course.grader.report import Failure
 from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.trial import Remote, Trial, contrast, recognize
 

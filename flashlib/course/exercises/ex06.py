@@ -13,7 +13,7 @@ from torch import Tensor
 from flashlib.course.exercises.compiled import expect_compiled
 from flashlib.course.exercises.ex01 import row_max, softmax64, softmax_naive, softmax_terms, softmax_with
 from flashlib.course.grader.exercise import SOFTMAX, Exercise, Misconception, Target, budget_of
-from flashlib.course.grader.report import Failure
+from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.trial import Trial
 
 exercise = Exercise(

@@ -24,8 +24,8 @@ from flashlib.course.exercises.pieces import (
     with_pivot,
 )
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
+from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
-from flashlib.course.grader.report import Failure
 from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.trial import Trial
 from flashlib.masks import KeyLengths

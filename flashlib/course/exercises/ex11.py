@@ -14,7 +14,7 @@ from flashlib import reference
 from flashlib.course.exercises.formula import Dense, formula_mistakes
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
-from flashlib.course.grader.report import Failure
+from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.trial import Trial, contrast, show
 

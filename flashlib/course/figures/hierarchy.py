@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from flashlib.course.display import Figure, format_bytes, format_number
 from flashlib.course.figures import style
-from flashlib.measure.machine import MemoryLevel
-from flashlib.measure.record import Record
+from flashlib.measure.racing.machine import MemoryLevel
+from flashlib.measure.records.record import Record
 
 _SMS, _BOOST_HZ = 132, 1.98e9  # an SM, streaming multiprocessor, is a core of the GPU; H100 and H200, SXM boards
 _BANKED_BYTES = 128  # shared memory gives 4 bytes from each of 32 banks per clock

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from flashlib.course.chapters.io_model import fit_exponent
 from flashlib.course.display import Figure, format_bytes
 from flashlib.course.figures import style
 from flashlib.course.figures.charts import byte_axis, power_axis
-from flashlib.course.io_model import fit_exponent
 
 _MARKERS = "osD^vP"
 

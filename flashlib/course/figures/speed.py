@@ -8,14 +8,15 @@ from pathlib import Path
 from flashlib.course.display import Figure, format_number
 from flashlib.course.figures import style
 from flashlib.course.figures.charts import byte_axis, power_axis
-from flashlib.measure.cases import Case, short_labels
-from flashlib.measure.record import Record
+from flashlib.measure.racing.cases import Case, short_labels
+from flashlib.measure.records.record import Record
 
-__all__ = ["memory_by_length", "ratio_to_best", "roofline", "save_figures", "speed_by_length"]
+__all__ = ["memory_by_length", "protocol_by_length", "ratio_to_best", "roofline", "save_figures", "speed_by_length"]
 
 # One color for each implementation in all figures. What makes the N x N matrix is gray; a dashed line is a twin.
 _LINES = {
     "triton": (style.O, "o", "-"),
+    "cpu": (style.O, "o", "-"),
     "torch_sdpa_cudnn": (style.Q, "s", "-"),
     "flex_attention": (style.V, "D", "-"),
     "torch_sdpa_flash": (style.K, "^", "-"),
@@ -50,6 +51,44 @@ def memory_by_length(record: Record) -> Figure:
         ValueError: the record holds no memory.
     """
     return _by_length(record, "peak_bytes", float, "peak memory", "Memory of forward and backward")
+
+
+def protocol_by_length(record: Record) -> Figure:
+    """Latency, tokens per second and peak memory over the length of the prompt: a row for each, a column for each batch, all logarithmic.
+
+    Raises:
+        ValueError: nothing in the record was timed.
+    """
+    rows = _measured(record, "ms")
+    batches = sorted({row["batch"] for row in rows})
+    columns = {"ms": "latency, P50 (ms)", "tokens_per_s": "tokens per second", "peak_bytes": "peak memory"}
+    with style.canvas(height=7.2) as fig:
+        axes = fig.subplots(len(columns), len(batches), squeeze=False, sharex=True, sharey="row")
+        drawn: dict[str, object] = {}
+        for down, (column, label) in zip(axes, columns.items(), strict=True):
+            for ax, batch in zip(down, batches, strict=True):
+                inside = [row for row in rows if row["batch"] == batch and row[column]]
+                for peer in _order(inside):
+                    points = sorted((row["length"], row[column]) for row in inside if row["peer"] == peer)
+                    drawn[peer] = _draw(ax, peer, points)
+                ax.set_yscale("log", base=2 if column == "peak_bytes" else 10)
+                power_axis(ax, sorted({row["length"] for row in rows}))
+                ax.grid(True)
+                if column == "ms":
+                    ax.set_title(f"batch of {batch}", fontsize=10)
+            down[0].set_ylabel(label)
+            if column == "peak_bytes":
+                byte_axis(down[0].yaxis, log=True)
+        peers = _order(rows)
+        fig.legend([drawn[peer] for peer in peers], peers, loc="outside lower center", ncols=4)
+        fig.suptitle("Short, middle and long prompts", x=0.01, ha="left", fontweight="bold", fontsize=11)
+        _source(fig, record)
+        told = "; ".join(
+            f"batch of {batch}: {min((row for row in rows if row['batch'] == batch and row['length'] == longest), key=lambda row: row['ms'])['peer']} is fastest at {longest:,} tokens"
+            for batch in batches
+            for longest in [max(row["length"] for row in rows if row["batch"] == batch)]
+        )
+        return Figure(fig, alt=f"Latency, tokens per second and peak memory by prompt length. {told}. {record.label}.")
 
 
 def _by_length(record: Record, column: str, value: Callable[[float], float], ylabel: str, title: str) -> Figure:
@@ -183,6 +222,8 @@ def save_figures(record: Record, folder: Path) -> list[Path]:
     """Draw what the record holds, as ``<folder>/<topic>_<figure>.png``; the paths."""
     if any("cache" in row for row in record.rows):
         drawn = {}  # of decoding; a table tells it
+    elif any("tokens_per_s" in row for row in record.rows):
+        drawn = {"by_length": protocol_by_length(record)}
     elif any(row.get("peak_bytes") for row in record.rows):
         drawn = {"memory": memory_by_length(record)}
     elif any(row.get("tflops") for row in record.rows):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from flashlib.course.chapters.split_decoding import SPLIT_COST, Program, schedule
 from flashlib.course.display import Figure
 from flashlib.course.figures import style
-from flashlib.course.split_decoding import SPLIT_COST, Program, schedule
 
 _PAIRS = (style.K, style.V, style.Q, style.S, style.O, style.LSE)
 
@@ -16,7 +16,7 @@ _PAIRS = (style.K, style.V, style.Q, style.S, style.O, style.LSE)
 def split_schedule(
     tiles: Sequence[int], num_splits: int, sm_count: int, *, split_cost: int = SPLIT_COST, until: int | None = None
 ) -> Figure:
-    """Multiprocessors over time: which split each of them reads, and when it is idle. See `flashlib.course.split_decoding.schedule`.
+    """Multiprocessors over time: which split each of them reads, and when it is idle. See `flashlib.course.chapters.split_decoding.schedule`.
 
     Args:
         tiles: tiles of keys of each pair of a request and a KV head. A pair has one color.

@@ -5,7 +5,7 @@
 
 from importlib import import_module
 
-_HOME = {"Finding": "report", "Report": "report", "Result": "report", "check": "front_door"}
+_HOME = {"Finding": "findings", "Report": "report", "Result": "findings", "check": "front_door"}
 
 __all__ = sorted(_HOME)
 

@@ -105,7 +105,7 @@ def _problems(entry: dict[str, Any], fields: dict[str, Any], where: str) -> list
 def grade_folder(submission: Path, names: Sequence[str], *, hints: int = 1) -> dict[str, Any]:
     """The results.json of one student, whose files lie in a folder: in folders and archives in it, too, or as one file."""
     from flashlib.course.grader.classroom import grade_class
-    from flashlib.course.grader.render import as_gradescope
+    from flashlib.course.grader.report import as_gradescope
     from flashlib.course.grader.submissions import read_student
 
     exercises = [load_exercise(name) for name in names]

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from flashlib.course.grader.exercise import Exercise, Property
-from flashlib.course.grader.report import Failure, Finding, Report, Result
+from flashlib.course.grader.findings import Failure, Finding, Result
+from flashlib.course.grader.report import Report
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import Protections
 from flashlib.course.grader.sandbox.session import REPOSITORY, Child, Sandbox, SandboxError, StudentError

@@ -7,15 +7,12 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from flashlib.course.grader.sandbox.session import Limits
 from flashlib.reference import largest_error, one_rounding
-
-if TYPE_CHECKING:
-    from flashlib.course.grader.trial import Trial
 
 # Names of ATen operators, each standing for all of its overloads, and of functions that PyTorch has in Python for the same. That
 # no operator and no function is left which computes the same is what tests/grader/test_bans.py finds out, by calling all of them.
@@ -72,6 +69,12 @@ FORBIDDEN_SAYS = {
     "compile-called": "You used torch.compile. It needs a compiler, and processes of its own, which are not there while you are "
     "graded. Take it off: what is compiled is the same code.",
 }
+
+
+# A function of one `flashlib.course.grader.trial.Trial`. That module stands on this one, so its name is not to be had here.
+Check = Callable[[Any], None]
+# Each exercise is a module in there. The grader finds them by name, as plugins, and imports none by itself: they stand on it.
+EXERCISES = "flashlib.course.exercises"
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +168,7 @@ class Property:
     title: str
     points: int
     hints: tuple[str, ...]
-    run: Callable[[Trial], None]
+    run: Check
 
 
 @dataclass
@@ -203,14 +206,14 @@ class Exercise:
     def points(self) -> int:
         return sum(prop.points for prop in self.properties)
 
-    def property(self, *, points: int, hints: Sequence[str] = ()) -> Callable[[Callable[[Trial], None]], Property]:
+    def property(self, *, points: int, hints: Sequence[str] = ()) -> Callable[[Check], Property]:
         """Decorate a function of one `Trial`: it becomes a property named after it; its docstring is the title.
 
         Raises:
             ValueError: no docstring, no points, or a name that is taken.
         """
 
-        def declare(function: Callable[[Trial], None]) -> Property:
+        def declare(function: Check) -> Property:
             title = inspect.getdoc(function)
             if not title:
                 raise ValueError(
@@ -229,9 +232,8 @@ class Exercise:
 
 def exercise_names() -> list[str]:
     """Names of all exercises, in order: `["ex01", ...]`."""
-    import flashlib.course.exercises as package
-
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name.startswith("ex"))
+    folder = importlib.import_module(EXERCISES).__path__
+    return sorted(module.name for module in pkgutil.iter_modules(folder) if module.name.startswith("ex"))
 
 
 def load_exercise(name: str) -> Exercise:
@@ -242,4 +244,4 @@ def load_exercise(name: str) -> Exercise:
     """
     if name not in exercise_names():
         raise ValueError(f"there is no exercise {name!r}; there are {', '.join(exercise_names())}")
-    return importlib.import_module(f"flashlib.course.exercises.{name}").exercise
+    return importlib.import_module(f"{EXERCISES}.{name}").exercise

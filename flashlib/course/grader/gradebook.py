@@ -14,8 +14,7 @@ from flashlib.course.grader.classroom import Graded
 from flashlib.course.grader.engine import GRADER_ERROR, UNUSABLE
 from flashlib.course.grader.exercise import Exercise
 from flashlib.course.grader.policy import Mark, Policy
-from flashlib.course.grader.render import as_gradescope, as_page, template
-from flashlib.course.grader.report import Report
+from flashlib.course.grader.report import Report, as_gradescope, as_page, template
 from flashlib.course.grader.sandbox.session import REPOSITORY
 from flashlib.course.grader.scan import suspicious
 from flashlib.course.grader.similarity import alike

@@ -17,7 +17,8 @@ from typing import Any
 
 from flashlib.course.grader.engine import Submission
 from flashlib.course.grader.exercise import Exercise
-from flashlib.course.grader.report import Finding, Report, Result
+from flashlib.course.grader.findings import Finding, Result
+from flashlib.course.grader.report import Report
 from flashlib.course.grader.sandbox.confine import Protections
 from flashlib.course.grader.sandbox.session import PACKAGE
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flashlib.course.grader.engine import SOURCE_LIMIT, Submission
 from flashlib.course.grader.exercise import Exercise
-from flashlib.course.grader.report import Finding
+from flashlib.course.grader.findings import Finding
 from flashlib.course.grader.roster import Roster
 from flashlib.course.grader.text import shown_path
 

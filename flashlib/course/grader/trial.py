@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashlib.course.grader.exercise import FORBIDDEN_SAYS, Misconception, Target, as_tuple
-from flashlib.course.grader.report import Failure, Finding
+from flashlib.course.grader.findings import Failure, Finding
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.sandbox.session import Child, Reply, StudentError

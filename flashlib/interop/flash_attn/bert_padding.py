@@ -126,7 +126,7 @@ def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, T
 def _packed(hidden_states: Tensor, kept: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     indices = kept.flatten().nonzero().flatten()
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = (
+    longest = int(
         F.pad(lengths, (0, 1)).max().item()
     )  # how many tokens are kept, the host must know in any case, to make room
     return hidden_states.flatten(0, 1).index_select(0, indices), indices, cu_seqlens, longest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def flash_attn_func(
         TypeError, ValueError: bad arguments; the message names the argument, what came and what was expected.
         flashlib.BackendUnavailableError: as :func:`flashlib.attention`.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     q, k, v = autocast_inputs(q, k, v)
@@ -103,12 +104,13 @@ def flash_attn_qkvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_func`.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     (qkv,) = autocast_inputs(qkv)
     check_tensors(qkv=(qkv, "batch seqlen 3 nheads headdim"))
-    return _padded(*qkv.unbind(2), options)
+    q, k, v = qkv.unbind(2)
+    return _padded(q, k, v, options)
 
 
 def flash_attn_kvpacked_func(
@@ -127,12 +129,13 @@ def flash_attn_kvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_func`.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     q, kv = autocast_inputs(q, kv)
     check_tensors(q=(q, "batch seqlen_q nheads headdim"), kv=(kv, "batch seqlen_k 2 nheads_k headdim"))
-    return _padded(q, *kv.unbind(2), options)
+    k, v = kv.unbind(2)
+    return _padded(q, k, v, options)
 
 
 def flash_attn_varlen_func(
@@ -179,7 +182,7 @@ def flash_attn_varlen_func(
         softmax_lse ``[nheads, total_q]``; S_dmask ``[0]``, or with dropout ``[batch, nheads, max_seqlen_q, max_seqlen_k]``, with zeros behind
         the end of a sequence.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     q, k, v = autocast_inputs(q, k, v)
@@ -210,12 +213,13 @@ def flash_attn_varlen_qkvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_varlen_func`.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     (qkv,) = autocast_inputs(qkv)
     check_tensors(qkv=(qkv, "total 3 nheads headdim"))
-    return _packed(*qkv.unbind(1), _Sequences.checked(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), options)
+    q, k, v = qkv.unbind(1)
+    return _packed(q, k, v, _Sequences.checked(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), options)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -238,13 +242,14 @@ def flash_attn_varlen_kvpacked_func(
 
     The other arguments, the results and the errors are those of :func:`flash_attn_varlen_func`.
     """
-    options = Options(
+    options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     q, kv = autocast_inputs(q, kv)
     check_tensors(q=(q, "total_q nheads headdim"), kv=(kv, "total_k 2 nheads_k headdim"))
     sequences = _Sequences.checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _packed(q, *kv.unbind(1), sequences, options)
+    k, v = kv.unbind(1)
+    return _packed(q, k, v, sequences, options)
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Result:
@@ -267,8 +272,8 @@ class _Sequences:
             if not isinstance(cu_seqlens, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor [batch + 1]; got {type(cu_seqlens).__name__}")
         mask = Varlen(cu_seqlens_q, cu_seqlens_k)
-        longest_q = _longest("max_seqlen_q", max_seqlen_q, mask.cu_seqlens_q)
-        longest_k = _longest("max_seqlen_k", max_seqlen_k, mask.cu_seqlens_k)
+        longest_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+        longest_k = _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
         return cls(mask, longest_q, longest_k)
 
     def __len__(self) -> int:
@@ -276,7 +281,8 @@ class _Sequences:
 
     def ends(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Both cumulative lengths, int64 ``[N + 1]``."""
-        return self.mask.cu_seqlens_q.to(device), self.mask.cu_seqlens_k.to(device)
+        ends_q, ends_k = self.mask.ends
+        return ends_q.to(device), ends_k.to(device)
 
 
 def _longest(name: str, max_seqlen: int, ends: Tensor) -> int:
@@ -305,7 +311,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences, options: Opt
 def _packed_mask(sequences: _Sequences, q: Tensor, options: Options) -> Mask:
     if options.window_size == (None, None):
         return sequences.mask
-    return sequences.mask & Window(*options.window_size, sequences.mask.offset(len(q)))
+    return sequences.mask & Window(*options.window_size, sequences.mask)
 
 
 def _packed_slopes(slopes: Tensor | None, sequences: _Sequences, q: Tensor) -> Tensor | None:
@@ -327,7 +333,7 @@ def _paged(q: Tensor, pages: Pages, sequences: _Sequences, options: Options) -> 
     _check_pages(pages, sequences, q)
     with torch.no_grad():
         if _reads_pages_in_place(q, pages, sequences, options):
-            results = _decode(q, pages, sequences, options)
+            results: Any = _decode(q, pages, sequences, options)
         else:
             result = _packed(q, *_seen_tokens(q, pages, sequences, options), sequences, options)
             results = result if options.return_attn_probs else (result,)
@@ -338,7 +344,7 @@ def _paged(q: Tensor, pages: Pages, sequences: _Sequences, options: Options) -> 
 
 def _seen_tokens(q: Tensor, pages: Pages, sequences: _Sequences, options: Options) -> tuple[Tensor, Tensor]:
     """Keys and values packed; those that no query sees hold anything, since their pages need not be there."""
-    ends = sequences.mask.cu_seqlens_k
+    _, ends = sequences.mask.ends
     total = int(ends[-1]) if may_read(ends) else len(sequences) * min(sequences.longest_k, pages.capacity)
     intervals = _packed_mask(sequences, q, options).intervals(1, len(q), total, q.device)
     return pages.packed(ends, intervals.seen_keys()[0])
@@ -378,9 +384,14 @@ def _attend(
 ) -> Result:
     """``out [B, S, H, Dv]`` for ``[B, S, H, D]``; with ``return_attn_probs`` also ``lse [B, H, S]`` and S_dmask."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = {"mask": mask, "scale": options.softmax_scale, "softcap": options.softcap, "alibi_slopes": slopes}
+    scores: dict[str, Any] = {
+        "mask": mask,
+        "scale": options.softmax_scale,
+        "softcap": options.softcap,
+        "alibi_slopes": slopes,
+    }
     seed = draw_seed(q.device) if options.dropout_p else None
-    result = attention(
+    result: Any = attention(
         q,
         k,
         v,
@@ -404,8 +415,8 @@ def _signed_softmax(q: Tensor, k: Tensor, scores: dict, dropout_p: float, seed: 
         spec = AttentionSpec.from_tensors(q, k, k, dropout_p=dropout_p, dropout_seed=seed)
         q, k = (x.to(spec.accumulate_dtype) for x in (q, k))
         each_key_itself = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
-        softmax = naive_attention(q, k, each_key_itself, **scores)
-        keep = spec.keep_factors(slice(0, spec.q_len), slice(0, spec.kv_len))
+        softmax: Any = naive_attention(q, k, each_key_itself, **scores)
+        keep: Any = spec.keep_factors(slice(0, spec.q_len), slice(0, spec.kv_len))
         return torch.where(keep > 0, softmax, -softmax)
 
 
@@ -432,7 +443,7 @@ def _config(options: Options, tensors: tuple[Tensor, ...], *, packed: bool) -> F
 def _check_pages(pages: Pages, sequences: _Sequences, q: Tensor) -> None:
     """Whether the table has a row for each sequence, of as many pages as its keys take, and the queries are there."""
     check_indices("block_table", pages.table, len(sequences), q.device, "[batch, max_num_blocks_per_seq]", ndim=2)
-    ends_q, ends_k = sequences.mask.cu_seqlens_q, sequences.mask.cu_seqlens_k
+    ends_q, ends_k = sequences.mask.ends
     if not may_read(ends_q, ends_k):
         return
     longest = int(ends_k.diff().max()) if len(sequences) else 0

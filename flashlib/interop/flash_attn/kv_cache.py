@@ -7,6 +7,7 @@ Every cache is seen as :class:`Pages` here: a contiguous one has one page for ea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,11 +99,12 @@ def flash_attn_with_kvcache(
         before = _lengths_before(cache_seqlens, cache, new=k)
         leftpad = _leftpad(cache_leftpad, cache, before)
         if rotary_cos is not None or rotary_sin is not None:
-            _check_rotary(rotary_cos, rotary_sin, q, k, cache.capacity)
-            tables, turn = (rotary_cos, rotary_sin), {"interleaved": rotary_interleaved}
-            k = _turned(k, *tables, before[:, None] + torch.arange(k.shape[1], device=k.device), **turn)
+            cos, sin = _checked_rotary(rotary_cos, rotary_sin, q, k, cache.capacity)
+            rows = before[:, None] + torch.arange(k.shape[1], device=k.device)
+            k = _turned(k, cos, sin, rows, interleaved=rotary_interleaved)
             advance = 0 if options.window_size == (None, None) else 1
-            q = _turned(q, *tables, before[:, None] + advance * torch.arange(q.shape[1], device=q.device), **turn)
+            rows = before[:, None] + advance * torch.arange(q.shape[1], device=q.device)
+            q = _turned(q, cos, sin, rows, interleaved=rotary_interleaved)
         lengths = before
         if k is not None:
             # -1 is no length: what a request gives to whose cache nothing was written must not pass for a result.
@@ -248,7 +250,7 @@ class _KeysFrom(Mask):
         return self.start.to(device), torch.full_like(self.start, kv_len, device=device)
 
 
-def _as_the_cache(k_cache: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _as_the_cache(k_cache: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Under ``torch.autocast`` what is new comes in the dtype of the cache, in which it is kept. Attention casts both."""
     if not isinstance(k_cache, Tensor) or not autocast_active(k_cache.device.type):
         return tensors
@@ -259,7 +261,7 @@ def _check_layouts(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, *, paged: bool
 ) -> None:
     lead = "num_blocks page_block_size" if paged else "batch_cache seqlen_cache"
-    layouts = {
+    layouts: dict[str, Any] = {
         "q": (q, "batch seqlen_q nheads headdim"),
         "k_cache": (k_cache, f"{lead} nheads_k headdim"),
         "v_cache": (v_cache, f"{lead} nheads_k headdim_v"),
@@ -284,7 +286,8 @@ def _check_options(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options
         raise ValueError(f"num_splits must be an int of at least 0; got {num_splits!r}")
 
 
-def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, k: Tensor | None, capacity: int) -> None:
+def _checked_rotary(cos: Any, sin: Any, q: Tensor, k: Tensor | None, capacity: int) -> tuple[Tensor, Tensor]:
+    """Both tables, if they are what they must be."""
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
         if not isinstance(table, Tensor) or not table.is_floating_point():
             came = table.dtype if isinstance(table, Tensor) else type(table).__name__
@@ -300,6 +303,7 @@ def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, k: Tensor |
         raise ValueError("rotary_cos and rotary_sin turn new keys and the queries with them; they need k and v")
     if len(cos) < capacity:
         raise ValueError(f"rotary_cos must have a row for each of the cache's {capacity} positions; got {len(cos)}")
+    return cos, sin
 
 
 def _check_partials(out_partial: Tensor, lse_partial: Tensor) -> None:

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flashlib.inference.checks import no_such_page
 from flashlib.interop.flash_attn.arguments import Options
+from flashlib.launch.checks import no_such_page
 from flashlib.values import has_tangent, may_read
 
 __all__ = ["Pages", "check_indices", "check_range", "decode", "forward_only"]
@@ -73,7 +73,8 @@ class Pages:
     def read(self, page: Tensor, slot: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of keys and values ``[..., nheads_k, headdim]``: NaN and anything for tokens that are not there."""
         if not len(self.keys):
-            return tuple(x.new_full((*page.shape, *x.shape[2:]), float("nan")) for x in (self.keys, self.values))
+            keys, values = (x.new_full((*page.shape, *x.shape[2:]), float("nan")) for x in (self.keys, self.values))
+            return keys, values
         return self.keys[page, slot].masked_fill(~there[..., None, None], float("nan")), self.values[page, slot]
 
     def check(self, request: Tensor, position: Tensor, wrong: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from importlib.abc import Loader
@@ -85,7 +86,8 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         ours = MODULES[module.__name__]
         vars(module).update({name: getattr(ours, name) for name in ours.__all__})
-        module.__doc__, module.__version__ = f"flashlib, standing in for {module.__name__}.", VERSION
+        module.__doc__ = f"flashlib, standing in for {module.__name__}."
+        vars(module)["__version__"] = VERSION
 
 
 _METADATA = {
@@ -98,15 +100,18 @@ class _Distribution(Distribution):
     def read_text(self, filename: str) -> str | None:
         return _METADATA.get(str(filename))
 
-    def locate_file(self, path: str) -> Path:
+    def locate_file(self, path: str | os.PathLike[str]) -> Path:
         return Path(path)
+
+
+_EVERYTHING = DistributionFinder.Context()
 
 
 class _Finder(DistributionFinder):
     def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(name, _Loader(), is_package=name == "flash_attn") if name in MODULES else None
 
-    def find_distributions(self, context: DistributionFinder.Context) -> Iterator[Distribution]:
+    def find_distributions(self, context: DistributionFinder.Context = _EVERYTHING) -> Iterator[Distribution]:
         if context.name is None or context.name.lower().replace("_", "-") == "flash-attn":
             yield _Distribution()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from flashlib.launch.cpu.build import BuildError, built
+from flashlib.values import constant_when_traced
 
 __all__ = ["VARIANTS", "Library", "Problem", "Variant", "features", "library", "load", "why_missing"]
 
@@ -161,6 +162,7 @@ def library() -> Library:
     raise BuildError("needs an x86-64 processor with AVX2, FMA and F16C, under Linux or macOS")
 
 
+@constant_when_traced  # torch.compile cannot trace a compiler being started
 def why_missing() -> str | None:
     """Why nothing can run here, or None. Builds the library if it is not there: an answer before that would be a guess."""
     return _why_missing()
@@ -173,7 +175,3 @@ def _why_missing() -> str | None:
     except BuildError as error:
         return str(error)
     return None
-
-
-# As torch.compiler.assume_constant_result does it: torch.compile cannot trace a compiler being started.
-why_missing._dynamo_marked_constant = True

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashlib.kernels.launch import KernelOptions, batch_stride, empty_results
+from flashlib.launch.checks import check_decoding
 from flashlib.launch.cpu.library import Library, Problem, Strides, library
+from flashlib.launch.options import KernelOptions, batch_stride, empty_results
 
 __all__ = ["decode", "run_backward", "run_decode", "run_forward"]
 
@@ -30,11 +31,7 @@ decode = torch.ops.flashlib.cpu_decode
 
 
 def _decode(q, k, v, lengths, block_table, left, right, scale, softcap, split_size):
-    from flashlib.inference.decode import Problem as Decoding
-
-    Decoding(
-        q, k, v, lengths, block_table, left, right, scale, softcap, 0, split_size
-    ).check_values()  # what is read next lies there
+    check_decoding(q, k, lengths, block_table, left)  # what is read next lies there
     return run_decode(q, k, v, lengths, block_table, left, right, scale, softcap, split_size, library())
 
 
@@ -80,7 +77,7 @@ def run_decode(
         problem.page_count, problem.page_size = k.shape[0], k.shape[2]
         problem.kv_len = block_table.shape[1] * k.shape[2]
     _run_split(problem, out, lse, split_size or SPLIT, lib)
-    if problem.bad_page:
+    if problem.bad_page and block_table is not None:
         request = problem.bad_page - 1
         pages = sorted(set(block_table[request].tolist()))
         raise ValueError(f"block_table names a page outside of 0 to {k.shape[0] - 1} for request {request}: {pages}")
@@ -120,7 +117,8 @@ def run_backward(
     workspace = torch.empty(-(-lse.numel() // 16) * 16 + sums, dtype=torch.float32, device=q.device)
     problem.workspace = workspace.data_ptr()
     lib.backward(problem)
-    return gradients
+    dq, dk, dv = gradients
+    return dq, dk, dv
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> Problem:
@@ -132,7 +130,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> Problem
     problem.q_at, problem.k_at, problem.v_at = _strides(q), _strides(k), _strides(v)
     problem.left = -1 if options.left is None else options.left
     problem.right = -1 if options.right is None else options.right
-    if options.start is not None:
+    if options.start is not None and options.stop is not None:
         problem.first, problem.behind = options.start.data_ptr(), options.stop.data_ptr()
         problem.interval_step = batch_stride(options.start)
     slopes = options.alibi_slopes

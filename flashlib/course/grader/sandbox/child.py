@@ -30,8 +30,8 @@ from torch.overrides import TorchFunctionMode
 from flashlib.course.grader.sandbox import wire
 from flashlib.course.grader.sandbox.confine import Fence, confine, die_with_parent
 from flashlib.course.grader.sandbox.handout import open_faults
-from flashlib.course.kernel_watch import KernelFault, KernelWatch, interpreting
-from flashlib.course.meter import TrafficMeter
+from flashlib.measure.counting.kernel_watch import KernelFault, KernelWatch, interpreting
+from flashlib.measure.counting.meter import TrafficMeter
 
 TEXT_LIMIT = 4000  # characters of a message or a traceback
 CHAIN_LIMIT = 20  # errors wrapped in each other

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashlib.course.kernel_watch import KernelWatch
+from flashlib.measure.counting.kernel_watch import KernelWatch
 
 
 @triton.jit

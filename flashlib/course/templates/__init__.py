@@ -1,0 +1,1 @@
+"""What the files of a new exercise begin as: `flashlib new-exercise`."""

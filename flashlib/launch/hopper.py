@@ -1,0 +1,336 @@
+"""Which problems the warp-specialised kernels for Hopper take, and how they are launched."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flashlib.launch.counters import counters
+from flashlib.launch.options import (
+    INTERVALS,
+    KernelOptions,
+    batch_stride,
+    begins_at_16_bytes,
+    blocks,
+    checked_channels,
+    dropout_arguments,
+    empty_results,
+    padded,
+    strides,
+)
+from flashlib.launch.plain import BackwardTensors, row_ranges_launch
+from flashlib.launch.start import Launch, TileMap
+from flashlib.launch.tiles import (
+    HOPPER,
+    HOPPER_BACKWARD,
+    HOPPER_BACKWARD_ROOMY,
+    HOPPER_DQ,
+    HOPPER_LEAST_KEYS,
+    HOPPER_NARROW,
+    HOPPER_ROOMY,
+    HOPPER_ROWS,
+    HopperBackwardTiles,
+    HopperTiles,
+    capability_of,
+    multiprocessors,
+)
+
+__all__ = ["hopper_backward_runs", "hopper_dkdv_launches", "hopper_dq_launches", "hopper_launches", "hopper_runs"]
+
+
+GPU = "cuda"
+HOPPER_CACHE = 8 << 20  # bytes of K and V that heads worked on together may take
+# Blocks of rows for each program that a group of heads must have where some have more work than others. On an H200 at head_dim 128,
+# where K and V of 16k keys take 8 MiB a head: 4 heads together, as this gives, or 8 ran causal attention of 16k keys at 639 or 626
+# TFLOP/s, packed causal sequences of 1k at 377 or 352, and ragged ones at 545 or 568.
+HOPPER_SPREAD = 3.5
+PREPARE_CHUNK = 1024  # rows that hopper_prepare looks at together
+
+
+def hopper_runs(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> bool:
+    """Whether the warp-specialised kernel takes a problem: on a Hopper GPU, 16-bit, and within the rules of its copy engine."""
+    return takes(options, q, k, v) and len(seen_range(q.shape[2], k.shape[2], options)) > 0
+
+
+def takes(options: KernelOptions, *tensors: Tensor) -> bool:
+    """What the warp-specialised kernels ask of a problem, forward and backward."""
+    first = tensors[0]
+    return (
+        first.device.type == GPU
+        and capability_of(first.device) == 9
+        and first.dtype in (torch.float16, torch.bfloat16)
+        and all(x.shape[3] <= 128 and copy_engine_reads(x) for x in tensors)
+        and options.row_offsets is None
+        and not options.dropout_p
+    )
+
+
+def keys_per_row(q_len: int, kv_len: int, options: KernelOptions) -> int:
+    """About how many keys a row sees under a band; all of them under row intervals, which are not looked at."""
+    seen = len(seen_range(q_len, kv_len, options))
+    if options.right is not None and options.left is None:
+        return seen - min(q_len, seen) // 2
+    return seen if options.left is None else min(seen, options.left + 1 + (options.right or 0))
+
+
+def copy_engine_reads(x: Tensor) -> bool:
+    """Whether rows lie where the Tensor Memory Accelerator can fetch them: 16-byte steps, channels next to each other."""
+    return x.stride(3) == 1 and begins_at_16_bytes(x)
+
+
+def seen_range(q_len: int, kv_len: int, options: KernelOptions) -> range:
+    """The keys that some row sees under a band; all of them under row intervals."""
+    offset = kv_len - q_len
+    first = 0 if options.left is None else max(0, offset - options.left)
+    last = kv_len if options.right is None else min(kv_len, q_len + offset + options.right)
+    return range(first, last)
+
+
+def only_seen(x: Tensor, seen: range) -> Tensor:
+    """Of keys, or values, those in a range."""
+    return x if len(seen) == x.shape[2] else x[:, :, seen.start : seen.stop]
+
+
+def hopper_launches(
+    q: Tensor, k: Tensor, v: Tensor, options: KernelOptions, *, tiles: HopperTiles | None = None
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """The launches of the warp-specialised forward, and the ``out`` and ``lse`` that they will write.
+
+    It multiplies whole tiles of V by weights, and a weight of 0 does not hide a NaN. So it is given only keys that some row
+    sees: a band's are a range, and under row intervals a first kernel blanks the others in a copy.
+    """
+    from flashlib.kernels.hopper.forward import hopper_forward
+
+    batch, q_heads, q_len, head_dim = q.shape
+    seen = seen_range(q_len, k.shape[2], options)
+    tiles = tiles or hopper_tiles(max(head_dim, v.shape[3]), keys_per_row(q_len, k.shape[2], options), options)
+    offset = k.shape[2] - q_len - seen.start
+    k, v = (only_seen(x, seen) for x in (k, v))
+    out, lse = empty_results(q, v)
+    arguments = options.arguments(q, k, v)
+    for name in ("head_dim", "CHECK_D", "PRECISION", "p_offsets", "stride_offset", *dropout_arguments(0.0, None)):
+        del arguments[name]
+    block_d, block_dv = (max(64, arguments[name]) for name in ("BLOCK_D", "BLOCK_DV"))
+    row_blocks, heads = blocks(q_len, tiles.block_m), batch * q_heads
+    launches, prepared = [], NOTHING_PREPARED
+    if options.mask_kind == INTERVALS:
+        launch, prepared = prepare_launch(v, options, q_len, tiles)
+        launches.append(launch)
+    blanked = v if prepared["blanked"] is None else prepared["blanked"]
+    programs = min(multiprocessors(q.device), row_blocks * heads)
+    bytes_per_head = k.shape[2] * (head_dim + v.shape[3]) * k.element_size() / arguments["group_size"]
+    spread = HOPPER_SPREAD if options.mask_kind == INTERVALS or options.right is not None else 0
+    arguments |= {
+        **{"desc_q": tile_descriptor(q, HOPPER_ROWS, block_d), "desc_k": tile_descriptor(k, tiles.block_n, block_d)},
+        **{"desc_v": tile_descriptor(v, tiles.block_n, block_dv), "desc_blanked": tile_descriptor(blanked, tiles.block_n, block_dv)},
+        **{"p_out": out, "p_lse": lse, "p_counter": counters(q, 2), "offset": offset},
+        **{"p_tiles": prepared["tiles"], "stride_tiles": row_blocks if batch_stride(prepared["tiles"]) else 0},
+        **{"p_blanked": prepared["flags"], "stride_blanked": batch_stride(prepared["flags"])},
+        **strides(o=out),
+        **{"heads": heads, "q_heads": q_heads, "heads_together": heads_together(heads, row_blocks, programs, bytes_per_head, spread)},
+        **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "CHECK_DV": v.shape[3] != block_dv},
+        **{"BLOCK_N": tiles.block_n, "CONSUMERS": tiles.consumers, "STAGES": tiles.num_stages},
+        **{"CONSUMER_REGISTERS": tiles.registers},
+    }  # fmt: skip
+    return [*launches, Launch(hopper_forward, (programs,), arguments, tiles)], out, lse
+
+
+def hopper_tiles(head_dim: int, keys: int, options: KernelOptions) -> HopperTiles:
+    """The shape of the forward for about so many ``keys`` per row."""
+    extras = [options.softcap > 0, options.alibi_slopes is not None]
+    if head_dim > 64:
+        crowded = any(extras) if options.mask_kind == INTERVALS else options.left is not None and all(extras)
+        return HOPPER_NARROW if crowded else HOPPER[128]
+    few = options.left is not None or keys < HOPPER_LEAST_KEYS
+    return HOPPER_ROOMY if few or any(extras) else HOPPER[64]
+
+
+def heads_together(heads: int, row_blocks: int, programs: int, bytes_per_head: float, spread: float) -> int:
+    """How many heads are worked on side by side: as many as have room in the L2 cache for their K and V.
+
+    Where blocks of rows have unequal work, more, so that a group has ``spread`` blocks for each program: the longest of them come
+    first, and the short ones fill the gaps. The last group, which nothing follows, needs that most: it must not be a small rest.
+    """
+    least = max(1, HOPPER_CACHE // max(1, int(bytes_per_head)), blocks(int(spread * programs), row_blocks))
+    for groups in range(max(1, heads // least), 0, -1):
+        together = blocks(heads, groups)
+        rest = heads % together
+        if rest == 0 or rest >= least:
+            break
+    return together
+
+
+NOTHING_PREPARED = {"tiles": None, "flags": None, "blanked": None}
+
+
+def prepare_launch(
+    v: Tensor, options: KernelOptions, q_len: int, tiles: HopperTiles
+) -> tuple[Launch, dict[str, Tensor]]:
+    """The launch that looks up what row intervals mean for the tiles, and what it will write. ``v``: for dQ, k."""
+    from flashlib.kernels.hopper.prepare import hopper_prepare
+
+    assert options.start is not None
+    batch, kv_heads, kv_len, v_head_dim = v.shape
+    entries, row_blocks, key_tiles = options.start.shape[0], blocks(q_len, tiles.block_m), blocks(kv_len, tiles.block_n)
+    prepared = {
+        "tiles": v.new_empty(entries, row_blocks, 5 + 4 * tiles.consumers, dtype=torch.int32),
+        "flags": v.new_empty(entries, key_tiles, dtype=torch.int32),
+        "blanked": v.new_empty(v.shape),
+    }
+    arguments = {
+        **{"p_start": options.start, "p_stop": options.stop, "p_v": v, "p_tiles": prepared["tiles"]},
+        **{
+            "p_blanked": prepared["blanked"],
+            "p_flags": prepared["flags"],
+            "stride_interval": batch_stride(options.start),
+        },
+        **{"stride_tiles": row_blocks, "stride_flags": key_tiles, **strides(v=v, b=prepared["blanked"])},
+        **{"batch": batch, "entries": entries, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len},
+        **{
+            "v_head_dim": v_head_dim,
+            "BLOCK_M": tiles.block_m,
+            "WIDTH": padded(tiles.block_m),
+            "GROUP": HOPPER_ROWS,
+            "BLOCK_N": tiles.block_n,
+        },
+        **{"CHECK_DV": checked_channels(v), "BLOCK_DV": padded(v_head_dim), "CHUNK": PREPARE_CHUNK},
+    }
+    return Launch(hopper_prepare, ((row_blocks + key_tiles) * entries,), arguments), prepared
+
+
+def hopper_backward_runs(tensors: BackwardTensors, options: KernelOptions) -> bool:
+    """Whether the warp-specialised kernels of the gradients take a problem."""
+    return takes(options, tensors.q, tensors.k, tensors.v, tensors.grad_out)
+
+
+def hopper_dkdv_launches(
+    tensors: BackwardTensors, options: KernelOptions, tiles: HopperBackwardTiles | None = None
+) -> list[Launch]:
+    """The launches of the warp-specialised dK and dV: one, or under row intervals two.
+
+    It multiplies whole tiles of Q and dO by weights, and a weight of 0 does not hide a NaN. So rows that see nothing must not
+    be given to it: under a band they are the first ones, and under row intervals a kernel blanks them in copies of their tiles.
+    """
+    from flashlib.kernels.hopper.dkdv import hopper_dkdv
+
+    q, grad_out = tensors.q, tensors.grad_out
+    batch, kv_heads, kv_len, _ = tensors.k.shape
+    q_len, v_head_dim = q.shape[2], tensors.v.shape[3]
+    table = HOPPER_BACKWARD_ROOMY if options.softcap or options.alibi_slopes is not None else HOPPER_BACKWARD
+    tiles = tiles or table[64 if max(q.shape[3], v_head_dim) <= 64 else 128]
+    launches, ranges, unseeing, blank = [], None, 0, NOTHING_BLANK
+    if options.mask_kind == INTERVALS:
+        launch, ranges = row_ranges_launch(tensors, options, tiles.block_n)
+        launches.append(launch)
+        launch, blank = blank_rows_launch(q, grad_out, options, tiles.block_m)
+        launches.append(launch)
+    elif options.right is not None:
+        unseeing = min(max(0, q_len - kv_len - options.right), q_len - 1)
+        q, grad_out = q[:, :, unseeing:], grad_out[:, :, unseeing:]
+    shared = options.arguments(q, tensors.k, tensors.v)
+    block_d, block_dv = (max(64, shared[name]) for name in ("BLOCK_D", "BLOCK_DV"))
+    taken = ("p_start", "p_stop", "p_slopes", "stride_interval", "stride_slope", "group_size", "kv_len", "left", "right", "scale",
+             "softcap", "MASK", "HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "ALIBI")  # fmt: skip
+    arguments = {name: shared[name] for name in taken} | {"q_len": q_len, "offset": kv_len - q_len}
+    # What one unit of a score tile is worth as a power of 2. Computed there, it would take a register, and none is left.
+    arguments["unit"] = (options.softcap or options.scale) * math.log2(math.e)
+    arguments |= {
+        **{"desc_q": tile_descriptor(q, tiles.block_m, block_d), "desc_do": tile_descriptor(grad_out, tiles.block_m, block_dv)},
+        **{"desc_blank_q": tile_descriptor(q if blank["q"] is None else blank["q"], tiles.block_m, block_d)},
+        **{"desc_blank_do": tile_descriptor(grad_out if blank["do"] is None else blank["do"], tiles.block_m, block_dv)},
+        **{"p_blank": blank["flags"], "stride_blank": batch_stride(blank["flags"])},
+        **{"desc_k": tile_descriptor(tensors.k, HOPPER_ROWS, block_d), "desc_rows": row_descriptor(tensors.rows, tiles.block_m)},
+        **{"desc_v": tile_descriptor(tensors.v, HOPPER_ROWS, block_dv)},
+        **{"desc_dk": tile_descriptor(tensors.dk, HOPPER_ROWS, block_d), "desc_dv": tile_descriptor(tensors.dv, HOPPER_ROWS, block_dv)},
+        **{"p_ranges": ranges, "stride_range": batch_stride(ranges), "kv_heads": kv_heads, "unseeing": unseeing},
+        **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_M": tiles.block_m, "CONSUMERS": tiles.consumers},
+        **{"STAGES": tiles.num_stages, "CONSUMER_REGISTERS": tiles.registers},
+    }  # fmt: skip
+    grid = (blocks(kv_len, tiles.block_n) * batch * kv_heads,)
+    return [*launches, Launch(hopper_dkdv, grid, arguments, tiles)]
+
+
+def hopper_dq_launches(
+    tensors: BackwardTensors, options: KernelOptions, tiles: HopperTiles | None = None
+) -> list[Launch]:
+    """The launches of the warp-specialised dQ: one, or under row intervals two.
+
+    Keys that no row sees are not given to it, or come from a copy in which they are zeros, as in :func:`hopper_launches`.
+    """
+    from flashlib.kernels.hopper.dq import hopper_dq
+
+    q, rows = tensors.q, tensors.rows
+    batch, q_heads, q_len, _ = q.shape
+    tiles = tiles or HOPPER_DQ
+    seen = seen_range(q_len, tensors.k.shape[2], options)
+    if not seen:  # zero keys cannot be described to the copy engine
+        tensors.dq.zero_()
+        return []
+    offset = tensors.k.shape[2] - q_len - seen.start
+    k, v = (only_seen(x, seen) for x in (tensors.k, tensors.v))
+    shared = options.arguments(q, k, v)
+    block_d, block_dv = (max(64, shared[name]) for name in ("BLOCK_D", "BLOCK_DV"))
+    launches, prepared = [], NOTHING_PREPARED
+    if options.mask_kind == INTERVALS:
+        launch, prepared = prepare_launch(k, options, q_len, tiles)
+        launches.append(launch)
+    blanked = k if prepared["blanked"] is None else prepared["blanked"]
+    taken = ("p_start", "p_stop", "p_slopes", "stride_interval", "stride_slope", "group_size", "q_len", "kv_len", "left", "right",
+             "scale", "softcap", "MASK", "HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "ALIBI")  # fmt: skip
+    arguments = {name: shared[name] for name in taken} | {"offset": offset, "q_heads": q_heads}
+    arguments |= {
+        **{"desc_q": tile_descriptor(q, HOPPER_ROWS, block_d), "desc_do": tile_descriptor(tensors.grad_out, HOPPER_ROWS, block_dv)},
+        **{"desc_k": tile_descriptor(k, tiles.block_n, block_d), "desc_v": tile_descriptor(v, tiles.block_n, block_dv)},
+        **{"desc_blanked": tile_descriptor(blanked, tiles.block_n, block_d), "desc_dq": tile_descriptor(tensors.dq, HOPPER_ROWS, block_d)},
+        **{"p_lse": rows[0], "p_delta": rows[1], "stride_row": rows.shape[3], "p_tiles": prepared["tiles"]},
+        **{"stride_tiles": blocks(q_len, tiles.block_m) if batch_stride(prepared["tiles"]) else 0},
+        **{"p_blanked": prepared["flags"], "stride_blanked": batch_stride(prepared["flags"])},
+        **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_N": tiles.block_n, "CONSUMERS": tiles.consumers},
+        **{"STAGES": tiles.num_stages, "CONSUMER_REGISTERS": tiles.registers},
+    }  # fmt: skip
+    grid = (blocks(q_len, tiles.block_m) * batch * q_heads,)
+    return [*launches, Launch(hopper_dq, grid, arguments, tiles)]
+
+
+NOTHING_BLANK = {"flags": None, "q": None, "do": None}
+
+
+def blank_rows_launch(
+    q: Tensor, grad_out: Tensor, options: KernelOptions, block_m: int
+) -> tuple[Launch, dict[str, Tensor]]:
+    """The launch that blanks, in copies of q and dO, the rows that see nothing, and what it will write."""
+    from flashlib.kernels.hopper.prepare import hopper_blank_rows
+
+    batch, q_heads, q_len, head_dim = q.shape
+    assert options.start is not None
+    entries, tiles, v_head_dim = options.start.shape[0], blocks(q_len, block_m), grad_out.shape[3]
+    blank = {
+        "flags": q.new_empty(entries, tiles, dtype=torch.int32),
+        "q": q.new_empty(q.shape),
+        "do": q.new_empty(grad_out.shape),
+    }
+    arguments = {
+        **{"p_start": options.start, "p_stop": options.stop, "p_q": q, "p_do": grad_out, "p_blank_q": blank["q"]},
+        **{"p_blank_do": blank["do"], "p_flags": blank["flags"], "stride_interval": batch_stride(options.start)},
+        **{"stride_flags": tiles, **strides(q=q, g=grad_out, bq=blank["q"], bg=blank["do"])},
+        **{"batch": batch, "entries": entries, "q_heads": q_heads, "q_len": q_len, "head_dim": head_dim},
+        **{"v_head_dim": v_head_dim, "BLOCK_M": block_m, "CHECK_D": head_dim != padded(head_dim)},
+        **{"CHECK_DV": v_head_dim != padded(v_head_dim), "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(v_head_dim)},
+    }
+    return Launch(hopper_blank_rows, (tiles * entries,), arguments), blank
+
+
+def tile_descriptor(x: Tensor, rows: int, channels: int) -> TileMap:
+    """What the copy engine must know of a tensor ``[B, H, S, D]`` to bring tiles of ``rows x channels`` of one head."""
+    # A dimension of size 1 may have any stride; the engine accepts only multiples of 16 bytes.
+    outer = x.shape[3] * (16 // x.element_size())
+    steps = (outer if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return TileMap(x, tuple(x.shape), (*steps, 1), (1, 1, rows, channels), swizzle=128)
+
+
+def row_descriptor(x: Tensor, rows: int) -> TileMap:
+    """The same of the numbers that the backward keeps for each row, fp32 ``[2, B, H, S]``."""
+    heads = x.flatten(1, 2)
+    return TileMap(heads, tuple(heads.shape), tuple(heads.stride()), (1, 1, rows), swizzle=0)

@@ -1,0 +1,275 @@
+/* Kernel launches whose parameters are ready but for the addresses.
+
+   A Packet holds what cuLaunchKernelEx wants: the kernel, its grid, and an image of all its parameters. Of the image, a few places differ from one
+   call to the next: pointers, and the addresses inside of tensor maps. start() copies the image to its own stack, writes the addresses there, and
+   launches; the packet itself never changes, so that any number of threads may start it at once.
+
+   The driver is opened when it is first needed: where there is none, packets can be made, and started into a list (record()).
+
+   Sources: CUDA driver API, cuLaunchKernelEx, cuTensorMapEncodeTiled, cuTensorMapReplaceAddress, cuFuncGetParamInfo. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <cuda.h>
+#include <dlfcn.h>
+#include <string.h>
+
+#define MAP_BYTES sizeof(CUtensorMap)
+#define MOST_IMAGE_BYTES 4096  /* what a kernel's parameters may take */
+#define MOST_PARAMETERS 256
+
+typedef CUresult (*launch_t)(const CUlaunchConfig *, CUfunction, void **, void **);
+typedef CUresult (*encode_t)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                             const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+typedef CUresult (*replace_t)(CUtensorMap *, void *);
+typedef CUresult (*parameter_t)(CUfunction, size_t, size_t *, size_t *);
+typedef CUresult (*text_t)(CUresult, const char **);
+
+static struct {
+  launch_t launch;
+  encode_t encode;
+  replace_t replace;
+  parameter_t parameter;
+  text_t text;
+} driver;
+
+static PyObject *recorder = NULL; /* a list: launches are written there instead of being made */
+
+static int open_driver(void) {
+  if (driver.launch) return 0;
+  void *library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_GLOBAL);
+  if (!library) {
+    PyErr_SetString(PyExc_RuntimeError, "the CUDA driver, libcuda.so.1, cannot be opened");
+    return -1;
+  }
+  driver.encode = (encode_t)dlsym(library, "cuTensorMapEncodeTiled");
+  driver.replace = (replace_t)dlsym(library, "cuTensorMapReplaceAddress");
+  driver.parameter = (parameter_t)dlsym(library, "cuFuncGetParamInfo");
+  driver.text = (text_t)dlsym(library, "cuGetErrorString");
+  launch_t launch = (launch_t)dlsym(library, "cuLaunchKernelEx");
+  if (!driver.encode || !driver.replace || !driver.parameter || !driver.text || !launch) {
+    PyErr_SetString(PyExc_RuntimeError, "the CUDA driver is older than 12.4");
+    return -1;
+  }
+  driver.launch = launch; /* last: whoever sees it sees the others */
+  return 0;
+}
+
+static PyObject *failed(const char *what, CUresult result) {
+  const char *text = NULL;
+  driver.text(result, &text);
+  return PyErr_Format(PyExc_RuntimeError, "%s: %s (CUDA error %d)", what, text ? text : "unknown", (int)result);
+}
+
+typedef struct {
+  int source, is_map;
+  uint32_t at;
+  int64_t delta;
+} Slot;
+
+typedef struct {
+  PyObject_HEAD
+  CUfunction function;
+  unsigned grid[3], threads, shared;
+  int parameters, slots;
+  Py_ssize_t bytes;
+  uint32_t offset[MOST_PARAMETERS];
+  Slot *slot;
+  char *image;
+} Packet;
+
+static void packet_free(Packet *packet) {
+  PyMem_Free(packet->slot);
+  PyMem_Free(packet->image);
+  Py_TYPE(packet)->tp_free((PyObject *)packet);
+}
+
+/* Packet(function, grid, threads, shared, image, offsets, slots): slots are (source, at, delta, is_map). */
+static PyObject *packet_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+  unsigned long long function;
+  unsigned x, y, z, threads, shared;
+  const char *image;
+  Py_ssize_t bytes;
+  PyObject *offsets, *slots;
+  if (!PyArg_ParseTuple(args, "K(III)IIy#O!O!", &function, &x, &y, &z, &threads, &shared, &image, &bytes, &PyTuple_Type, &offsets, &PyTuple_Type,
+                        &slots))
+    return NULL;
+  Py_ssize_t parameters = PyTuple_GET_SIZE(offsets), count = PyTuple_GET_SIZE(slots);
+  if (bytes > MOST_IMAGE_BYTES || parameters > MOST_PARAMETERS) {
+    return PyErr_Format(PyExc_ValueError, "a packet takes %d parameters of %d bytes; got %zd of %zd", MOST_PARAMETERS, MOST_IMAGE_BYTES, parameters,
+                        bytes);
+  }
+  Packet *packet = (Packet *)type->tp_alloc(type, 0);
+  if (!packet) return NULL;
+  packet->function = (CUfunction)(uintptr_t)function;
+  packet->grid[0] = x, packet->grid[1] = y, packet->grid[2] = z;
+  packet->threads = threads, packet->shared = shared;
+  packet->parameters = (int)parameters, packet->slots = (int)count, packet->bytes = bytes;
+  packet->slot = PyMem_Calloc(count + 1, sizeof(Slot));
+  packet->image = PyMem_Malloc(bytes + 1);
+  if (!packet->slot || !packet->image) {
+    Py_DECREF(packet);
+    return PyErr_NoMemory();
+  }
+  memcpy(packet->image, image, bytes);
+  for (Py_ssize_t i = 0; i < parameters; i++) {
+    long at = PyLong_AsLong(PyTuple_GET_ITEM(offsets, i));
+    if (at < 0 || at >= bytes) goto outside;
+    packet->offset[i] = (uint32_t)at;
+  }
+  for (Py_ssize_t i = 0; i < count; i++) {
+    Slot *slot = &packet->slot[i];
+    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(slots, i), "iILp", &slot->source, &slot->at, &slot->delta, &slot->is_map)) {
+      Py_DECREF(packet);
+      return NULL;
+    }
+    if (slot->source < 0 || slot->at + (slot->is_map ? MAP_BYTES : sizeof(uint64_t)) > (size_t)bytes) goto outside;
+  }
+  return (PyObject *)packet;
+outside:
+  Py_DECREF(packet);
+  if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a parameter lies outside of the image");
+  return NULL;
+}
+
+static PyTypeObject PacketType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "flashlib_packets.Packet",
+    .tp_basicsize = sizeof(Packet),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_new = packet_new,
+    .tp_dealloc = (destructor)packet_free,
+    .tp_doc = "One kernel launch, ready but for the addresses.",
+};
+
+static int note(Packet *packet, const char *image, unsigned long long stream) {
+  PyObject *entry = Py_BuildValue("(K(III)IIKy#)", (unsigned long long)(uintptr_t)packet->function, packet->grid[0], packet->grid[1], packet->grid[2],
+                                  packet->threads, packet->shared, stream, image, packet->bytes);
+  int failed = !entry || PyList_Append(recorder, entry);
+  Py_XDECREF(entry);
+  return failed;
+}
+
+static int launch(Packet *packet, const unsigned long long *address, unsigned long long stream) {
+  _Alignas(128) char image[MOST_IMAGE_BYTES];
+  void *parameters[MOST_PARAMETERS];
+  memcpy(image, packet->image, packet->bytes);
+  for (int i = 0; i < packet->slots; i++) {
+    Slot *slot = &packet->slot[i];
+    uint64_t to = address[slot->source] + slot->delta;
+    if (slot->is_map && !recorder) {
+      CUresult result = driver.replace((CUtensorMap *)(image + slot->at), (void *)(uintptr_t)to);
+      if (result != CUDA_SUCCESS) return failed("an address in a tensor map", result), -1;
+    } else {
+      memcpy(image + slot->at, &to, sizeof to);
+    }
+  }
+  if (recorder) return note(packet, image, stream);
+  for (int i = 0; i < packet->parameters; i++) parameters[i] = image + packet->offset[i];
+  CUlaunchConfig config = {
+      .gridDimX = packet->grid[0], .gridDimY = packet->grid[1], .gridDimZ = packet->grid[2],
+      .blockDimX = packet->threads, .blockDimY = 1, .blockDimZ = 1,
+      .sharedMemBytes = packet->shared, .hStream = (CUstream)(uintptr_t)stream,
+  };
+  CUresult result;
+  Py_BEGIN_ALLOW_THREADS;
+  result = driver.launch(&config, packet->function, parameters, NULL);
+  Py_END_ALLOW_THREADS;
+  if (result != CUDA_SUCCESS) return failed("a kernel launch", result), -1;
+  return 0;
+}
+
+/* start(packets, stream, addresses): launches all of them in order; an address is an int. */
+static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  unsigned long long address[64];
+  if (count != 3 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[2])) {
+    return PyErr_Format(PyExc_TypeError, "start takes a tuple of packets, a stream and a tuple of addresses");
+  }
+  if (!recorder && open_driver()) return NULL;
+  unsigned long long stream = PyLong_AsUnsignedLongLong(args[1]);
+  Py_ssize_t sources = PyTuple_GET_SIZE(args[2]), packets = PyTuple_GET_SIZE(args[0]);
+  if (sources > 64) return PyErr_Format(PyExc_ValueError, "at most 64 addresses; got %zd", sources);
+  for (Py_ssize_t i = 0; i < sources; i++) address[i] = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(args[2], i));
+  if (PyErr_Occurred()) return NULL;
+  for (Py_ssize_t i = 0; i < packets; i++) {
+    PyObject *packet = PyTuple_GET_ITEM(args[0], i);
+    if (!PyObject_TypeCheck(packet, &PacketType)) return PyErr_Format(PyExc_TypeError, "not a packet");
+    for (int s = 0; s < ((Packet *)packet)->slots; s++)
+      if (((Packet *)packet)->slot[s].source >= sources) return PyErr_Format(PyExc_ValueError, "an address is missing");
+    if (launch((Packet *)packet, address, stream)) return NULL;
+  }
+  Py_RETURN_NONE;
+}
+
+/* encode(element_type, element_bytes, swizzle, shape, strides, block): a tensor map of any address. Innermost dimension last; strides in elements. */
+static PyObject *encode(PyObject *self, PyObject *args) {
+  int element_type, element_bytes, swizzle;
+  PyObject *shape, *strides, *block;
+  if (!PyArg_ParseTuple(args, "iiiO!O!O!", &element_type, &element_bytes, &swizzle, &PyTuple_Type, &shape, &PyTuple_Type, &strides, &PyTuple_Type,
+                        &block))
+    return NULL;
+  Py_ssize_t rank = PyTuple_GET_SIZE(shape);
+  if (rank < 1 || rank > 5 || PyTuple_GET_SIZE(strides) != rank || PyTuple_GET_SIZE(block) != rank) {
+    return PyErr_Format(PyExc_ValueError, "shape, strides and block must have one rank, 1 to 5");
+  }
+  CUtensorMap map;
+  memset(&map, 0, sizeof map);
+  cuuint64_t sizes[5], steps[5];
+  cuuint32_t boxes[5], ones[5] = {1, 1, 1, 1, 1};
+  for (Py_ssize_t i = 0; i < rank; i++) {
+    sizes[rank - 1 - i] = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(shape, i));
+    boxes[rank - 1 - i] = (cuuint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(block, i));
+    if (i + 1 < rank) steps[rank - 2 - i] = element_bytes * PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(strides, i));
+  }
+  if (PyErr_Occurred()) return NULL;
+  if (recorder) { /* no driver: what would be encoded, readable */
+    memcpy((char *)&map + 8, sizes, 8 * rank);
+    memcpy((char *)&map + 48, steps, 8 * (rank - 1));
+    memcpy((char *)&map + 80, boxes, 4 * rank);
+  } else {
+    if (open_driver()) return NULL;
+    CUresult result = driver.encode(&map, element_type, (cuuint32_t)rank, (void *)(uintptr_t)(1 << 20), sizes, steps, boxes, ones,
+                                    CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) return failed("a tensor map", result);
+  }
+  return PyBytes_FromStringAndSize((char *)&map, sizeof map);
+}
+
+/* parameter_sizes(function): what the kernel itself says of its parameters, in bytes. */
+static PyObject *parameter_sizes(PyObject *self, PyObject *function) {
+  unsigned long long handle = PyLong_AsUnsignedLongLong(function);
+  if (PyErr_Occurred() || open_driver()) return NULL;
+  PyObject *sizes = PyList_New(0);
+  size_t offset, size;
+  for (size_t i = 0; sizes && driver.parameter((CUfunction)(uintptr_t)handle, i, &offset, &size) == CUDA_SUCCESS; i++) {
+    PyObject *bytes = PyLong_FromSize_t(size);
+    if (!bytes || PyList_Append(sizes, bytes)) Py_CLEAR(sizes);
+    Py_XDECREF(bytes);
+  }
+  return sizes;
+}
+
+/* record(list): write launches there instead of making them; None ends it. */
+static PyObject *record(PyObject *self, PyObject *list) {
+  if (list != Py_None && !PyList_Check(list)) return PyErr_Format(PyExc_TypeError, "record takes a list or None");
+  Py_XDECREF(recorder);
+  recorder = list == Py_None ? NULL : Py_NewRef(list);
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"start", (PyCFunction)(void (*)(void))start, METH_FASTCALL, "start(packets, stream, addresses)"},
+    {"encode", encode, METH_VARARGS, "encode(element_type, element_bytes, swizzle, shape, strides, block) -> bytes"},
+    {"parameter_sizes", parameter_sizes, METH_O, "parameter_sizes(function) -> list of bytes per parameter"},
+    {"record", record, METH_O, "record(list or None)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "flashlib_packets", NULL, -1, methods};
+
+PyMODINIT_FUNC PyInit_flashlib_packets(void) {
+  if (PyType_Ready(&PacketType) < 0) return NULL;
+  PyObject *made = PyModule_Create(&module);
+  if (made && PyModule_AddObjectRef(made, "Packet", (PyObject *)&PacketType)) Py_CLEAR(made);
+  return made;
+}

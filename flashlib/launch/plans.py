@@ -1,0 +1,248 @@
+"""Plans: launches worked out once for each class of problem, and then only given their addresses.
+
+Two calls are of one class if they agree in everything but addresses and numbers in memory: shapes, strides, dtypes, device, and the options. For such
+calls grids, tiles, strides and every parameter but the addresses are the same. So the launches are made once, from forms
+(:mod:`flashlib.launch.forms`), and turned into packets (:mod:`flashlib.launch.packets`); a call allocates its results, and starts the packets.
+
+What launches need in between (what one kernel leaves for the next) is one allocation per call: two threads on one stream must not share it.
+Without a plan (no C compiler, a profiler that listens to each launch, tiles that must be searched for) the same launches are made anew for each call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashlib.launch import packets
+from flashlib.launch.counters import counters_of
+from flashlib.launch.forms import Form, Memory, NotPlannable
+from flashlib.launch.start import TRITON_INSTALLED, Launch, interpreting
+
+__all__ = ["Plan", "kept_plan", "launches_are_watched", "plan_for", "plannable"]
+
+MOST_PLANS = 1024  # kept; the oldest goes first
+UNREAD_BYTES = 1 << 20  # results that nobody asked for, if they take no more, are written where nobody looks
+SCRATCH_STEP = 256  # bytes; what every piece of scratch memory begins at a multiple of
+
+
+# Asked of PyTorch itself: its public functions of the same purpose take several times as long, and some make an object.
+PLANNED = "cuda"  # devices whose launches are planned
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_capturing = torch._C._cuda_isCurrentStreamCapturing
+_empty = torch.empty_strided
+
+
+class Plan:
+    """Launches of one class of problem, on one device.
+
+    Args:
+        memory: the places that the launches were made from; its first ``inputs`` come with each call.
+        results: what a call returns, in order.
+    """
+
+    def __init__(self, memory: Memory, inputs: int, launches: Sequence[Launch], results: Sequence[Form]):
+        self.device = memory.device
+        self.results = [(form.shape, form.stride(), form.dtype) for form in results]
+        self.others_are_small = sum(form.bytes for form in results[1:]) <= UNREAD_BYTES
+        places = packets.Places({source: (source, 0) for source in range(inputs)})
+        for index, form in enumerate(results, start=inputs):
+            places[form.source] = (index, -form.offset)
+        rest = [form for form in memory.made if form.source not in places]
+        self.asks_for_more = bool(rest)
+        scratch, counters = inputs + len(results), inputs + len(results) + 1
+        self.scratch = self.counts = 0
+        for form in rest:
+            if form.is_counters:
+                places[form.source] = (counters, 4 * self.counts)
+                self.counts += -(-form.numel() // 4) * 4
+            else:
+                places[form.source] = (scratch, self.scratch)
+                self.scratch += -(-form.bytes // SCRATCH_STEP) * SCRATCH_STEP
+        launches = [launch for launch in launches if 0 not in launch.grid]
+        self.names = [launch.name for launch in launches]
+        self.packets = tuple([packets.packet(launch, places) for launch in launches])
+        self.start = packets.needed().start
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Start the kernels on the current stream, and return the results.
+
+        Args:
+            inputs: tensors of the forms that the plan was made for, on its device, which is the current one.
+        """
+        device = self.device
+        results = [_empty(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in self.results]
+        addresses = [x.data_ptr() for x in inputs]
+        addresses += [x.data_ptr() for x in results]
+        self.start_on(_raw_stream(device.index), addresses)
+        return results
+
+    def run_first(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Start the kernels, and return the first result. The others are not wanted: where they are small, all calls write them to one place."""
+        if not self.others_are_small or _capturing():  # what a graph writes whenever it is replayed must be its own
+            return self.run(inputs)[0]
+        shape, strides, dtype = self.results[0]
+        out = _empty(shape, strides, dtype=dtype, device=self.device)
+        stream = _raw_stream(self.device.index)
+        addresses = [x.data_ptr() for x in inputs]
+        addresses.append(out.data_ptr())
+        unread = _memory_of(self.device, stream).unread.address
+        for _ in self.results[1:]:
+            addresses.append(unread)
+        self.start_on(stream, addresses)
+        return out
+
+    def start_on(self, stream: int, addresses: list[int]) -> None:
+        """Start the kernels: the inputs and the results are there."""
+        if self.asks_for_more:
+            # Held until the packets are started: what the allocator gives out afterwards, this stream uses afterwards.
+            scratch = _empty((self.scratch,), (1,), dtype=torch.uint8, device=self.device) if self.scratch else None
+            addresses.append(0 if scratch is None else scratch.data_ptr())
+            addresses.append(_counters(self.device, stream, self.counts) if self.counts else 0)
+        self.start(self.packets, stream, tuple(addresses))
+
+
+class _Piece:
+    """A tensor and its address, which takes as long to ask for as the rest of what is done with it."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.address, self.length = tensor, tensor.data_ptr(), len(tensor)
+
+
+class _StreamMemory:
+    """What calls on one stream use one after the other: it is freed in the stream's order, like all that is allocated on it."""
+
+    def __init__(self, device: torch.device):
+        self.unread = _Piece(torch.empty(UNREAD_BYTES, dtype=torch.uint8, device=device))
+        self.counters = _Piece(torch.empty(0, dtype=torch.int32, device=device))
+
+
+_memories: dict[tuple[torch.device, int], _StreamMemory] = {}
+
+
+def _memory_of(device: torch.device, stream: int) -> _StreamMemory:
+    memory = _memories.get((device, stream))
+    if memory is None:
+        memory = _memories[device, stream] = _StreamMemory(device)
+    return memory
+
+
+def _counters(device: torch.device, stream: int, count: int) -> int:
+    """The address of so many zeros, for the next launch on a stream."""
+    if _capturing():
+        return counters_of(device).take_on(stream, count).data_ptr()
+    memory = _memory_of(device, stream)
+    if memory.counters.length < count:
+        memory.counters = _Piece(counters_of(device).take_on(stream, count))
+    return memory.counters.address
+
+
+@dataclass
+class _Kept:
+    """Plans by class, and None for a class that has none. Bounded."""
+
+    plans: dict[tuple, Plan | None] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def put(self, key: tuple, plan: Plan | None) -> None:
+        with self.lock:
+            while len(self.plans) >= MOST_PLANS:
+                self.plans.pop(next(iter(self.plans)))
+            self.plans[key] = plan
+
+
+_kept = _Kept()
+
+
+def form_of(x: Tensor) -> tuple:
+    """All of a tensor that a launch depends on, but for its device and that it begins at a multiple of 16 bytes."""
+    return x.shape, x.stride(), x.dtype
+
+
+def plannable(device: torch.device) -> bool:
+    """Whether launches on ``device`` go by plans now."""
+    return (
+        device.type == PLANNED
+        and device.index == _current_device()
+        and plans_are_possible()
+        and not launches_are_watched()
+    )
+
+
+@cache
+def plans_are_possible() -> bool:
+    """Whether this machine can plan: Triton, a C compiler at the first use, and kernels that are compiled."""
+    return TRITON_INSTALLED and not interpreting() and packets.library() is not None
+
+
+def launches_are_watched() -> bool:
+    """Whether somebody, such as Triton's profiler, wants to be told of every launch by Triton's launcher."""
+    runtime = _triton_runtime()
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@cache
+def _triton_runtime():
+    from triton import knobs
+
+    return knobs.runtime
+
+
+def kept_plan(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None:
+    """The plan of a class of problem if there is one already; arguments as of :func:`plan_for`."""
+    if not plannable(tensors[0].device):
+        return None
+    more = options.tensors()
+    plan = _kept.plans.get(_key(build, tensors, options, more))
+    return plan if plan is not None and _all_aligned(tensors, more) else None
+
+
+def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None:
+    """The plan of a class of problem; None if it has none.
+
+    Args:
+        build: makes the launches, ``build(*tensors, options) -> (launches, results)``, from tensors or their forms.
+        tensors: the problem's, such that ``build`` need not copy them. options: has ``tensors()``, ``key()``, and ``with_tensors(list)``,
+            which gives the same with others.
+    """
+    device = tensors[0].device
+    more = options.tensors()
+    if not plannable(device) or not _all_aligned(tensors, more):
+        return None
+    key = _key(build, tensors, options, more)
+    plan = _kept.plans.get(key)
+    if plan is None and key not in _kept.plans:
+        plan, is_final = _made(build, tensors, options, device)
+        if is_final:
+            _kept.put(key, plan)
+    return plan
+
+
+def _key(build: Callable, tensors: Sequence[Tensor], options, more: Sequence[Tensor]) -> tuple:
+    return (build, tensors[0].device, options.key(), *[form_of(x) for x in tensors], *[form_of(x) for x in more])
+
+
+def _all_aligned(tensors: Sequence[Tensor], more: Sequence[Tensor]) -> bool:
+    addresses = 0
+    for x in (*tensors, *more):
+        addresses |= x.data_ptr()
+    return not addresses & 15
+
+
+def _made(build: Callable, tensors: Sequence[Tensor], options, device: torch.device) -> tuple[Plan | None, bool]:
+    """A plan, or None; and whether that holds for good."""
+    memory = Memory(device)
+    forms = [memory.input(x) for x in tensors]
+    more = [memory.input(x) for x in options.tensors()]
+    try:
+        launches, results = build(*forms, options.with_tensors(more))
+        return Plan(memory, len(forms) + len(more), launches, results), True
+    except NotPlannable as why_not:
+        return None, why_not.is_final

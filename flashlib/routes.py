@@ -1,0 +1,314 @@
+"""What :func:`flashlib.attention` does with a class of calls that it has seen before: no checks, no choice, straight to the plan.
+
+Whether arguments fit together, which backend takes them and with which tiles depends on the class of a call alone: on shapes, strides, dtypes, device,
+on the mask and the options, and on the configuration. The first call of a class is checked, and finds its backend; if that is our kernels', its
+route is kept. The next one pays for its key, the allocation of what it returns, and the launch.
+
+A call takes no route where something stands between it and its tensors: a tracer, a transform of torch.func, a mode that watches operators, a subclass
+of tensors, autocast, another current device. Nor does one that drops weights, or whose mask is not what one kernel lays out
+(:mod:`flashlib.launch.rules`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flashlib.config import FlashAttentionConfig
+from flashlib.engines import differentiable_gradients
+from flashlib.launch.decode import DecodeOptions, best_decode_launches
+from flashlib.launch.engines import TritonEngine
+from flashlib.launch.options import KernelOptions, aligned, readable
+from flashlib.launch.plans import MOST_PLANS, Plan, launches_are_watched, plan_for, plans_are_possible
+from flashlib.launch.rules import RuledOptions, fits, rule_of, ruled_forward_launches, ruled_launches_kept
+from flashlib.launch.run import best_backward_launches, best_forward_launches, launch_backward
+from flashlib.masks import Mask, Window
+from flashlib.spec import AttentionSpec
+from flashlib.values import values_are_asked_for
+
+__all__ = ["decode_key", "find_route", "keep_decode_route", "new_route", "route_key"]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NUMBERS = (float, int, type(None))
+
+_COUNTS = (int, type(None))
+
+_routes: dict[tuple | None, Route | DecodeRoute] = {}
+_lock = threading.Lock()
+
+
+def route_key(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, causal: bool, scale: float | None, softcap: float, alibi_slopes: Tensor | None,
+    return_lse: bool, backend: str, config: FlashAttentionConfig,
+) -> tuple[tuple | None, list[Tensor]]:  # fmt: skip
+    """The class of a call, and what a route is given besides q, k and v: the mask's tensors and the slopes. None for calls that take no route."""
+    if not (
+        type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and _on_gpu(q)
+        and plans_are_possible()
+        and _nothing_between()
+        and not values_are_asked_for()
+        and (causal is True or causal is False)
+        and type(scale) in _NUMBERS
+        and type(softcap) in _NUMBERS
+    ):
+        return None, []
+    device = q.get_device()
+    addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
+    rule: Any = None
+    given: list[Tensor] = []
+    forms = None
+    if mask is not None:
+        if isinstance(mask, Window) and mask.offset is None:
+            rule = (mask.left, mask.right)
+        else:
+            found = rule_of(mask, causal) if isinstance(mask, Mask) and alibi_slopes is None else None
+            if found is None:
+                return None, []
+            rule, given = found
+    if alibi_slopes is not None:
+        if type(alibi_slopes) is not Tensor or alibi_slopes.requires_grad:
+            return None, []
+        given = [alibi_slopes]
+    if given:
+        for x in given:
+            addresses |= x.data_ptr()
+        forms = tuple([(x.shape, x.stride(), x.dtype, x.get_device()) for x in given])
+    if addresses & 15 or device != _current_device():
+        return None, []
+    needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on()
+    key = (
+        q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
+        needs_grad, rule, forms, alibi_slopes is None, causal, scale, softcap, return_lse, backend, id(config),
+    )  # fmt: skip
+    return key, given
+
+
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_autocast, _grad_is_on = torch.is_autocast_enabled, torch.is_grad_enabled
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+
+
+def _nothing_between() -> bool:
+    """Whether PyTorch would hand operators straight to the device: no mode, no transform, no tracer, no autocast, no tangents."""
+    return (
+        _dispatch_modes() == 0
+        and _function_modes() == 0
+        and _transform() is None
+        and _tracing() is None
+        and forward_ad._current_level < 0
+        and not _autocast("cuda")
+        and not launches_are_watched()
+    )
+
+
+_on_gpu = attrgetter("is_cuda")
+
+
+def find_route(key: tuple | None) -> Any:
+    """The route of a class of calls, if one was kept."""
+    return _routes.get(key)
+
+
+def new_route(
+    key: tuple | None, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, config: FlashAttentionConfig, returns_lse: bool,
+    given: list[Tensor],
+) -> Route | None:  # fmt: skip
+    """The route of a class of calls that our kernels run, which is kept; None if it has none. ``spec``: of the first call, checked."""
+    if (
+        key is None
+        or any(aligned(x) is not x for x in (q, k, v))
+        or any(x.get_device() != q.get_device() for x in given)
+    ):
+        return None
+    triton = config.triton
+    band = spec.mask.band()
+    if band is not None:
+        if not all(x.is_contiguous() for x in given):
+            return None
+        options = KernelOptions.from_numbers(*spec.numbers(), triton.fp32_precision, triton.autotune)
+        plan = plan_for(best_forward_launches, (q, k, v), options)
+    else:
+        found = rule_of(spec.mask, False)
+        if found is None or not fits(found[0], given, spec.q_len, spec.kv_len):
+            return None
+        rule = found[0]
+        numbers = (spec.scale, spec.softcap, 0.0, None, triton.fp32_precision, triton.autotune)
+        options = KernelOptions(None, None, None, None, None, None, *numbers)
+        build = ruled_launches_kept if spec.needs_grad else ruled_forward_launches
+        plan = plan_for(build, (q, k, v), RuledOptions(options, rule, tuple(given)))
+        options = replace(options, start=_LAID_OUT, stop=_LAID_OUT)
+    if plan is None:
+        return None
+    engine = TritonEngine(triton.fp32_precision, triton.autotune)
+    route = Route(plan, options, engine, config, spec.needs_grad, returns_lse, len(given) if band is None else 0)
+    _keep(key, route)
+    return route
+
+
+_LAID_OUT = torch.empty(0, device="cpu")  # stands for the intervals that each call lays out
+
+
+def decode_key(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, block_table: Tensor | None, causal: bool, window: tuple | None,
+    scale: float | None, softcap: float, num_splits: int, split_size: int | None, backend: str, config: FlashAttentionConfig,
+) -> tuple | None:  # fmt: skip
+    """The same of a call of :func:`flashlib.inference.decode_attention`."""
+    if not (
+        type(q) is Tensor
+        and type(k) is Tensor
+        and type(v) is Tensor
+        and _on_gpu(q)
+        and plans_are_possible()
+        and _nothing_between()
+        and not values_are_asked_for()
+        and (causal is True or causal is False)
+        and type(scale) in _NUMBERS
+        and type(softcap) in _NUMBERS
+        and type(num_splits) is int
+        and type(split_size) in _COUNTS
+        and (window is None or (type(window) is tuple and all(type(width) in _COUNTS for width in window)))
+        and not ((q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on())
+    ):
+        return None
+    device, addresses, others = q.get_device(), q.data_ptr() | k.data_ptr() | v.data_ptr(), ()
+    for x in (lengths, block_table):
+        if x is not None:
+            if type(x) is not Tensor:
+                return None
+            addresses |= x.data_ptr()
+            others += (x.shape, x.stride(), x.dtype, x.get_device())
+        else:
+            others += (None,)
+    if addresses & 15 or device != _current_device():
+        return None
+    return (
+        q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
+        *others, causal, window, scale, softcap, num_splits, split_size, backend, id(config),
+    )  # fmt: skip
+
+
+def keep_decode_route(
+    key: tuple, q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions, config: FlashAttentionConfig
+) -> None:
+    """Keep the route of a decoding step that our kernels have just run, if it has one."""
+    if all(readable(x) is x for x in (q, k, v)):
+        plan = plan_for(best_decode_launches, (q, k, v), options)
+        if plan is not None:
+            _keep(key, DecodeRoute(plan, config))
+
+
+def _keep(key: tuple, route: Route | DecodeRoute) -> None:
+    with _lock:
+        while len(_routes) >= MOST_PLANS:
+            _routes.pop(next(iter(_routes)))
+        _routes[key] = route
+
+
+@dataclass(eq=False)
+class DecodeRoute:
+    """The plan of a class of decoding steps."""
+
+    plan: Plan
+    config: FlashAttentionConfig
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, block_table: Tensor | None, returns_lse: bool
+    ):
+        tensors = [q, k, v]
+        if lengths is not None:
+            tensors.append(lengths)
+        if block_table is not None:
+            tensors.append(block_table)
+        return tuple(self.plan.run(tensors)) if returns_lse else self.plan.run_first(tensors)
+
+
+@dataclass(eq=False)
+class Route:
+    """The plans of a class of calls. It keeps the configuration, by whose identity its key goes, alive.
+
+    Attributes:
+        options: those of the backward pass, with tensors of the first call, in whose place each call puts its own.
+        laid_out: how many of the tensors that a call gives besides q, k and v are the mask's, of which the forward makes intervals.
+        backward: plans of the gradients, by the strides of what they are made from.
+    """
+
+    plan: Plan
+    options: KernelOptions
+    engine: TritonEngine
+    config: FlashAttentionConfig
+    needs_grad: bool
+    returns_lse: bool
+    laid_out: int
+    backward: dict[tuple, Plan] = field(default_factory=dict)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, given: list[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        tensors = (q, k, v, *given)
+        if self.needs_grad:
+            return _apply(self, *tensors)
+        if self.returns_lse:
+            out, lse = self.plan.run(tensors)
+            return out, lse
+        return self.plan.run_first(tensors)
+
+    def gradients(self, q, k, v, out, lse, grad_out, grad_lse, more: list[Tensor]) -> Sequence[Tensor]:
+        """``dq, dk, dv``; ``more``: the tensors of :attr:`options`."""
+        tensors = [q, k, v, out, grad_out, lse] if grad_lse is None else [q, k, v, out, grad_out, lse, grad_lse]
+        at = tuple([x.stride() for x in tensors])
+        plan = self.backward.get(at)
+        if plan is not None and not (grad_out.data_ptr() | q.data_ptr()) & 15 and not launches_are_watched():
+            return plan.run(tensors + more)
+        options = self.with_tensors(more)
+        if all(aligned(x) is x for x in tensors[:5]) and all(x.is_contiguous() for x in tensors[5:]):
+            plan = plan_for(best_backward_launches, tensors, options)
+            if plan is not None and len(self.backward) < MOST_PLANS:
+                self.backward[at] = plan
+        return launch_backward(q, k, v, out, lse, grad_out, grad_lse, options)
+
+    def with_tensors(self, more: list[Tensor]) -> KernelOptions:
+        """:attr:`options` of one call. Slopes have one dimension more there than the caller may give them."""
+        return self.options.with_tensors(x if x.dim() > 1 else x[None] for x in more)
+
+
+class _Planned(torch.autograd.Function):
+    """``(route, q, k, v, what the call gives besides) -> out``, or ``(out, lse)`` where the route returns it."""
+
+    @staticmethod
+    def forward(ctx: Any, route: Route, *tensors: Tensor):
+        out, lse, *intervals = route.plan.run(tensors)
+        ctx.route, ctx.given = route, len(tensors) - 3
+        ctx.save_for_backward(out, lse, *tensors[:3], *intervals, *tensors[3 + route.laid_out :])
+        if not route.returns_lse:
+            return out
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None):
+        out, lse, q, k, v, *more = ctx.saved_tensors
+        nothing = (None,) * ctx.given
+        if grad_out is None:
+            if grad_lse is None:
+                return None, None, None, None, *nothing
+            grad_out = torch.zeros_like(out)
+        route = ctx.route
+        if type(grad_out) is Tensor and _transform() is None and not _grad_is_on():
+            gradients = route.gradients(q, k, v, out, lse, grad_out, grad_lse, more)
+        else:  # what differentiates or maps this must find in it what it knows
+            numbers = route.with_tensors(more).numbers()
+            gradients = differentiable_gradients(q, k, v, out, lse, grad_out, grad_lse, route.engine, numbers)
+        return None, *gradients, *nothing
+
+
+# Not Function.apply, which first asks whether a transform is open: no route is taken inside of one.
+_apply = super(torch.autograd.Function, _Planned).apply

@@ -13,7 +13,7 @@ from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.inputs import in_poison, ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import MIB
-from flashlib.course.grader.sandbox.outcome import StudentError
+from flashlib.course.grader.sandbox.session import StudentError
 
 TILED = """
 import torch
@@ -78,8 +78,8 @@ def make_exercise(*checks, forbidden=SDPA):
 def tiled_property(t):
     """tiled"""
     q, k, v = (t.randn(1, 1, 4096, 16) for _ in "qkv")
-    few = [x[:, :, :64] for x in (q, k, v)]
-    t.check_tiled(attend, q, k, v, largest=4096 * 64, memory=48 * MIB, first=few, sample=lambda x: x[:, :, -64:])
+    few = q[:, :, :9], k[:, :, :9], v[:, :, :9]
+    t.check_tiled(attend, q, k, v, largest=4096 * 64, memory=32 << 20, first=few, sample=lambda x: x[:, :, -64:])
 
 
 def any_rows(t):

@@ -29,6 +29,7 @@ ZYGOTE_ANSWER_SECONDS = 15.0
 FORK_SECONDS = 30.0
 ENDING_SECONDS = 0.5  # for a process that hangs up, to end by itself
 POLL_SECONDS = 0.05
+FEW_FILES = 8  # open at a time, the four that a child begins with included
 OUTPUT_KEPT = 8_000  # bytes of what a submission printed that are kept for its report
 
 
@@ -170,6 +171,12 @@ class Child:
         except (OSError, StopIteration):
             peak = psutil.Process(self.pid).memory_info().rss
         return max(0, peak - self.base_memory)
+
+    def keep_to_memory(self) -> None:
+        """From here on it can write no file and open no pipes to speak of: what it puts by is in its memory, and seen. Linux only."""
+        process = psutil.Process(self.pid)
+        process.rlimit(psutil.RLIMIT_FSIZE, (0, 0))
+        process.rlimit(psutil.RLIMIT_NOFILE, (FEW_FILES, FEW_FILES))
 
     def take_printed(self) -> str:
         """What it printed since the last time this was asked, cut to size and cleaned."""

@@ -94,10 +94,10 @@ def best_forward_launches(
     """The launches of the forward, and ``(out, lse)``, of tensors that are :func:`flashlib.launch.options.aligned`, or of their forms."""
     # Its kernels write heads before rows: out must lie as :func:`flashlib.launch.options.empty_results` promises.
     if splits_keys(q.shape, k.shape, options) and (q.shape[2] == 1 or q.stride(1) >= q.stride(2)):
-        scores = {"left": options.left, "right": options.right, "scale": options.scale, "softcap": options.softcap}
-        launches, out, lse = decode_launches(
-            q, k, v, DecodeOptions.chosen(q, k, v, **scores, precision=options.precision)
-        )
+        chosen = DecodeOptions.chosen(
+            q, k, v, left=options.left, right=options.right, scale=options.scale, softcap=options.softcap, precision=options.precision
+        )  # fmt: skip
+        launches, out, lse = decode_launches(q, k, v, chosen)
         return launches, (out, lse)
     if hopper_runs(q, k, v, options):
         launches, out, lse = hopper_launches(q, k, v, options)

@@ -5,7 +5,8 @@ Packed: one row after the other without gaps, and a list of where they begin (Fl
 
 The grader runs your kernels in Triton's interpreter, and compiles them for GPUs (sm_80 and sm_90), which need not be there.
 
-PyTorch's own softmax, log_softmax, logsumexp and their kin are not there while you are graded: they are what you write.
+PyTorch's own softmax, log_softmax, logsumexp and their kin, and Triton's, are not there while you are graded: they are what you
+write.
 """
 
 import torch

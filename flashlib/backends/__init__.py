@@ -128,7 +128,9 @@ def explain(spec: AttentionSpec, config: FlashAttentionConfig | None = None) -> 
         passed_over = None if obstacle else _passed_over(name, spec, config)
         if obstacle is None and passed_over is None and chosen is None:
             chosen = name
-        rows.append((name, obstacle is None, obstacle or passed_over or reasons[name]))
+        how = None if obstacle else BACKENDS[name].how(spec)
+        reason = f"{reasons[name]}; {how}" if how else reasons[name]
+        rows.append((name, obstacle is None, obstacle or passed_over or reason))
     return Explanation(tuple(rows), chosen)
 
 

@@ -60,6 +60,10 @@ class Backend:
         """What in the problem is beyond this backend; None if nothing."""
         raise NotImplementedError
 
+    def how(self, spec: AttentionSpec) -> str | None:
+        """What of this backend runs a problem that it can run, if it has several ways."""
+        return None
+
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, config: FlashAttentionConfig
     ) -> tuple[Tensor, Tensor | None]:

@@ -16,11 +16,14 @@ from flashlib.engines import run_engine
 from flashlib.launch.engines import TritonEngine
 from flashlib.launch.options import KernelOptions, blocks
 from flashlib.launch.plain import forward_launch
+from flashlib.launch.run import splits_keys
 from flashlib.launch.start import TRITON_INSTALLED, interpreting
 from flashlib.launch.tiles import TileConfig
 from flashlib.spec import AttentionSpec
 
 __all__ = ["TritonBackend", "count_tiles"]
+
+SPLIT = "here by split-KV: few rows see many keys, which are cut into pieces that are computed side by side"
 
 
 class TritonBackend(Backend):
@@ -46,6 +49,12 @@ class TritonBackend(Backend):
         if max(spec.head_dim, spec.v_head_dim) > 256:
             return f"takes a head_dim of at most 256; got {spec.head_dim} and {spec.v_head_dim}"
         return None
+
+    def how(self, spec):
+        if spec.mask.band() is None or spec.is_empty:
+            return None
+        q_shape, k_shape = (spec.batch, spec.q_heads, spec.q_len, 0), (spec.batch, spec.kv_heads, spec.kv_len, 0)
+        return SPLIT if splits_keys(q_shape, k_shape, KernelOptions.from_spec(spec)) else None
 
     def run(self, q, k, v, spec, config):
         engine = TritonEngine(config.triton.fp32_precision, config.triton.autotune)

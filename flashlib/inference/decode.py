@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from numbers import Real
 
 import torch
@@ -22,8 +21,10 @@ from flashlib import routes
 from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import BackendUnavailableError
 from flashlib.config import current_config
+from flashlib.launch import splits
 from flashlib.launch.checks import check_decoding
 from flashlib.launch.decode import DecodeOptions, launch_decode
+from flashlib.launch.splits import fewest_waves
 from flashlib.masks import NO_LIMIT, KeyLengths, Window
 from flashlib.partial import Partial, fold
 from flashlib.reference import naive_attention
@@ -34,17 +35,6 @@ __all__ = ["choose_num_splits", "combine_splits", "decode_attention", "split_par
 BACKENDS = ("auto", "triton", "cpu", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TILE = 64  # keys; where the tile is not the kernel's own
-SPLIT_COST = 2  # tiles; what a split costs beside the tiles it holds
-MOST_SPLITS = 256  # that are chosen
-MOST_PROGRAMS = 65535  # along the second dimension of a CUDA grid
-# keys; so that in a batch of unequal lengths no program is left with a long request when all others are done
-LONGEST_SPLIT = 8192
-LONGEST_SPLIT_OF_SMALL_PAGES = (
-    4096  # where every key's page is looked up, two programs share a multiprocessor, to wait less
-)
-# keys; shorter splits are merged by a second kernel: 10.9 us against 12.6 at 4k keys of one request on an H200. Longer ones by the
-# last program to finish, which saves a launch.
-LEAST_MERGED_IN_KERNEL = 1024
 
 
 def decode_attention(
@@ -114,7 +104,7 @@ def decode_attention(
     with autocast_off(q.device):
         out, lse = _RUN[chosen](problem)
     if key is not None and chosen == "triton":
-        routes.keep_decode_route(key, q, k, v, decode_options(problem, _precision(problem)), config)
+        routes.keep_decode_route(key, q, k, v, problem.options(_precision(problem)), config)
     return (out, lse) if return_lse else out
 
 
@@ -166,13 +156,13 @@ def choose_num_splits(
     """How many splits each request's keys should be cut into, from what the host knows.
 
     Splits run in waves, one program per multiprocessor at a time. With n splits a wave takes as long as the tiles of one split, and
-    about :data:`SPLIT_COST` tiles more, in which the program starts, fills its pipeline and hands its result over. Of all n, the
+    about :data:`flashlib.launch.splits.SPLIT_COST` tiles more, in which the program starts, fills its pipeline and hands its result over. Of all n, the
     one with the shortest total wins; of equals, the smallest.
 
     Args:
         batch, kv_heads: requests, and key/value heads of each.
         max_length: most keys that a request may have (its capacity; or what a window leaves of it). A split never has more than
-            :data:`LONGEST_SPLIT` keys, which may take more splits than are fastest for requests of equal length. Those are for the
+            :data:`flashlib.launch.splits.LONGEST_SPLIT` keys, which may take more splits than are fastest for requests of equal length. Those are for the
             long requests: decoding cuts a shorter one into fewer.
         sm_count: multiprocessors of the GPU.
         block_n: keys of a tile.
@@ -187,18 +177,9 @@ def choose_num_splits(
     ):
         _check_count(name, value, least)
     return max(
-        _fewest_waves(batch * kv_heads * row_blocks, max_length, sm_count, block_n), _blocks(max_length, LONGEST_SPLIT)
+        fewest_waves(batch * kv_heads * row_blocks, max_length, sm_count, block_n),
+        _blocks(max_length, splits.LONGEST_SPLIT),
     )
-
-
-@cache
-def _fewest_waves(pairs: int, max_length: int, sm_count: int, block_n: int) -> int:
-    tiles = max(_blocks(max_length, block_n), 1)
-
-    def tile_times(splits: int) -> int:
-        return _blocks(pairs * splits, sm_count) * (_blocks(tiles, splits) + SPLIT_COST)
-
-    return min(range(1, min(tiles, MOST_SPLITS) + 1), key=tile_times)
 
 
 def split_partials(
@@ -337,6 +318,13 @@ class Problem:
     def tensors(self) -> list[Tensor]:
         return [x for x in self.values() if isinstance(x, Tensor)]
 
+    def options(self, precision: str) -> DecodeOptions:
+        """What the kernels must know of it, and into how many splits it is cut."""
+        return DecodeOptions.chosen(
+            self.q, self.k, self.v, scale=self.scale, softcap=self.softcap, lengths=self.lengths, block_table=self.block_table,
+            left=self.left, right=self.right, num_splits=self.num_splits, split_size=self.split_size, precision=precision,
+        )  # fmt: skip
+
     def first_key(self, length: int) -> int:
         """The first key that any row sees, of a request of this length."""
         return 0 if self.left is None else max(length - self.q.shape[2] - self.left, 0)
@@ -457,22 +445,7 @@ def run_triton(problem: Problem, precision: str) -> tuple[Tensor, Tensor]:
     """By the kernels; ``precision`` of fp32 products as in :class:`flashlib.config.TritonConfig`."""
     if may_read(*(x for x in (problem.q, problem.lengths, problem.block_table) if x is not None)):
         problem.check_values()
-    return launch_decode(problem.q, problem.k, problem.v, decode_options(problem, precision))
-
-
-def decode_options(problem: Problem, precision: str) -> DecodeOptions:
-    """What the kernels must know of a problem, and into how many splits it is cut."""
-    splits, fewest = _splits(problem)
-    if splits > MOST_PROGRAMS:
-        raise ValueError(
-            f"a launch takes at most {MOST_PROGRAMS} splits; got {splits} (split_size={problem.split_size})"
-        )
-    split_size = problem.split_size or _blocks(problem.capacity, splits)
-    return DecodeOptions(
-        problem.lengths, problem.block_table, problem.left, problem.right, problem.scale, problem.softcap, splits,
-        problem.split_size, merge_in_kernel=splits == 1 or split_size >= LEAST_MERGED_IN_KERNEL, precision=precision,
-        fewest_splits=fewest,
-    )  # fmt: skip
+    return launch_decode(problem.q, problem.k, problem.v, problem.options(precision))
 
 
 def _cpu(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -481,34 +454,6 @@ def _cpu(problem: Problem) -> tuple[Tensor, Tensor]:
     size = problem.split_size or (_blocks(problem.capacity, problem.num_splits) if problem.num_splits else 0)
     caches = (problem.q, problem.k, problem.v, problem.lengths, problem.block_table)
     return decode(*caches, problem.left, problem.right, problem.scale, problem.softcap, size)
-
-
-def _splits(problem: Problem) -> tuple[int, int]:
-    """How many splits to launch for each request and KV head, and into how many a short request is cut at least.
-
-    From host-side numbers only, since lengths are on the device.
-    """
-    from flashlib.launch.decode import most_keys, tiles_for
-
-    if problem.num_splits:
-        return problem.num_splits, problem.num_splits
-    visible = most_keys(problem.q.shape[2], problem.capacity, problem.left)
-    if problem.split_size:
-        # What a window leaves of the keys may begin and end within a split.
-        most = _blocks(visible, problem.split_size) + (problem.left is not None)
-        return max(min(most, _blocks(problem.capacity, problem.split_size)), 1), 1
-    tiles = tiles_for(problem.q, problem.v)
-    rows = problem.q.shape[1] // problem.k.shape[1] * problem.q.shape[2]
-    pairs = problem.q.shape[0] * problem.k.shape[1] * _blocks(rows, tiles.block_m)
-    fewest = _fewest_waves(pairs, visible, _multiprocessors(problem.q.device), tiles.block_n)
-    small_pages = problem.block_table is not None and problem.k.shape[2] % tiles.block_n != 0
-    longest = LONGEST_SPLIT_OF_SMALL_PAGES if small_pages else LONGEST_SPLIT
-    return max(fewest, _blocks(visible, longest)), fewest
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 _RUN = {"torch": _torch, "cpu": _cpu, "triton": _triton}

@@ -14,6 +14,7 @@ from torch import Tensor
 from flashlib.launch.counters import counters
 from flashlib.launch.options import blocks, checked_channels, padded, readable, strides
 from flashlib.launch.plans import plan_for
+from flashlib.launch.splits import LEAST_MERGED_IN_KERNEL, MOST_PROGRAMS, fewest_waves, longest_split
 from flashlib.launch.start import Launch
 from flashlib.launch.tiles import TileConfig, capability_of, multiprocessors
 
@@ -76,6 +77,40 @@ class DecodeOptions:
     precision: str = "ieee"
     fewest_splits: int | None = None
 
+    @classmethod
+    def chosen(
+        cls, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float, lengths: Tensor | None = None,
+        block_table: Tensor | None = None, left: int | None = None, right: int | None = None, num_splits: int = 0,
+        split_size: int | None = None, precision: str = "ieee",
+    ) -> DecodeOptions:  # fmt: skip
+        """The options of a problem, with as many splits as suit it, unless ``num_splits`` or ``split_size`` says how many.
+
+        Raises:
+            ValueError: that would be more splits than a launch takes.
+        """
+        capacity = k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
+        visible = most_keys(q.shape[2], capacity, left)
+        fewest = num_splits
+        if split_size:
+            # What a window leaves of the keys may begin and end within a split.
+            most = blocks(visible, split_size) + (left is not None)
+            num_splits, fewest = max(min(most, blocks(capacity, split_size)), 1), 1
+        elif not num_splits:
+            tiles = tiles_for(q, v)
+            pairs = q.shape[0] * k.shape[1] * blocks(q.shape[1] // k.shape[1] * q.shape[2], tiles.block_m)
+            fewest = fewest_waves(pairs, visible, multiprocessors(q.device), tiles.block_n)
+            small_pages = block_table is not None and k.shape[2] % tiles.block_n != 0
+            num_splits = max(fewest, blocks(visible, longest_split(small_pages=small_pages)))
+        if num_splits > MOST_PROGRAMS:
+            raise ValueError(
+                f"a launch takes at most {MOST_PROGRAMS} splits; got {num_splits} (split_size={split_size})"
+            )
+        keys = split_size or blocks(capacity, num_splits)
+        return cls(
+            lengths, block_table, left, right, scale, softcap, num_splits, split_size,
+            merge_in_kernel=num_splits == 1 or keys >= LEAST_MERGED_IN_KERNEL, precision=precision, fewest_splits=fewest,
+        )  # fmt: skip
+
     def tensors(self) -> list[Tensor]:
         """Those of its attributes that are tensors, in order."""
         return [x for x in (self.lengths, self.block_table) if x is not None]
@@ -127,7 +162,7 @@ def decode_launches(
     q, k, v = (readable(x) for x in (q, k, v))
     batch, q_heads, q_len, _ = q.shape
     out = q.new_empty(batch, q_heads, q_len, v.shape[3])
-    lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
+    lse = q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
     if batch <= MOST_REQUESTS:
         return _decode_launches(q, k, v, out, lse, options, tiles), out, lse
     launches = []

@@ -59,7 +59,7 @@ def rule_of(mask: Mask, causal: bool) -> tuple[Rule, list[Tensor]] | None:
             lengths.append(part.lengths)
         elif type(part) is Varlen:
             packed = part
-            ends += (part.cu_seqlens_q, part.cu_seqlens_k)
+            ends += part.ends
         elif isinstance(part, Window):
             offset = part.offset
             if isinstance(offset, Tensor):

@@ -1,11 +1,14 @@
-"""Which kernels run a problem: the warp-specialised ones where they can, the plain ones everywhere else."""
+"""Which kernels run a problem: those that split the keys where rows are few, the warp-specialised ones where they can, the plain ones everywhere
+else."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from flashlib.launch.decode import DecodeOptions, decode_launches
 from flashlib.launch.hopper import (
     hopper_backward_runs,
     hopper_dkdv_launches,
@@ -13,13 +16,16 @@ from flashlib.launch.hopper import (
     hopper_launches,
     hopper_runs,
 )
-from flashlib.launch.options import KernelOptions, aligned, empty_results
+from flashlib.launch.options import INTERVALS, KernelOptions, aligned, empty_results
 from flashlib.launch.plain import BackwardTensors, backward_launches, dkdv_launches, dq_launches, forward_launch
 from flashlib.launch.plans import kept_plan, plan_for
 from flashlib.launch.start import Launch
 from flashlib.launch.tiles import TileConfig
 
-__all__ = ["launch_backward", "launch_forward"]
+__all__ = ["launch_backward", "launch_forward", "splits_keys"]
+
+FEW_ROWS = 64  # query rows of a KV head
+MANY_KEYS, KEYS_PER_QUERY = 256, 4
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> tuple[Tensor, Tensor]:
@@ -67,10 +73,32 @@ def launch_backward(
     return dq, dk, dv
 
 
+def splits_keys(q_shape: Sequence[int], k_shape: Sequence[int], options: KernelOptions) -> bool:
+    """Whether split-KV runs a problem: a few rows for each KV head, which see many keys under a band.
+
+    The other kernels have a program for each block of rows: with one query of one request, for 32 of the 132 multiprocessors of an H200.
+    """
+    (_, q_heads, q_len, _), (_, kv_heads, kv_len, _) = q_shape, k_shape
+    return (
+        q_heads // kv_heads * q_len <= FEW_ROWS
+        and kv_len >= max(MANY_KEYS, KEYS_PER_QUERY * q_len)
+        and options.mask_kind != INTERVALS
+        and options.alibi_slopes is None
+        and not options.dropout_p
+    )
+
+
 def best_forward_launches(
     q: Tensor, k: Tensor, v: Tensor, options: KernelOptions
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
     """The launches of the forward, and ``(out, lse)``, of tensors that are :func:`flashlib.launch.options.aligned`, or of their forms."""
+    # Its kernels write heads before rows: out must lie as :func:`flashlib.launch.options.empty_results` promises.
+    if splits_keys(q.shape, k.shape, options) and (q.shape[2] == 1 or q.stride(1) >= q.stride(2)):
+        chosen = DecodeOptions.chosen(
+            q, k, v, left=options.left, right=options.right, scale=options.scale, softcap=options.softcap, precision=options.precision
+        )  # fmt: skip
+        launches, out, lse = decode_launches(q, k, v, chosen)
+        return launches, (out, lse)
     if hopper_runs(q, k, v, options):
         launches, out, lse = hopper_launches(q, k, v, options)
         return launches, (out, lse)

@@ -11,7 +11,8 @@ from typing import Any
 
 from flashlib.course.grader.sandbox import child as honest
 from flashlib.course.grader.sandbox import wire
-from flashlib.course.grader.sandbox.session import Child, Limits
+from flashlib.course.grader.sandbox.conversation import Child
+from flashlib.course.grader.sandbox.outcome import Limits
 
 ODD = [
     None, True, -1, 0, 2**31, 2**63, 10**30, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "=1+1", "\ud800\x1b[2J", "a" * 9000,
@@ -107,7 +108,7 @@ class NoSandbox:
     must_fence = False
 
     def _ask(self, order, seconds, fds=()):
-        return {"status": 0, "peak_memory": 0, "strays": 0, "stopped": True}
+        return {"status": 0, "peak_memory": 0, "cpu": 0.0, "strays": 0, "stopped": True}
 
 
 class Forger:

@@ -6,7 +6,7 @@ import pytest
 
 from flashlib.course.grader.engine import Submission, grade, sandbox_for
 from flashlib.course.grader.exercise import SDPA, SOFTMAX, Exercise
-from flashlib.course.grader.sandbox.session import Limits
+from flashlib.course.grader.sandbox.outcome import Limits
 
 PROBE = '''
 import inspect

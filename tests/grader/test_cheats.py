@@ -6,7 +6,8 @@ import pytest
 
 from flashlib.course.grader.engine import Submission, grade
 from flashlib.course.grader.exercise import load_exercise
-from flashlib.course.grader.sandbox.session import REPOSITORY, Limits
+from flashlib.course.grader.sandbox.outcome import Limits
+from flashlib.course.grader.sandbox.session import REPOSITORY
 from flashlib.course.grader.scan import suspicious
 
 
@@ -173,3 +174,114 @@ def test_memory_is_seen_from_outside_whatever_the_code_says_of_itself(sandbox_of
     report = grade(exercise, Submission("cheat", untiled + SILENCED.encode()), sandbox_of(exercise))
     failed = {result.name: result.finding for result in report.results if result.finding}
     assert failed["linear-memory"].diagnosis == "untiled" and "process that grew" in failed["linear-memory"].got
+
+
+# Ways around a count that are not changes of what counts. Each is one kind, and leads to what is refused, or seen from outside.
+IN_A_THREAD = """
+
+import threading
+
+_honest = {function}
+
+
+def {function}(*args, **kwargs):
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(_honest(*args, **kwargs)))
+    thread.start()
+    thread.join()
+    return answers[0]
+"""
+IN_A_TASK = """
+
+_honest = {function}
+
+
+def {function}(*args, **kwargs):
+    return torch.futures.wait_all([torch.jit.fork(_honest, *args, **kwargs)])[0]
+"""
+MODES_OFF = """
+
+from torch.utils._python_dispatch import _disable_current_modes
+
+_honest = {function}
+
+
+def {function}(*args, **kwargs):
+    with _disable_current_modes():
+        return _honest(*args, **kwargs)
+"""
+BITS_AS_INTEGERS = """
+
+import numpy as np
+
+
+def _array(x):
+    return x.contiguous().view(torch.int32).numpy().view(np.float32)
+
+
+def {function}(q, k, v, block_q, block_k, scale=None):
+    s = _array(q) @ _array(k).swapaxes(2, 3) * np.float32(q.shape[-1] ** -0.5 if scale is None else scale)
+    m = s.max(-1, keepdims=True)
+    p = np.exp(s - m)
+    l = p.sum(-1, keepdims=True)
+    return torch.from_numpy(p @ _array(v) / l).to(q.dtype), torch.from_numpy((m + np.log(l))[..., 0]).float()
+"""
+READ_BY_A_CALLBACK = """
+
+_honest = {function}
+
+
+def {function}(q, k, v, *args, **kwargs):
+    for _ in range(20):
+        k.map_(k, lambda number, same: number)
+    return _honest(q, k, v, *args, **kwargs)
+"""
+
+
+@pytest.mark.parametrize("cheat", [IN_A_THREAD, IN_A_TASK, MODES_OFF, BITS_AS_INTEGERS, READ_BY_A_CALLBACK])
+def test_computing_where_nothing_is_counted_earns_no_points_for_what_counts(sandbox_of, cheat):
+    exercise = load_exercise("ex03")
+    exercise = replace(exercise, properties=[each for each in exercise.properties if each.name == "memory-traffic"])
+    honest = (REPOSITORY / "tests/grader/wrong/ex03/hard_coded_tiles.py").read_bytes()
+    report = grade(
+        exercise, Submission("cheat", honest + cheat.format(function="tiled_attention").encode()), sandbox_of(exercise)
+    )
+    assert set(report.diagnoses) & {"nothing-counted", "leaves-pytorch", "keys-read-too-often", "block-k-ignored"}, (
+        report
+    )
+
+
+# Where K and V are put by that no meter and no memory of the process shows, to be read again and again from there.
+PUT_BY = {
+    "a file": "open(name, 'wb').write(data)",
+    "a file mapped": "open(name, 'wb').close(), os.truncate(name, len(data)), mmap.mmap(os.open(name, os.O_RDWR), 0).write(data)",
+    "pipes": "[os.write(os.pipe()[1], data[at : at + 65536]) for at in range(0, len(data), 65536)]",
+    "sockets": "kept += [socket.socketpair() for at in range(0, len(data), 65536)]; kept[-1][0].send(data[:65536])",
+    "memory without a name": "os.write(os.memfd_create('x'), data)",
+}  # fmt: skip
+KEPT = """
+
+import mmap, os, socket
+
+_honest = tiled_attention
+
+
+def tiled_attention(q, k, v, block_q, block_k, scale=None):
+    if k.shape[2] > 10_000:
+        name, kept = "kept", []
+        for at in range(0, k.shape[2], 8192):
+            data = k[0, 0, at : at + 8192].clone().view(torch.uint8).numpy().tobytes()
+            name = f"kept{{at}}"
+            {put}
+    return _honest(q, k, v, block_q, block_k, scale)
+"""
+
+
+@pytest.mark.parametrize("put", PUT_BY.values(), ids=PUT_BY)
+def test_keys_put_by_outside_of_the_memory_of_the_process_are_seen(sandbox_of, put):
+    exercise = load_exercise("ex03")
+    if not sandbox_hands_out(sandbox_of(exercise)):
+        pytest.skip("this system hands nothing out piece by piece: all counts are the process's own word")
+    exercise = replace(exercise, properties=[each for each in exercise.properties if each.name == "memory-traffic"])
+    source = solution("ex03") + KEPT.format(put=put).encode()
+    assert not grade(exercise, Submission("cheat", source), sandbox_of(exercise)).passed

@@ -78,7 +78,8 @@ def make_exercise(*checks, forbidden=SDPA):
 def tiled_property(t):
     """tiled"""
     q, k, v = (t.randn(1, 1, 4096, 16) for _ in "qkv")
-    t.check_tiled(attend, q, k, v, largest=4096 * 64, sample=lambda x: x[:, :, -64:])
+    few = q[:, :, :9], k[:, :, :9], v[:, :, :9]
+    t.check_tiled(attend, q, k, v, largest=4096 * 64, memory=32 << 20, first=few, sample=lambda x: x[:, :, -64:])
 
 
 def any_rows(t):

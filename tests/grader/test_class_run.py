@@ -27,7 +27,9 @@ from flashlib.course.grader.gradebook import folder_names, write_results
 from flashlib.course.grader.report import Report, as_gradescope, as_page, as_text
 from flashlib.course.grader.sandbox import scratch
 from flashlib.course.grader.sandbox.confine import MIB, Protections, landlock_abi
-from flashlib.course.grader.sandbox.session import REPOSITORY, Child, Limits, Sandbox, SandboxError
+from flashlib.course.grader.sandbox.conversation import Child
+from flashlib.course.grader.sandbox.outcome import Limits, SandboxError
+from flashlib.course.grader.sandbox.session import REPOSITORY, Sandbox
 from flashlib.course.grader.submissions import Student, find_students
 from flashlib.course.grader.text import cell, clean, clean_tree, shown_path
 

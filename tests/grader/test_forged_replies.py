@@ -17,7 +17,8 @@ from flashlib.course.grader.findings import Finding, Result
 from flashlib.course.grader.journal import report_from
 from flashlib.course.grader.report import Report, as_gradescope, as_page, as_text
 from flashlib.course.grader.results import Results
-from flashlib.course.grader.sandbox.session import REPOSITORY, StudentError
+from flashlib.course.grader.sandbox.outcome import StudentError
+from flashlib.course.grader.sandbox.session import REPOSITORY
 from flashlib.course.grader.trial import show
 
 READ = 5_000  # forged replies that are read, in all; each exercise has its share

@@ -19,7 +19,8 @@ from flashlib.course.grader.gradebook import write_results
 from flashlib.course.grader.matrix import expected_diagnoses
 from flashlib.course.grader.sandbox.confine import MIB, landlock_abi
 from flashlib.course.grader.sandbox.leftovers import leftovers
-from flashlib.course.grader.sandbox.session import REPOSITORY, Limits
+from flashlib.course.grader.sandbox.outcome import Limits
+from flashlib.course.grader.sandbox.session import REPOSITORY
 from flashlib.course.grader.submissions import Student, read_folder
 
 HOSTILE = sorted((Path(__file__).parent / "hostile").glob("*.*"))  # .txt: what no formatter could read

@@ -18,7 +18,7 @@ def test_right_solutions_got_full_marks_in_every_round_and_in_little_time(name):
 
 
 def test_the_recorded_rounds_are_published():
-    assert rounds.PAGE.read_text() == rounds.publish(), "run python -m flashlib.course.grader.rounds"
+    assert rounds.PAGE.read_text() == rounds.publish(), "run python -m flashlib.course.grader.rounds --publish"
 
 
 def test_a_right_solution_that_fails_is_a_problem_and_is_recorded(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flashlib.course.grader.front_door import check
-from flashlib.course.grader.sandbox.session import REPOSITORY, Limits, Sandbox, StudentError
+from flashlib.course.grader.sandbox.outcome import Limits, StudentError
+from flashlib.course.grader.sandbox.session import REPOSITORY, Sandbox
 
 KERNELS = b"""import torch
 import triton

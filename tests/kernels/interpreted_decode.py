@@ -25,7 +25,7 @@ from flashlib.inference import decode, prefix
 from flashlib.inference.decode import combine_splits, decode_attention, split_ranges
 from flashlib.inference.decode_operator import decode_triton
 from flashlib.inference.prefix import SharedPrefix, shared_prefix_attention
-from flashlib.launch import counters
+from flashlib.launch import counters, splits
 from flashlib.launch import decode as decode_launch
 from flashlib.launch.decode import DecodeOptions, decode_launches, launch_decode
 from flashlib.launch.start import Launch
@@ -234,7 +234,7 @@ def main() -> None:
     seeds = seeds_asked_for(__doc__)
     tile_of = decode_launch.decode_tiles
     decode_launch.decode_tiles = lambda *problem: TileConfig(tile_of(*problem).block_m, SMALL_TILE, 4, 1)
-    decode.LONGEST_SPLIT = 48
+    splits.LONGEST_SPLIT = 48
     decode_launch.MERGED_AT_ONCE = 512  # so that a merge takes several rounds
     with KernelWatch(), faults_raised():
         for seed in seeds:

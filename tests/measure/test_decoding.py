@@ -20,7 +20,7 @@ from flashlib.measure.racing.decoding import (
 )
 from flashlib.measure.racing.peers import Peer
 from flashlib.measure.records.record import PACKAGE
-from flashlib.measure.records.sources import decode_sources, kernel_sources
+from flashlib.measure.records.sources import decode_sources, kernel_sources, launching_sources
 
 CPU = torch.device("cpu")
 
@@ -77,9 +77,10 @@ def test_keys_are_counted_once_however_often_they_are_held():
 
 def test_sources_of_attention_and_of_decoding_are_all_that_there_are():
     rooms = {f"{room}/{path.name}" for room in ("kernels", "launch") for path in (PACKAGE / room).glob("*.py")}
-    assert rooms - {"kernels/__init__.py", "launch/__init__.py", "launch/inspect.py"} <= {
+    assert rooms - {"kernels/__init__.py", "launch/__init__.py", "launch/inspect.py", "launch/operators.py"} <= {
         *kernel_sources(),
         *decode_sources(),
+        *launching_sources(),
     }
     assert not [name for name in kernel_sources() if "decode" in name]
     assert len(sources_hash(decode_sources())) == 64

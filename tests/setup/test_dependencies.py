@@ -169,6 +169,7 @@ def test_every_import_is_a_declared_dependency(folder: str, extra: str) -> None:
         canonicalize_name(want.name) for want in _wanted("flashlib", frozenset({"cli", "models", "course", extra}))
     }
     files = [path for path in (REPOSITORY / "tests").rglob("*.py") if not path.stem.startswith("test_")]
+    files += (REPOSITORY / "benchmarks").glob("*.py")  # whose functions tests call, too
     helpers = {path.stem for path in files} | {path.parent.name for path in files}
     own = {"flashlib"} | OPTIONAL_IMPORTS | (helpers if folder == "tests" else set())
     distributions = metadata.packages_distributions()

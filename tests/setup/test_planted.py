@@ -74,6 +74,7 @@ def test_an_import_that_must_not_be_is_found(plant, file: str, line: str, said: 
     assert found.returncode != 0 and said in found.stdout, found.stdout + found.stderr
 
 
+@pytest.mark.timeout(900)  # where mypy was never asked before, it reads all of PyTorch first
 def test_a_type_error_is_found(plant) -> None:
     found = plant("cost/conventions.py", 'def planted(pairs: int) -> int:\n    return f"{pairs} pairs"\n')
     assert found.returncode != 0, found.stdout + found.stderr

@@ -10,7 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flashlib.inference.decode import SPLIT_COST, split_ranges
+from flashlib.inference.decode import split_ranges
+from flashlib.launch.splits import SPLIT_COST
 from flashlib.partial import Partial, fold
 from flashlib.reference import naive_attention
 

@@ -53,9 +53,12 @@ An exercise `ex42` is three things that you write:
      model gives the same wrong answer, else wrong-shape, nan-produced, wrong-values, wrong-dtype. Returns the answer.
      `if_it_raises=misconception, but_not_on=(arguments, ...)` says what an exception means that other arguments do not raise.
    - `t.check_inputs_untouched(target, *args)`: check, and mutated-input, by the bytes that the student's process computed on.
-   - `t.check_tiled(target, *args, largest=elements, memory=bytes, sample=lambda x: x[:, :, -64:])`: check (of the sampled
-     queries), and untiled: by a meter in the process and by the process's peak memory seen from outside. 4096 x 4096 in
+   - `t.check_tiled(target, *args, largest=elements, memory=bytes, first=small, sample=lambda x: x[:, :, -64:])`: check (of the
+     sampled queries), and untiled: by a meter in the process and by the process's peak memory seen from outside. 4096 x 4096 in
      float32 is enough to tell. Its result has `.meter` (`bytes_read`, `calls`, ...) if you bound more.
+   - `t.watch(name, *args, first=small, room={"k": (k, bytes)}, memory=bytes, copied=misconception)`: the call, with these tensors
+     handed out piece by piece; `.seen` of the result says how often, which and in which order, seen from outside. What a meter
+     counts is the process's own word, and shown as such, until `t.confirmed()` says that all of it was seen so, too.
    - `t.expect_tensor(value, what, shape, dtype)`, `t.expect_tuple(value, *names)`: a student may return anything, so look
      before you compute with what `t.call` gave. An exception in a property earns nothing, and the instructor is told to look.
    - `t.expect_same(a, b, budget, diagnosis=..., says=...)`, `t.expect_equal(got, expected, what, misconceptions, *args)`

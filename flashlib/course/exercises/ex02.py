@@ -314,11 +314,12 @@ def online_attention_never_holds_the_row(t: Trial) -> None:
 
 def see_blocks_from_outside(t: Trial) -> None:
     """The scores are handed out piece by piece: each once, and between the values of one block and the next so many of them."""
-    rows, length, block, v_dim = 4, 1 << 20, 1 << 14, 2
+    rows, length, block, v_dim = 4, 1 << 19, 1 << 14, 2
     scores, v = t.randn(rows, length), t.randn(length, v_dim)
     room = {"scores": (scores, rows * block * 4), "v": (v, block * v_dim * 4)}
-    first = scores[:, :8].clone(), v[:8].clone(), 4
-    reply = t.watch("online_attention", scores, v, block, first=first, room=room, memory=8 * MIB, copied=UNTILED)
+    few = 2 * block  # keys in blocks of the same size, so that only what grows with their number is seen
+    first = scores[:, :few].clone(), v[:few].clone(), block
+    reply = t.watch("online_attention", scores, v, block, first=first, room=room, memory=5 * MIB, copied=UNTILED)
     if reply is None:
         return
     t.judge(online, reply.value, scores, v, block)

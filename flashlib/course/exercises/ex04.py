@@ -931,6 +931,9 @@ def bytes_read(meter: object, name: str) -> float:
 def attention_stays_tiled(t: Trial) -> None:
     """masked_attention never makes the Sq x Sk matrix of scores, nor the mask"""
     length = 4096
+    t.check(
+        masked_attention, *draw(t, 23, 29), *exact_intervals(23, 29, left=7, right=0), 4, 5
+    )  # who fails anyway is told so
     q, k, v = draw(t, length, length, batch=1, heads=1)
     t.check_tiled(
         masked_attention,

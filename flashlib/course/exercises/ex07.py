@@ -462,15 +462,15 @@ def memory_traffic(t: Trial) -> None:
 
 def see_loads_from_outside(t: Trial) -> None:
     """K and V are handed out piece by piece, with room for one tile of each: once for each block of queries, from where they lie."""
-    queries, keys, block_m, block_n, dim = 96, 512, 32, 64, 64
-    q, k, v = draw(t, queries, keys, dim=dim)
+    queries, keys, block_m, block_n, dim, heads = 64, 512, 32, 64, 64, 2
+    q, k, v = draw(t, queries, keys, heads=heads, dim=dim)
     arguments, tile = (q, k, v, None, block_m, block_n), block_n * dim * 4
     first = *draw(t, 2, 2, dim=dim), None, block_m, block_n
     reply = t.watch("attention_forward", *arguments, first=first, room={"k": (k, tile), "v": (v, tile)})
     if reply is None:
         return
     t.judge(forward, reply.value, *arguments)
-    expected = queries // block_m
+    expected = queries // block_m * heads
     for name in ("k", "v"):
         times = reply.seen.times(name)
         if times != expected:
@@ -527,7 +527,7 @@ def tiled_in_the_kernel(t: Trial) -> None:
 def compiles_for_gpus(t: Trial) -> None:
     """the kernel compiles for GPUs, sm_80 and sm_90, and multiplies float32 in float32"""
     t.check(forward, *draw(t, 20, 40), None, 32, 32)  # who fails anyway is told so at less expense
-    expect_compiled(t, NOT_IN_A_KERNEL, "attention_forward", *draw(t, 20, 40, dim=32), None, 32, 32)
+    expect_compiled(t, NOT_IN_A_KERNEL, "attention_forward", *draw(t, 20, 40), None, 16, 16)
 
 
 def torch_calls(meter: dict) -> list[str]:

@@ -892,7 +892,8 @@ def see_reads_from_outside(t: Trial) -> None:
     q, k, v = draw(t, batch, q_heads, kv_heads, capacity, dim=dim, v_dim=dim)
     lengths = torch.tensor([capacity, 64 * t.integer(70, 90)])
     arguments, split = (q, k, v, lengths, splits, block), capacity // splits * dim * 4
-    first = q, k[:, :, :9].clone(), v[:, :, :9].clone(), torch.tensor([9, 5]), 2, 4
+    few = 2 * capacity // splits  # keys in splits of the same size, so that only what grows with their number is seen
+    first = q, k[:, :, :few].clone(), v[:, :, :few].clone(), torch.tensor([few, few]), 2, block
     room = {"k": (k, split), "v": (v, split)}
     reply = t.watch(
         "split_decode", *arguments, first=first, room=room, together=True, memory=6 * MIB, copied=KV_REPEATED

@@ -16,7 +16,7 @@ from flashlib.course.exercises.pieces import combine64, merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_scores_along
 from flashlib.course.grader.sandbox.confine import MIB
-from flashlib.course.grader.sandbox.session import Reply
+from flashlib.course.grader.sandbox.outcome import Reply
 from flashlib.course.grader.trial import Trial
 
 exercise = Exercise(
@@ -418,7 +418,9 @@ def all_nan(q: Tensor, k: Tensor, v: Tensor, *others) -> Tensor:
 
 inject = Target("inject_chunked", oracle=injected64, budget=injected_budget, misconceptions=ALL_MISTAKES)
 inject_nan = replace(inject, misconceptions=(replace(MEMORY_READ_AT_0, model=all_nan), *ALL_MISTAKES))
-inject_spread = replace(inject, misconceptions=(replace(NO_MAXIMUM, model=all_nan), *ALL_MISTAKES))
+# In such scores memory and own keys are all or nothing, and weights that are exchanged look like other mistakes.
+APART = tuple(mistake for mistake in ALL_MISTAKES if mistake.slug != "weights-swapped")
+inject_spread = replace(inject, misconceptions=(replace(NO_MAXIMUM, model=all_nan), *APART))
 inject_no_keys = replace(inject, misconceptions=(replace(EMPTY_MEMORY, model=all_nan), *ALL_MISTAKES))
 
 # ---------------------------------------------------------------------------------------------------------- properties
@@ -578,7 +580,8 @@ def see_memory_from_outside(t: Trial) -> None:
     batch, heads, dim, chunk_size, length = 16, 2, 32, 4096, 1 << 16
     q, k, v, k_memory, v_memory = draw(t, 1, 2, length, batch=batch, heads=heads, dim=dim, v_dim=dim)
     arguments, chunk = (q, k, v, k_memory, v_memory, chunk_size), heads * chunk_size * dim * 2
-    first = q, k, v, k_memory[:, :9].clone(), v_memory[:, :9].clone(), 4
+    few = slice(0, 2 * chunk_size)  # the same chunks, so that only what grows with their number is seen
+    first = q, k, v, k_memory[:, few].clone(), v_memory[:, few].clone(), chunk_size
     room = {"k_memory": (k_memory, chunk), "v_memory": (v_memory, chunk)}
     reply = t.watch("inject_chunked", *arguments, first=first, room=room, memory=6 * MIB, copied=GROWS)
     if reply is None:

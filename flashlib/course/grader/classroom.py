@@ -16,7 +16,8 @@ from flashlib.course.grader.journal import Journal
 from flashlib.course.grader.report import Report
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.leftovers import leftovers
-from flashlib.course.grader.sandbox.session import Sandbox, SandboxError
+from flashlib.course.grader.sandbox.outcome import SandboxError
+from flashlib.course.grader.sandbox.session import Sandbox
 from flashlib.course.grader.submissions import Student
 
 

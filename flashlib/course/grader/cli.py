@@ -88,7 +88,7 @@ def grade(
     130 interrupted.
     """
     from flashlib.course.grader.classroom import Unfenced
-    from flashlib.course.grader.sandbox.session import SandboxError
+    from flashlib.course.grader.sandbox.outcome import SandboxError
 
     if sum(each is not None for each in (name, submissions, gradescope)) != 1:
         raise typer.BadParameter(

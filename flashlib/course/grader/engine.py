@@ -18,7 +18,9 @@ from flashlib.course.grader.findings import Failure, Finding, Result
 from flashlib.course.grader.report import Report
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import Protections
-from flashlib.course.grader.sandbox.session import REPOSITORY, Child, Sandbox, SandboxError, StudentError
+from flashlib.course.grader.sandbox.conversation import Child
+from flashlib.course.grader.sandbox.outcome import SandboxError, StudentError
+from flashlib.course.grader.sandbox.session import REPOSITORY, Sandbox
 from flashlib.course.grader.trial import BrokenCheck, Process, Trial
 
 SOURCE_LIMIT = 256 * 1024  # bytes

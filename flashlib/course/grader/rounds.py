@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flashlib.course.grader.engine import sandbox_for
 from flashlib.course.grader.exercise import Exercise, exercise_names, load_exercise
-from flashlib.course.grader.matrix import RIGHT, grade_file
+from flashlib.course.grader.matrix import RIGHT, WRONG, grade_file
 from flashlib.course.grader.report import Report
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.session import REPOSITORY
@@ -68,7 +68,7 @@ def record_of(exercise: Exercise, rows: list[dict]) -> Record:
 
 
 def as_markdown(records: Sequence[Record]) -> str:
-    """One line for each exercise."""
+    """One line for each exercise. What was recorded before its checks last changed says so: STALE."""
     lines = [
         "| exercise | right solutions | rounds | full marks | CPU seconds of a grading, median (largest) | checks on the process's own word |",
         "|---|---|---|---|---|---|",
@@ -79,7 +79,7 @@ def as_markdown(records: Sequence[Record]) -> str:
         largest = max(row["cpu_seconds_largest"] for row in record.rows)
         unverified = sorted({name for row in record.rows for name in row["unverified"]})
         lines.append(
-            f"| {record.topic} | {len(record.rows)} | {min(row['rounds'] for row in record.rows)} "
+            f"| {record.topic}{' (STALE)' if record.stale else ''} | {len(record.rows)} | {min(row['rounds'] for row in record.rows)} "
             f"| {sum(row['full_marks'] for row in record.rows)} of {graded} "
             f"| {first['cpu_seconds_median']:.1f} ({largest:.1f}) | {', '.join(unverified) or 'none'} |"
         )
@@ -87,9 +87,15 @@ def as_markdown(records: Sequence[Record]) -> str:
 
 
 def publish() -> str:
-    """`exercises/SURVIVAL.md` with the recorded rounds in it."""
+    """`exercises/SURVIVAL.md` with the recorded rounds in it, and how many of each kind there are."""
     records = [load_record(path.stem, FOLDER) for path in sorted(FOLDER.glob("ex*.json"))]
     text = PAGE.read_text()
+    hostile = [file for file in (WRONG.parent / "hostile").iterdir() if file.suffix in (".py", ".txt")]
+    for kind, count in (
+        ("wrong solutions that people write", len(list(WRONG.glob("*/*.py")))),
+        ("hostile submissions", len(hostile)),
+    ):
+        text = re.sub(rf"(?m)^\| {kind} \| \d*", f"| {kind} | {count}", text)
     return re.sub(
         f"{re.escape(BEGIN)}.*{re.escape(END)}",
         lambda _: f"{BEGIN}\n\n{as_markdown(records)}\n\n{END}",
@@ -102,7 +108,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m flashlib.course.grader.rounds", description=__doc__)
     parser.add_argument("exercises", nargs="*", help="such as ex01; all if none is named")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--publish", action="store_true", help="grade nothing: only show what was recorded")
     options = parser.parse_args(arguments)
+    if options.publish:
+        PAGE.write_text(publish())
+        return 0
     problems: list[str] = []
     for name in options.exercises or exercise_names():
         exercise = load_exercise(name)

@@ -14,7 +14,8 @@ from flashlib.course.grader.exercise import FORBIDDEN_SAYS, Misconception, Targe
 from flashlib.course.grader.findings import Failure, Finding
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import MIB
-from flashlib.course.grader.sandbox.session import Child, Reply, StudentError
+from flashlib.course.grader.sandbox.conversation import Child
+from flashlib.course.grader.sandbox.outcome import Reply, StudentError
 from flashlib.course.grader.sandbox.wire import Handle
 from flashlib.course.grader.text import clean
 from flashlib.reference import largest_error
@@ -157,7 +158,7 @@ class Trial:
         if reply.meter is not None:
             self.own_word = True
             if not leaving_allowed:
-                self._expect_tensors_to_stay(reply)
+                self._expect_to_be_counted(reply, computes=on is None)
         return reply
 
     def watch(
@@ -194,6 +195,7 @@ class Trial:
             return None
         self.ask(function, first)
         before = child.memory_peak()
+        child.keep_to_memory()
         reply = self.ask(function, args, guarded=room, together=together)
         self._expect_unchanged(reply.seen.changed)
         rooms = [size for _, size in room.values()]
@@ -207,7 +209,17 @@ class Trial:
         """What this check counted was seen from outside, too: its points are not the process's own word."""
         self.own_word = False
 
-    def _expect_tensors_to_stay(self, reply: Reply) -> None:
+    def _expect_to_be_counted(self, reply: Reply, *, computes: bool = True) -> None:
+        """Code that computes something runs some operation, or launches a kernel, where the meter looks, and stays there."""
+        meter, made = reply.meter, [x for x in as_tuple(reply.value) if isinstance(x, Tensor) and x.is_floating_point()]
+        if computes and any(x.numel() for x in made) and not (meter["calls"] or meter["launches"] or meter["left"]):
+            self.fail(
+                "nothing-counted",
+                "Your code computed this answer where nothing is counted: in another thread, or with PyTorch's hooks switched off. "
+                "This check counts: compute in the function that is called.",
+                got="an answer, and no operation",
+                expected="operations of PyTorch, or a kernel",
+            )
         if reply.meter["left"]:
             self.fail(
                 "leaves-pytorch",
@@ -350,7 +362,7 @@ class Trial:
                 expected=f"at most {memory // MIB} MiB",
                 hint=hint,
             )
-        self._expect_tensors_to_stay(reply)
+        self._expect_to_be_counted(reply)
         if memory is not None:
             self.own_word = own_word
         return reply

@@ -151,6 +151,7 @@ def _forbid(groups: dict[str, list[str]]) -> None:
                 for key in _KEYS:
                     library.impl(overload, key, refuse)
         _empty_functions(group, set(names))
+        _empty_kernels(group, set(names))
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(library))
     torch.compile = _refusing("compile-called", "torch.compile")
 
@@ -182,6 +183,22 @@ def _empty_functions(group: str, names: set[str]) -> None:
                     refusal = ForbiddenOperation(group, f"{module_name}.{name}")
                     constants = (refusal if each == "the refusal" else each for each in template.__code__.co_consts)
                     function.__code__ = template.__code__.replace(co_consts=tuple(constants))
+
+
+def _empty_kernels(group: str, names: set[str]) -> None:
+    """Replace functions of these names in Triton's own language, which its interpreter makes anew from their source.
+
+    They are reached as functions and as methods of a tile, by one object: what it calls is replaced, whoever holds it.
+    """
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] != "triton":
+            continue
+        for name in names & vars(module).keys():
+            kernel = vars(module)[name]
+            if hasattr(kernel, "rewritten_fn"):
+                refuse = _refusing(group, f"triton.language.{name}")
+                kernel.rewritten_fn[kernel.fn] = refuse
+                kernel.rewriter.rewrite_ast = lambda refuse=refuse: refuse
 
 
 # --------------------------------------------------------------------------------------------------------- the channel
@@ -328,11 +345,16 @@ _EXITS = (
     "_typed_storage",
     "__dlpack__",
     "__reduce_ex__",
+    "apply_",
+    "map_",
+    "map2_",
 )
 
 
 class _Leaving(TorchFunctionMode):
-    """Note which of the floating-point tensors leave PyTorch in a `with` block, and how. Tensors of integers may: they are no data.
+    """Note which of the floating-point tensors leave PyTorch in a `with` block, and how.
+
+    Tensors of integers may, as lengths and page numbers, but not where they are the bits of floating-point numbers.
 
     Attributes:
         left: how often, by the name of the way.
@@ -353,7 +375,8 @@ class _Leaving(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _note(self, name: str, tensor: torch.Tensor) -> None:
-        if not tensor.is_floating_point() or tensor.numel() <= 1:
+        of_numbers = tensor.is_floating_point() or (tensor._base is not None and tensor._base.is_floating_point())
+        if not (of_numbers or tensor.untyped_storage()._cdata in self._owners) or tensor.numel() <= 1:
             return
         self.left[name] += 1
         owner, size = self._owners.get(tensor.untyped_storage()._cdata, ("elsewhere", tensor.nbytes))

@@ -1,4 +1,4 @@
-# diagnosis: untiled
+# diagnosis: untiled, read-before-the-kernel
 import math
 
 import torch

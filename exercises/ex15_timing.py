@@ -42,7 +42,7 @@ def percentiles(samples: list[int]) -> tuple[int, int, int]:
     """P50, P90 and P99 of some samples: each the least sample such that at least this share of all samples is no larger than it.
 
     Args:
-        samples: at least one, in any order. They stay as they are.
+        samples: at least one, in any order.
     """
     raise NotImplementedError("write percentiles here")
 

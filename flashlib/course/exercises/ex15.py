@@ -132,7 +132,7 @@ PERCENTILE_MISTAKES = [
     ],
 )
 def percentiles_of_samples(t: Trial) -> None:
-    """percentiles returns samples at the right places, for few and for many, and leaves them in their order"""
+    """percentiles returns samples at the right places, for few and for many"""
     for count in (1, 2, 3, 10, 100, t.integer(101, 180)):
         samples = [t.integer(1, 10**6) for _ in range(count)]
         got = t.call("percentiles", samples)

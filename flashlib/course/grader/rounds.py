@@ -21,7 +21,7 @@ from flashlib.course.grader.matrix import RIGHT, WRONG, grade_file
 from flashlib.course.grader.report import Report
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.session import REPOSITORY
-from flashlib.measure.record import BENCHMARKS, Record, load_record, new_record, save_record
+from flashlib.measure.records.record import BENCHMARKS, Record, load_record, new_record, save_record
 
 FOLDER = BENCHMARKS / "grader"
 PAGE = REPOSITORY / "exercises/SURVIVAL.md"

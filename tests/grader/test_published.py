@@ -1,10 +1,10 @@
 """What is published about the grader is what was recorded, and says what it says it does."""
 
 import pytest
-from flashlib.measure.records.record import load_record
 
 from flashlib.course.grader import contracts, rounds
 from flashlib.course.grader.exercise import exercise_names, load_exercise
+from flashlib.measure.records.record import load_record
 
 
 @pytest.mark.parametrize("name", exercise_names())

@@ -471,7 +471,7 @@ def main(record: Path | None = None, subject: str = "", way: str = "", as_json: 
             "attention.py",
             "spec.py",
             "engines.py",
-            "operators.py",
+            "launch/operators.py",
             "autocast.py",
             "values.py",
             *kernel_sources(),

@@ -33,15 +33,15 @@ from flashlib import FlashAttentionConfig, attention, check_values, masks, use_c
 from flashlib.interop import flash_attn
 from flashlib.measure.racing.timing import time_call
 from flashlib.measure.records.record import Record, new_record, save_record
-from flashlib.measure.records.sources import decode_sources, kernel_sources
+from flashlib.measure.records.sources import decode_sources, kernel_sources, launching_sources
 from flashlib.reference import check, check_gradients
 
 BACKEND = "triton"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKED_ON = sorted({
-    *("attention.py", "autocast.py", "dropout.py", "engines.py", "masks.py", "operators.py", "packing.py", "partial.py", "reference.py"),
+    *("attention.py", "autocast.py", "dropout.py", "engines.py", "masks.py", "launch/operators.py", "packing.py", "partial.py", "reference.py"),
     *("spec.py", "values.py", "backends/pytorch.py", "backends/torch_sdpa.py", "interop/flash_attn/flash_attn_interface.py", "interop/flash_attn/kv_cache.py", "interop/flash_attn/pages.py"),
-    *kernel_sources(), *decode_sources(),
+    *kernel_sources(), *decode_sources(), *launching_sources(),
 })  # fmt: skip
 LONGEST = 3000 if DEVICE == "cuda" else 150
 

@@ -50,7 +50,17 @@ class Rule:
 
 
 def rule_of(mask: Mask, causal: bool) -> tuple[Rule, list[Tensor]] | None:
-    """A mask, and the future hidden besides if ``causal``, as a rule and its tensors; None if it is no such intersection."""
+    """A mask, and the future hidden besides if ``causal``, as a rule and its tensors; None if it is no such intersection.
+
+    It is kept with the mask, whose parts never become others; what its tensors hold may.
+    """
+    kept = mask.__dict__.setdefault("_rules", {})
+    if causal not in kept:
+        kept[causal] = _rule_of(mask, causal)
+    return kept[causal]
+
+
+def _rule_of(mask: Mask, causal: bool) -> tuple[Rule, list[Tensor]] | None:
     lengths: list[Any] = []
     ends: list[Any] = []
     bands, offsets, packed = [], [], None
@@ -59,7 +69,7 @@ def rule_of(mask: Mask, causal: bool) -> tuple[Rule, list[Tensor]] | None:
             lengths.append(part.lengths)
         elif type(part) is Varlen:
             packed = part
-            ends += part.ends
+            ends += (part.cu_seqlens_q, part.cu_seqlens_k)  # not part.ends, which converts them
         elif isinstance(part, Window):
             offset = part.offset
             if isinstance(offset, Tensor):

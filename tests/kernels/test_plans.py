@@ -147,6 +147,8 @@ def test_kernels_are_given_the_tensors_of_the_call(name):
         mask = options.get("mask")
         if isinstance(mask, KeyLengths):
             assert holds(images, mask.lengths)
+        if name == "packed":  # themselves, and no copy of another type
+            assert holds(images, packed.cu_seqlens_q) and holds(images, packed.cu_seqlens_k)
 
 
 def test_numbers_reach_the_kernel():

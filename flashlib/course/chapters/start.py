@@ -39,7 +39,7 @@ CHAPTERS = (
     Chapter("13", "III", "Paged caches and ragged batches", "how a server stores what its users said"),
     Chapter("14", "III", "KV injection and shared prefixes", "how foreign keys and values enter a model"),
     Chapter("15", "IV", "Counting FLOPs and bytes", "how long a kernel should take, before it is written"),
-    Chapter("16", "IV", "Profiling and choosing a backend", "which implementation to use, and how to know"),
+    Chapter("16", "IV", "Profiling and choosing", "which implementation to use, and how to know"),
     Chapter("17", "IV", "Many GPUs", "how attention spans several devices"),
     Chapter("18", "IV", "Claims, checked", "which widespread statements about attention hold"),
     Chapter("19", "IV", "Capstone", "how a model runs on attention of your own"),

@@ -289,9 +289,8 @@ class KVInjector:
         statistics = self.statistics.setdefault(layer, InjectionStatistics())
         if not isinstance(alpha, Tensor) and alpha == 0:
             statistics.record(0, 0.0)
-            out = attention(q, k, v, backend=self.backend, **options)
-            assert isinstance(out, Tensor)
-            return out
+            alone: Any = attention(q, k, v, backend=self.backend, **options)
+            return alone
         local = _piece(*attention(q, k, v, return_lse=True, backend=self.backend, **options))
         memory, keys = self._attend(local, q, k, v, chunks, options["scale"], options["softcap"])
         combine = _blend if self.config.mode == "blend" else _gate

@@ -8,7 +8,7 @@ class Session:
     """Given. How a generator of this file is driven from outside: its first request, and then the next for each answer."""
 
     def __init__(self, function: str, *arguments) -> None:
-        self._steps = globals()[function](*arguments)
+        self._steps = {"benchmark": benchmark, "choose": choose}[function](*arguments)
 
     def send(self, answer=None) -> list:
         """``["request", what it yields]``, or ``["done", what it returns]``."""

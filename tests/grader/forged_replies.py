@@ -125,8 +125,13 @@ class Forger:
         self.handles = 0
         self.honest: list[bytes] = []  # every answer as it would have been
 
+    hands_out = False  # a thread of this process has no memory of its own, whose pages could be handed out or counted
+
     def child(self, *, metered: bool) -> "Forger":
         return self
+
+    def memory_peak(self) -> int:
+        return 0
 
     def end(self) -> int:
         return 0

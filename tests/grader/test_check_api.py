@@ -13,7 +13,7 @@ from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.inputs import in_poison, ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.confine import MIB
-from flashlib.course.grader.sandbox.session import StudentError
+from flashlib.course.grader.sandbox.outcome import StudentError
 
 TILED = """
 import torch

@@ -152,9 +152,8 @@ def check_class(job: tuple[int, int]) -> dict:
 
 def in_a_graph(subject: Class, seed: int) -> list[str]:
     inputs, options = subject.inputs(seed)
-    others, _ = subject.inputs(seed)  # a mask's tensors must be the graph's
-    torch.manual_seed(seed)
-    others = [torch.randn_like(x) for x in others]
+    torch.manual_seed(seed)  # a mask's tensors stay the graph's
+    others = [torch.randn_like(x) for x in inputs]
     with torch.no_grad():
         expected = attention(*others, **options, backend="triton")
         side = torch.cuda.Stream()

@@ -2,7 +2,8 @@
 
 Whether arguments fit together, which backend takes them and with which tiles depends on the class of a call alone: on shapes, strides, dtypes, device,
 on the mask and the options, and on the configuration. The first call of a class is checked, and finds its backend; if that is our kernels', its
-route is kept. The next one pays for its key, the allocation of what it returns, and the launch.
+route is kept. The next one pays for its key, the allocation of what it returns, and the launch. A class that differs from a known one in its lengths
+alone is not checked again either: it has the route of its relative, with another plan.
 
 A call takes no route where something stands between it and its tensors: a tracer, a transform of torch.func, a mode that watches operators, a subclass
 of tensors, autocast, another current device. Nor does one that drops weights, or whose mask is not what one kernel lays out
@@ -12,7 +13,7 @@ of tensors, autocast, another current device. Nor does one that drops weights, o
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
@@ -25,15 +26,15 @@ from flashlib.config import FlashAttentionConfig
 from flashlib.engines import differentiable_gradients
 from flashlib.launch.decode import DecodeOptions, best_decode_launches
 from flashlib.launch.engines import TritonEngine
-from flashlib.launch.options import KernelOptions, aligned, readable
-from flashlib.launch.plans import MOST_PLANS, Plan, launches_are_watched, plan_for, plans_are_possible
+from flashlib.launch.options import KernelOptions, aligned, begins_at_16_bytes, readable
+from flashlib.launch.plans import MOST_PLANS, Plan, launches_are_watched, plan_by_recipe, plan_for, plans_are_possible
 from flashlib.launch.rules import RuledOptions, fits, rule_of, ruled_forward_launches, ruled_launches_kept
 from flashlib.launch.run import best_backward_launches, best_forward_launches, launch_backward
 from flashlib.masks import Mask, Window
 from flashlib.spec import AttentionSpec
 from flashlib.values import values_are_asked_for
 
-__all__ = ["decode_key", "find_route", "keep_decode_route", "new_route", "route_key"]
+__all__ = ["decode_key", "find_route", "keep_decode_route", "new_route", "related_route", "route_key"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = (float, int, type(None))
@@ -41,6 +42,7 @@ _NUMBERS = (float, int, type(None))
 _COUNTS = (int, type(None))
 
 _routes: dict[tuple | None, Route | DecodeRoute] = {}
+_relatives: dict[tuple, Route] = {}  # by what is left of a key without lengths and strides
 _lock = threading.Lock()
 
 
@@ -133,11 +135,13 @@ def new_route(
         return None
     triton = config.triton
     band = spec.mask.band()
+    build: Callable
+    planned: KernelOptions | RuledOptions
     if band is not None:
         if not all(x.is_contiguous() for x in given):
             return None
-        options = KernelOptions.from_numbers(*spec.numbers(), triton.fp32_precision, triton.autotune)
-        plan = plan_for(best_forward_launches, (q, k, v), options)
+        build, rule = best_forward_launches, None
+        planned = options = KernelOptions.from_numbers(*spec.numbers(), triton.fp32_precision, triton.autotune)
     else:
         found = rule_of(spec.mask, False)
         if found is None or not fits(found[0], given, spec.q_len, spec.kv_len):
@@ -146,14 +150,54 @@ def new_route(
         numbers = (spec.scale, spec.softcap, 0.0, None, triton.fp32_precision, triton.autotune)
         options = KernelOptions(None, None, None, None, None, None, *numbers)
         build = ruled_launches_kept if spec.needs_grad else ruled_forward_launches
-        plan = plan_for(build, (q, k, v), RuledOptions(options, rule, tuple(given)))
+        planned = RuledOptions(options, rule, tuple(given))
         options = replace(options, start=_LAID_OUT, stop=_LAID_OUT)
+    plan = plan_for(build, (q, k, v), planned)
     if plan is None:
         return None
     engine = TritonEngine(triton.fp32_precision, triton.autotune)
-    route = Route(plan, options, engine, config, spec.needs_grad, returns_lse, len(given) if band is None else 0)
-    _keep(key, route)
+    laid_out = len(given) if band is None else 0
+    route = Route(plan, options, engine, config, spec.needs_grad, returns_lse, laid_out, build, planned)
+    _keep(_routes, key, route)
+    if all(x.dim() <= 1 or x is spec.alibi_slopes and x.dim() == 2 for x in given):  # none has a number for each row
+        _keep(_relatives, _relation(key, q, k, v), route)
     return route
+
+
+def _relation(key: tuple, q: Tensor, k: Tensor, v: Tensor) -> tuple:
+    """A key without lengths and strides."""
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    return (
+        *q_shape[:2], *q_shape[3:], q.dtype, *k_shape[:2], *k_shape[3:], k.dtype, *v_shape[:2], *v_shape[3:], v.dtype,
+        *key[3:12:4], *key[12:],
+    )  # fmt: skip
+
+
+def related_route(key: tuple | None, q: Tensor, k: Tensor, v: Tensor, given: list[Tensor]) -> Route | None:
+    """The route of a class that differs from a known one in lengths and strides alone, which is kept; None if it has none."""
+    if key is None:
+        return None
+    relative = _relatives.get(_relation(key, q, k, v))
+    if relative is None or not 0 < k.shape[2] == v.shape[2] or not q.shape[2]:
+        return None
+    for x in (q, k, v):
+        if x.stride(3) != 1 or not begins_at_16_bytes(x):
+            return None
+    planned = relative.planned.with_tensors(given if relative.laid_out else _slopes(given))
+    if relative.laid_out and not fits(planned.rule, given, q.shape[2], k.shape[2]):
+        return None
+    tensors = (q, k, v)
+    plan = plan_by_recipe(relative.build, tensors, planned) or plan_for(relative.build, tensors, planned)
+    if plan is None:
+        return None
+    route = relative.with_plan(plan)
+    _keep(_routes, key, route)
+    return route
+
+
+def _slopes(given: Iterable[Tensor]) -> Iterable[Tensor]:
+    """Slopes have one dimension more in options than the caller may give them."""
+    return (x if x.dim() > 1 else x[None] for x in given)
 
 
 _LAID_OUT = torch.empty(0, device="cpu")  # stands for the intervals that each call lays out
@@ -205,14 +249,14 @@ def keep_decode_route(
     if all(readable(x) is x for x in (q, k, v)):
         plan = plan_for(best_decode_launches, (q, k, v), options)
         if plan is not None:
-            _keep(key, DecodeRoute(plan, config))
+            _keep(_routes, key, DecodeRoute(plan, config))
 
 
-def _keep(key: tuple, route: Route | DecodeRoute) -> None:
+def _keep(routes: dict, key: tuple, route: Route | DecodeRoute) -> None:
     with _lock:
-        while len(_routes) >= MOST_PLANS:
-            _routes.pop(next(iter(_routes)))
-        _routes[key] = route
+        while len(routes) >= MOST_PLANS:
+            routes.pop(next(iter(routes)))
+        routes[key] = route
 
 
 @dataclass(eq=False)
@@ -240,7 +284,8 @@ class Route:
     Attributes:
         options: those of the backward pass, with tensors of the first call, in whose place each call puts its own.
         laid_out: how many of the tensors that a call gives besides q, k and v are the mask's, of which the forward makes intervals.
-        backward: plans of the gradients, by the strides of what they are made from.
+        build, planned: from what :attr:`plan` was made.
+        backward: plans of the gradients, by the strides of the gradients that come in: all else lies as in every call.
     """
 
     plan: Plan
@@ -250,6 +295,8 @@ class Route:
     needs_grad: bool
     returns_lse: bool
     laid_out: int
+    build: Callable
+    planned: Any  # KernelOptions or RuledOptions
     backward: dict[tuple, Plan] = field(default_factory=dict)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, given: list[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
@@ -264,9 +311,9 @@ class Route:
     def gradients(self, q, k, v, out, lse, grad_out, grad_lse, more: list[Tensor]) -> Sequence[Tensor]:
         """``dq, dk, dv``; ``more``: the tensors of :attr:`options`."""
         tensors = [q, k, v, out, grad_out, lse] if grad_lse is None else [q, k, v, out, grad_out, lse, grad_lse]
-        at = tuple([x.stride() for x in tensors])
+        at = grad_out.stride() if grad_lse is None else (grad_out.stride(), grad_lse.stride())
         plan = self.backward.get(at)
-        if plan is not None and not (grad_out.data_ptr() | q.data_ptr()) & 15 and not launches_are_watched():
+        if plan is not None and not grad_out.data_ptr() & 15 and not launches_are_watched():
             return plan.run(tensors + more)
         options = self.with_tensors(more)
         if all(aligned(x) is x for x in tensors[:5]) and all(x.is_contiguous() for x in tensors[5:]):
@@ -275,9 +322,14 @@ class Route:
                 self.backward[at] = plan
         return launch_backward(q, k, v, out, lse, grad_out, grad_lse, options)
 
+    def with_plan(self, plan: Plan) -> Route:
+        """The same for other lengths."""
+        same = self.options, self.engine, self.config, self.needs_grad, self.returns_lse, self.laid_out, self.build
+        return Route(plan, *same, self.planned)
+
     def with_tensors(self, more: list[Tensor]) -> KernelOptions:
-        """:attr:`options` of one call. Slopes have one dimension more there than the caller may give them."""
-        return self.options.with_tensors(x if x.dim() > 1 else x[None] for x in more)
+        """:attr:`options` of one call."""
+        return self.options.with_tensors(_slopes(more))
 
 
 class _Planned(torch.autograd.Function):

@@ -21,6 +21,7 @@ from flashlib.launch.options import (
     strides,
 )
 from flashlib.launch.plain import BackwardTensors, row_ranges_launch
+from flashlib.launch.recipes import computed
 from flashlib.launch.start import Launch, TileMap
 from flashlib.launch.tiles import (
     HOPPER,
@@ -51,7 +52,8 @@ PREPARE_CHUNK = 1024  # rows that hopper_prepare looks at together
 
 def hopper_runs(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> bool:
     """Whether the warp-specialised kernel takes a problem: on a Hopper GPU, 16-bit, and within the rules of its copy engine."""
-    return takes(options, q, k, v) and len(seen_range(q.shape[2], k.shape[2], options)) > 0
+    first, last = seen_range(q.shape[2], k.shape[2], options)
+    return takes(options, q, k, v) and first < last
 
 
 def takes(options: KernelOptions, *tensors: Tensor) -> bool:
@@ -69,7 +71,8 @@ def takes(options: KernelOptions, *tensors: Tensor) -> bool:
 
 def keys_per_row(q_len: int, kv_len: int, options: KernelOptions) -> int:
     """About how many keys a row sees under a band; all of them under row intervals, which are not looked at."""
-    seen = len(seen_range(q_len, kv_len, options))
+    first, last = seen_range(q_len, kv_len, options)
+    seen = max(0, last - first)
     if options.right is not None and options.left is None:
         return seen - min(q_len, seen) // 2
     return seen if options.left is None else min(seen, options.left + 1 + (options.right or 0))
@@ -80,17 +83,17 @@ def copy_engine_reads(x: Tensor) -> bool:
     return x.stride(3) == 1 and begins_at_16_bytes(x)
 
 
-def seen_range(q_len: int, kv_len: int, options: KernelOptions) -> range:
-    """The keys that some row sees under a band; all of them under row intervals."""
+def seen_range(q_len: int, kv_len: int, options: KernelOptions) -> tuple[int, int]:
+    """The first key that some row sees under a band, and one past the last; all of them under row intervals."""
     offset = kv_len - q_len
     first = 0 if options.left is None else max(0, offset - options.left)
     last = kv_len if options.right is None else min(kv_len, q_len + offset + options.right)
-    return range(first, last)
+    return first, last
 
 
-def only_seen(x: Tensor, seen: range) -> Tensor:
-    """Of keys, or values, those in a range."""
-    return x if len(seen) == x.shape[2] else x[:, :, seen.start : seen.stop]
+def only_seen(x: Tensor, first: int, last: int) -> Tensor:
+    """Of keys, or values, those from the first to before the last."""
+    return x if last - first == x.shape[2] else x[:, :, first:last]
 
 
 def hopper_launches(
@@ -106,8 +109,8 @@ def hopper_launches(
     batch, q_heads, q_len, head_dim = q.shape
     seen = seen_range(q_len, k.shape[2], options)
     tiles = tiles or hopper_tiles(max(head_dim, v.shape[3]), keys_per_row(q_len, k.shape[2], options), options)
-    offset = k.shape[2] - q_len - seen.start
-    k, v = (only_seen(x, seen) for x in (k, v))
+    offset = k.shape[2] - q_len - seen[0]
+    k, v = (only_seen(x, *seen) for x in (k, v))
     out, lse = empty_results(q, v)
     arguments = options.arguments(q, k, v)
     for name in ("head_dim", "CHECK_D", "PRECISION", "p_offsets", "stride_offset", *dropout_arguments(0.0, None)):
@@ -129,7 +132,7 @@ def hopper_launches(
         **{"p_tiles": prepared["tiles"], "stride_tiles": row_blocks if batch_stride(prepared["tiles"]) else 0},
         **{"p_blanked": prepared["flags"], "stride_blanked": batch_stride(prepared["flags"])},
         **strides(o=out),
-        **{"heads": heads, "q_heads": q_heads, "heads_together": heads_together(heads, row_blocks, programs, bytes_per_head, spread)},
+        **{"heads": heads, "q_heads": q_heads, "heads_together": computed(heads_together, heads, row_blocks, programs, bytes_per_head, spread)},
         **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "CHECK_DV": v.shape[3] != block_dv},
         **{"BLOCK_N": tiles.block_n, "CONSUMERS": tiles.consumers, "STAGES": tiles.num_stages},
         **{"CONSUMER_REGISTERS": tiles.registers},
@@ -265,11 +268,11 @@ def hopper_dq_launches(
     batch, q_heads, q_len, _ = q.shape
     tiles = tiles or HOPPER_DQ
     seen = seen_range(q_len, tensors.k.shape[2], options)
-    if not seen:  # zero keys cannot be described to the copy engine
+    if seen[0] >= seen[1]:  # zero keys cannot be described to the copy engine
         tensors.dq.zero_()
         return []
-    offset = tensors.k.shape[2] - q_len - seen.start
-    k, v = (only_seen(x, seen) for x in (tensors.k, tensors.v))
+    offset = tensors.k.shape[2] - q_len - seen[0]
+    k, v = (only_seen(x, *seen) for x in (tensors.k, tensors.v))
     shared = options.arguments(q, k, v)
     block_d, block_dv = (max(64, shared[name]) for name in ("BLOCK_D", "BLOCK_DV"))
     launches, prepared = [], NOTHING_PREPARED

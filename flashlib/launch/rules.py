@@ -6,7 +6,7 @@ launch; PyTorch's operators, of which :meth:`flashlib.masks.Mask.intervals` take
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,6 +111,15 @@ class RuledOptions:
     def key(self) -> tuple:
         return (self.rule, *self.options.key())
 
+    def kind(self) -> tuple:
+        return (self.rule, *self.options.kind())
+
+    def numbers_by_name(self) -> dict[str, float]:
+        return self.options.numbers_by_name()
+
+    def with_numbers(self, numbers: Mapping[str, Any]) -> RuledOptions:
+        return replace(self, options=self.options.with_numbers(numbers))
+
 
 def fits(rule: Rule, tensors: list[Tensor], q_len: int, kv_len: int) -> bool:
     """Whether the kernel's numbers are large enough for all sums."""
@@ -135,7 +144,7 @@ def rule_launch(q: Tensor, k: Tensor, ruled: RuledOptions) -> tuple[Launch, Tens
         **{"p_start": start, "p_stop": stop, "p_lengths": lengths, "p_ends_q": ends_q, "p_ends_k": ends_k},
         **{
             "stride_length": 0 if lengths is None else lengths.stride(0),
-            "n_ends": 0 if ends_q is None else len(ends_q),
+            "n_ends": 0 if ends_q is None else ends_q.shape[0],
         },
         **{
             "q_len": q_len,

@@ -28,13 +28,13 @@ from flashlib.launch.decode import DecodeOptions, best_decode_launches
 from flashlib.launch.engines import TritonEngine
 from flashlib.launch.options import KernelOptions, aligned, begins_at_16_bytes, readable
 from flashlib.launch.plans import MOST_PLANS, Plan, launches_are_watched, plan_by_recipe, plan_for, plans_are_possible
-from flashlib.launch.rules import RuledOptions, fits, rule_of, ruled_forward_launches, ruled_launches_kept
+from flashlib.launch.rules import RuledOptions, fits, packed_rule, rule_of, ruled_forward_launches, ruled_launches_kept
 from flashlib.launch.run import best_backward_launches, best_forward_launches, launch_backward
 from flashlib.masks import Mask, Window
 from flashlib.spec import AttentionSpec
 from flashlib.values import values_are_asked_for
 
-__all__ = ["decode_key", "find_route", "keep_decode_route", "new_route", "related_route", "route_key"]
+__all__ = ["decode_key", "find_route", "keep_decode_route", "new_route", "packed_key", "related_route", "route_key"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = (float, int, type(None))
@@ -51,24 +51,10 @@ def route_key(
     return_lse: bool, backend: str, config: FlashAttentionConfig,
 ) -> tuple[tuple | None, list[Tensor]]:  # fmt: skip
     """The class of a call, and what a route is given besides q, k and v: the mask's tensors and the slopes. None for calls that take no route."""
-    if not (
-        type(q) in _PLAIN
-        and type(k) in _PLAIN
-        and type(v) in _PLAIN
-        and _on_gpu(q)
-        and plans_are_possible()
-        and _nothing_between()
-        and not values_are_asked_for()
-        and (causal is True or causal is False)
-        and type(scale) in _NUMBERS
-        and type(softcap) in _NUMBERS
-    ):
+    if not _may_have_route(q, k, v, causal, scale, softcap):
         return None, []
-    device = q.get_device()
-    addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
     rule: Any = None
     given: list[Tensor] = []
-    forms = None
     if mask is not None:
         if isinstance(mask, Window) and mask.offset is None:
             rule = (mask.left, mask.right)
@@ -81,17 +67,63 @@ def route_key(
         if type(alibi_slopes) is not Tensor or alibi_slopes.requires_grad:
             return None, []
         given = [alibi_slopes]
-    if given:
-        for x in given:
-            addresses |= x.data_ptr()
-        forms = tuple([(x.shape, x.stride(), x.dtype, x.get_device()) for x in given])
-    if addresses & 15 or device != _current_device():
+    has_slopes = alibi_slopes is not None
+    return _key(q, k, v, rule, given, (causal, scale, softcap, has_slopes, return_lse, backend, id(config)))
+
+
+def packed_key(
+    q: Tensor, k: Tensor, v: Tensor, ends: list[Tensor], window: tuple[int | None, int | None], scale: float | None, softcap: float,
+    config: FlashAttentionConfig,
+) -> tuple[tuple | None, list[Tensor]]:  # fmt: skip
+    """:func:`route_key` under ``Varlen(*ends) & Window(*window, ...)``, for which no mask need be made.
+
+    Args:
+        ends: cumulative lengths of queries and of keys.
+    """
+    if not _may_have_route(q, k, v, False, scale, softcap) or any(type(x) is not Tensor for x in ends):
         return None, []
-    needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on()
-    key = (
-        q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
-        needs_grad, rule, forms, alibi_slopes is None, causal, scale, softcap, return_lse, backend, id(config),
-    )  # fmt: skip
+    return _key(q, k, v, packed_rule(*window), ends, (False, scale, softcap, False, False, "auto", id(config)))
+
+
+def _may_have_route(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, softcap: float) -> bool:
+    return (
+        type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and on_gpu(q)
+        and plans_are_possible()
+        and _nothing_between()
+        and not values_are_asked_for()
+        and (causal is True or causal is False)
+        and type(scale) in _NUMBERS
+        and type(softcap) in _NUMBERS
+    )
+
+
+def _key(
+    q: Tensor, k: Tensor, v: Tensor, rule: Any, given: list[Tensor], options: tuple
+) -> tuple[tuple | None, list[Tensor]]:
+    try:
+        addresses, device = q.data_ptr() | k.data_ptr() | v.data_ptr(), q.get_device()
+        forms = None
+        if given:
+            found = []
+            for x in given:
+                addresses |= x.data_ptr()
+                found.append((x.shape, x.stride(), x.dtype, x.get_device()))
+            forms = tuple(found)
+        if addresses & 15 or device != _current_device():
+            return None, []
+        needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on()
+        key = (
+            q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
+            needs_grad, rule, forms, *options,
+        )  # fmt: skip
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ):  # no addresses, sizes or strides: a sparse or nested tensor, which is refused further on
+        return None, []
     return key, given
 
 
@@ -114,7 +146,7 @@ def _nothing_between() -> bool:
     )
 
 
-_on_gpu = attrgetter("is_cuda")
+on_gpu = attrgetter("is_cuda")
 
 
 def find_route(key: tuple | None) -> Any:
@@ -159,7 +191,7 @@ def new_route(
     laid_out = len(given) if band is None else 0
     route = Route(plan, options, engine, config, spec.needs_grad, returns_lse, laid_out, build, planned)
     _keep(_routes, key, route)
-    if all(x.dim() <= 1 or x is spec.alibi_slopes and x.dim() == 2 for x in given):  # none has a number for each row
+    if all(x.dim() <= 1 or (x is spec.alibi_slopes and x.dim() == 2) for x in given):  # none has a number for each row
         _keep(_relatives, _relation(key, q, k, v), route)
     return route
 
@@ -209,37 +241,29 @@ def decode_key(
 ) -> tuple | None:  # fmt: skip
     """The same of a call of :func:`flashlib.inference.decode_attention`."""
     if not (
-        type(q) is Tensor
-        and type(k) is Tensor
-        and type(v) is Tensor
-        and _on_gpu(q)
-        and plans_are_possible()
-        and _nothing_between()
-        and not values_are_asked_for()
-        and (causal is True or causal is False)
-        and type(scale) in _NUMBERS
-        and type(softcap) in _NUMBERS
+        _may_have_route(q, k, v, causal, scale, softcap)
         and type(num_splits) is int
         and type(split_size) in _COUNTS
         and (window is None or (type(window) is tuple and all(type(width) in _COUNTS for width in window)))
         and not ((q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on())
     ):
         return None
-    device, addresses, others = q.get_device(), q.data_ptr() | k.data_ptr() | v.data_ptr(), ()
-    for x in (lengths, block_table):
-        if x is not None:
-            if type(x) is not Tensor:
-                return None
-            addresses |= x.data_ptr()
-            others += (x.shape, x.stride(), x.dtype, x.get_device())
-        else:
-            others += (None,)
-    if addresses & 15 or device != _current_device():
+    given = [x for x in (lengths, block_table) if x is not None]
+    if any(type(x) is not Tensor for x in given):
         return None
-    return (
-        q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
-        *others, causal, window, scale, softcap, num_splits, split_size, backend, id(config),
-    )  # fmt: skip
+    options = (
+        lengths is None,
+        block_table is None,
+        causal,
+        window,
+        scale,
+        softcap,
+        num_splits,
+        split_size,
+        backend,
+        id(config),
+    )
+    return _key(q, k, v, None, given, options)[0]
 
 
 def keep_decode_route(

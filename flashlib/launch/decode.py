@@ -251,7 +251,9 @@ def deeper(tiles: TileConfig, programs: int, split_size: int, device: torch.devi
 
 def tile_in_pages(page_size: int, block_n: int, split_size: int | None) -> int:
     """How tiles of ``block_n`` keys lie in pages. Those of a split follow one another from where it begins."""
-    step = block_n if split_size is None else settled(math.gcd, block_n, split_size)  # every tile begins at a multiple of this
+    step = (
+        block_n if split_size is None else settled(math.gcd, block_n, split_size)
+    )  # every tile begins at a multiple of this
     if page_size % block_n == 0 and step == block_n:
         return IN_A_PAGE
     return OF_PAGES if block_n % page_size == 0 and step % page_size == 0 else ACROSS_PAGES

@@ -288,7 +288,9 @@ def _made(build: Callable, tensors: Sequence[Tensor], options, device: torch.dev
     """A plan, or None; and whether that holds for good."""
     more = options.tensors()
     try:
-        return Plan(device, *_parts(build, [form_of(x) for x in tensors], [form_of(x) for x in more], options, device)), True
+        return Plan(
+            device, *_parts(build, [form_of(x) for x in tensors], [form_of(x) for x in more], options, device)
+        ), True
     except NotPlannable as why_not:
         return None, why_not.is_final
 
@@ -302,7 +304,9 @@ def _parts(build: Callable, tensors: Sequence[tuple], more: Sequence[tuple], opt
     return parts(memory, len(forms) + len(others), launches, results)
 
 
-def _kind(build: Callable, tensors: Sequence[Tensor], more: Sequence[Tensor], options, device: torch.device) -> tuple[tuple, list]:
+def _kind(
+    build: Callable, tensors: Sequence[Tensor], more: Sequence[Tensor], options, device: torch.device
+) -> tuple[tuple, list]:
     """What a class has in common with others whose launches follow from their numbers in the same way, and its numbers."""
     numbers = [*options.numbers_by_name().values()]
     kind = [build, device, *options.kind(), *map(type, numbers)]
@@ -340,7 +344,9 @@ def _by_recipe(kind: tuple, numbers: list, device: torch.device) -> Plan | None:
     return None
 
 
-def _learn(kind: tuple, numbers: list, build: Callable, tensors: Sequence[Tensor], options, device: torch.device) -> None:
+def _learn(
+    kind: tuple, numbers: list, build: Callable, tensors: Sequence[Tensor], options, device: torch.device
+) -> None:
     """Write a recipe from a class that none was good for, if it is not the first of its kind: many programs know but one."""
     if kind not in _recipes:
         while len(_recipes) >= MOST_KINDS:

@@ -127,7 +127,9 @@ def _comparison(symbol: str, compute: Callable) -> Callable:
     def compared(self: Symbol, other: Any) -> _Condition:
         if not _is_number(other):
             return NotImplemented
-        return _Condition(self.tape, f"{self.name} {symbol} {self.tape.text(other)}", compute(self.value, _value(other)))
+        return _Condition(
+            self.tape, f"{self.name} {symbol} {self.tape.text(other)}", compute(self.value, _value(other))
+        )
 
     return compared
 

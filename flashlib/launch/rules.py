@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from flashlib.launch.run import best_forward_launches
 from flashlib.launch.start import Launch
 from flashlib.masks import NO_LIMIT, Intersection, KeyLengths, Mask, Varlen, Window
 
-__all__ = ["Rule", "RuledOptions", "rule_launch", "rule_of", "ruled_forward_launches", "ruled_launches_kept"]
+__all__ = [
+    "Rule",
+    "RuledOptions",
+    "packed_rule",
+    "rule_launch",
+    "rule_of",
+    "ruled_forward_launches",
+    "ruled_launches_kept",
+]
 
 ROWS = 128  # that a program of the kernel lays out
 ENDS_AT_ONCE = 64
@@ -91,6 +100,12 @@ def _rule_of(mask: Mask, causal: bool) -> tuple[Rule, list[Tensor]] | None:
 
 
 _CAUSAL = Band(None, 0, FROM_THE_END)
+
+
+@lru_cache(maxsize=256)
+def packed_rule(left: int | None, right: int | None) -> Rule:
+    """The rule of packed sequences under a window that is aligned in each: that of ``packed & Window(left, right, packed)``."""
+    return Rule(False, True, () if left is None and right is None else (Band(left, right, IN_SEQUENCE),))
 
 
 @dataclass(frozen=True)

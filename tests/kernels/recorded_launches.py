@@ -58,7 +58,7 @@ def recorded() -> Iterator[Recorder]:
 
     with ExitStack() as stack:
         for where, name, replacement in (
-            (routes, "_on_gpu", lambda x: True),
+            (routes, "on_gpu", lambda x: True),
             (plans, "PLANNED", "cpu"),
             (plans, "_current_device", lambda: None),
             (routes, "_current_device", lambda: -1),

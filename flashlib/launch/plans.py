@@ -23,7 +23,7 @@ from torch import Tensor
 from flashlib.launch import packets
 from flashlib.launch.counters import counters_of
 from flashlib.launch.forms import Form, Memory, NotPlannable
-from flashlib.launch.recipes import Recipe, plain, record
+from flashlib.launch.recipes import Recipe, record
 from flashlib.launch.start import TRITON_INSTALLED, Launch, interpreting
 
 __all__ = ["Plan", "kept_plan", "launches_are_watched", "plan_by_recipe", "plan_for", "plannable"]
@@ -48,16 +48,16 @@ class Plan:
     """Launches of one class of problem, on one device.
 
     Args:
-        results: shape, strides and dtype of what a call returns, in order. others_are_small: all but the first.
+        results: shape, strides and dtype of what a call returns, in order. others: bytes of all but the first.
         scratch: bytes that launches need in between. counts: counters.
         started: the packets. names: of their kernels.
     """
 
     def __init__(
-        self, device: torch.device, results: list[tuple], others_are_small: bool, asks_for_more: bool, scratch: int, counts: int,
+        self, device: torch.device, results: list[tuple], others: int, asks_for_more: bool, scratch: int, counts: int,
         started: tuple, names: list[str],
     ):  # fmt: skip
-        self.device, self.results, self.others_are_small = device, results, others_are_small
+        self.device, self.results, self.others_are_small = device, results, others <= UNREAD_BYTES
         self.asks_for_more, self.scratch, self.counts = asks_for_more, scratch, counts
         self.packets, self.names = started, names
         self.start = packets.needed().start
@@ -125,7 +125,7 @@ def parts(memory: Memory, inputs: int, launches: Sequence[Launch], results: Sequ
     launches = [launch for launch in launches if 0 not in launch.grid]
     return (
         [(form.shape, form.stride(), form.dtype) for form in results],
-        plain(sum(form.bytes for form in results[1:]) <= UNREAD_BYTES),
+        sum(form.bytes for form in results[1:]),
         bool(rest), scratch, counts,
         tuple([packets.packet(launch, places) for launch in launches]),
         [launch.name for launch in launches],

@@ -208,11 +208,12 @@ def record(make: Callable[[Sequence[Symbol]], Any], numbers: Sequence[float]) ->
     given = [Symbol(tape, f"n{at}", number) for at, number in enumerate(numbers)]
     _state.tape = tape
     try:
-        result = make(given)
-        lines = [*tape.lines, f"return {tape.text(result)}"]
+        result = tape.text(make(given))
     finally:
         _state.tape = None
-    source = f"def recipe({', '.join(each.name for each in given)}):\n" + "".join(f"    {line}\n" for line in lines)
+    source = f"def recipe({', '.join(each.name for each in given)}):\n" + "".join(
+        f"    {line}\n" for line in [*tape.lines, f"return {result}"]
+    )
     scope = dict(tape.constants)
     exec(compile(source, "<recipe>", "exec"), scope)
     return scope["recipe"]

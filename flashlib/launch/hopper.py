@@ -52,6 +52,7 @@ BACKWARD_SPREAD = 2  # the same for programs of the backward, which work on one 
 # that all of them together write and read again; and what one more launch costs.
 PAIR_CHANNELS_PER_NS, PART_BYTES_PER_NS, SUM_NS = 1200, 3500, 3000
 PARTS = (2, 3, 4, 5, 7, 8)  # into which a group's query heads may be cut
+MOST_PART_WAVES = 8  # of programs that write parts: each of 128 KiB at head_dim 128
 SUMMED_KEYS = 16  # that a program of hopper_sum_parts adds up
 PREPARE_CHUNK = 1024  # rows that hopper_prepare looks at together
 
@@ -199,7 +200,7 @@ def group_parts(
     unequal = options.mask_kind == INTERVALS or options.right is not None
     best, least_ns = 1, dkdv_ns(programs, 1, longest, mean, units, unequal)
     for parts in PARTS:
-        if group_size % parts == 0:
+        if group_size % parts == 0 and programs * parts <= MOST_PART_WAVES * units:
             moved = 2 * 4 * programs * parts * tiles.block_n * channels // PART_BYTES_PER_NS
             ns = dkdv_ns(programs, parts, longest, mean, units, unequal) + moved + SUM_NS
             if ns < least_ns:

@@ -34,6 +34,7 @@ def sum_parts(p_first, o_n, parts, padded_keys, WIDTH: tl.constexpr):
     """The sum of the same keys of all parts, from the first to the last."""
     p_part = p_first + o_n.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     b_sum = tl.load(p_part)
-    for part in range(1, parts):
-        b_sum += tl.load(p_part + part.to(tl.int64) * padded_keys * WIDTH)
+    for _ in range(1, parts):
+        p_part += tl.cast(padded_keys, tl.int64) * WIDTH
+        b_sum += tl.load(p_part)
     return b_sum

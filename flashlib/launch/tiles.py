@@ -100,7 +100,7 @@ class HopperBackwardTiles(WarpSpecialized):
         return HOPPER_ROWS * self.consumers
 
 
-# By padded head_dim, measured on an H200 (benchmarks/backward_orders.py).
+# By padded head_dim, measured on an H200 (benchmarks/h200/backward_orders.json).
 HOPPER_BACKWARD = {64: HopperBackwardTiles(128, 2, 2, 240), 128: HopperBackwardTiles(64, 2, 2, 240)}
 # With a softcap or ALiBi, whose values take registers too.
 HOPPER_BACKWARD_ROOMY = {64: HopperBackwardTiles(64, 2, 3, 240), 128: HopperBackwardTiles(32, 2, 3, 240)}

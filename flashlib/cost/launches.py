@@ -50,6 +50,7 @@ class Launch:
         memory: bytes that come from memory, or go there, if the cache keeps what programs that are at work share.
         shared: bytes that it would have to keep for that, until the last wave of programs has passed; 0 if no wave reads what another did.
         rows: of a tile, where a program's steps follow one another (decoding); else 0.
+        paired: two programs share a multiprocessor, and a tile is half of what one program alone would take.
     """
 
     kernel: str
@@ -59,6 +60,7 @@ class Launch:
     memory: float
     shared: float = 0.0
     rows: int = 0
+    paired: bool = False
 
     def read_once(self, gpu: Device) -> bool:
         """Whether the cache keeps what programs share, so that :attr:`memory` is all that crosses memory. If not, it is the least.
@@ -94,7 +96,7 @@ HOPPER = {64: Tiles(192, 128), 128: Tiles(128, 128)}
 HOPPER_ROOMY, HOPPER_NARROW, HOPPER_LEAST_KEYS = Tiles(128, 128), Tiles(128, 64), 1024
 HOPPER_BACKWARD = {64: Tiles(128, 128), 128: Tiles(64, 128)}
 HOPPER_BACKWARD_ROOMY = {64: Tiles(64, 128), 128: Tiles(32, 128)}
-HOPPER_BACKWARD_PAIRED, HOPPER_BACKWARD_LEAST_KEYS = Tiles(64, 64), 768
+HOPPER_BACKWARD_PAIRED, HOPPER_BACKWARD_LEAST_KEYS = Tiles(64, 64), 800
 HOPPER_DQ = {64: Tiles(64, 64), 128: Tiles(128, 64)}
 HOPPER_CACHE, HOPPER_SPREAD, BACKWARD_SPREAD = 8 << 20, 3.5, 2
 PAIR_CHANNELS_PER_NS, PART_BYTES_PER_NS, SUM_NS = 1200, 3500, 3000
@@ -222,9 +224,8 @@ def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
     group_tiles = [([block.hull * (problem.group // parts) for block in blocks], count) for blocks, count in by_entry]
     order = _side_by_side(group_tiles, groups, together)
     # Blocks of keys begin at rows of their own, so that all rows of a group's heads pass before the last block is done with the first.
-    launches.append(
-        Launch("hopper_dkdv" if hopper else "backward_dkdv", order, tile, work, memory, group_bytes * together)
-    )
+    kernel, paired = "hopper_dkdv" if hopper else "backward_dkdv", hopper and tiles == HOPPER_BACKWARD_PAIRED
+    launches.append(Launch(kernel, order, tile, work, memory, group_bytes * together, paired=paired))
     if parts > 1:
         keys = problem.batch * problem.kv_heads * problem.kv_len
         summed = Work(
@@ -252,9 +253,8 @@ def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
     row_blocks = -(-problem.q_len // tiles.block_m)
     together = backward_together(problem, heads, row_blocks, gpu, _bytes_per_head(problem))
     order = _by_rows(by_entry, problem.q_heads, together, hopper)
-    launches.append(
-        Launch("hopper_dq" if hopper else "backward_dq", order, tile, work, memory, _shared_keys(problem, together))
-    )
+    kernel, paired = "hopper_dq" if hopper else "backward_dq", hopper and tiles == HOPPER_DQ[64]
+    launches.append(Launch(kernel, order, tile, work, memory, _shared_keys(problem, together), paired=paired))
     return launches
 
 

@@ -108,7 +108,7 @@ HOPPER_BACKWARD_ROOMY = {64: HopperBackwardTiles(64, 2, 3, 240), 128: HopperBack
 # 128 they were faster, 1670 against 1764 us causal and 1773 against 1928 full, but where a group's heads are cut into parts; at 64 where
 # rows see few keys: with 512 of them 136 against 152 us, with 1024 222 against 209.
 HOPPER_BACKWARD_PAIRED = HopperBackwardTiles(64, 1, 2, 232, maxnreg=128)
-HOPPER_BACKWARD_LEAST_KEYS = 768  # per row, from which on two consumers are taken at head_dim 64
+HOPPER_BACKWARD_LEAST_KEYS = 800  # per row, between the two, from which on two consumers are taken at head_dim 64
 # Of dQ. At head_dim 64 two programs on a multiprocessor were faster in every shape, 103 against 119 us in GPT-2's; at 128 slower.
 HOPPER_DQ = {64: HopperTiles(1, 64, 3, 232, maxnreg=128), 128: HopperTiles(2, 64, 3, 240)}
 HOPPER = {64: HopperTiles(3, 128, 3, 160), 128: HopperTiles(2, 128, 2, 240)}

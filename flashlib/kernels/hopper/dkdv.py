@@ -270,7 +270,7 @@ def consume(which, rings, into, p_slopes, stride_slope, group_size, unit, proble
         if problem.ALIBI:
             slope = gl.load(p_slopes)
             p_slopes += 1
-        # Of numbers that outlive a loop, each takes a register: only where it ends does.
+        # What is needed behind a loop takes a register in it, and none is left: only where the loop ends is.
         end = before + noted(rings.plan, FULL)
         b_dk, b_dv = gather_rows(
             before, end, which, b_dk, b_dv, k, v, slope, rings, unit, problem, shape, dk_layout, dv_layout, False

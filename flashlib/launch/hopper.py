@@ -182,7 +182,9 @@ def backward_heads_together(
     """
     if options.mask_kind != INTERVALS and options.right is None:
         return 1
-    return computed(heads_together, heads, blocks_each, min(units, heads * blocks_each), bytes_per_head, BACKWARD_SPREAD)
+    return computed(
+        heads_together, heads, blocks_each, min(units, heads * blocks_each), bytes_per_head, BACKWARD_SPREAD
+    )
 
 
 def group_parts(

@@ -41,10 +41,15 @@ def cpu_sources(*, decoding: bool = False) -> list[str]:
     """The same for attention on a CPU, or for decoding there."""
     kernels = [path for path in (PACKAGE / "kernels" / "cpu").iterdir() if path.suffix in (".h", ".cpp")]
     found = [*kernels, *(PACKAGE / "launch" / "cpu").glob("*.py"), PACKAGE / "backends" / "cpu.py"]
-    return sorted([*(str(path.relative_to(PACKAGE)) for path in found), *(["inference/decode.py"] if decoding else [])])
+    return sorted(
+        [
+            *(str(path.relative_to(PACKAGE)) for path in found),
+            *(["inference/decode.py", "inference/decode_problem.py"] if decoding else []),
+        ]
+    )
 
 
 def decode_sources() -> list[str]:
     """The same for decoding."""
     shared = ("kernels/bundles.py", "kernels/common.py", "launch/options.py", "launch/start.py", "launch/tiles.py")
-    return sorted([*DECODING, *shared, "inference/decode.py"])
+    return sorted([*DECODING, *shared, "inference/decode.py", "inference/decode_problem.py"])

@@ -13,8 +13,12 @@ DECODING = ("kernels/combine.py", "kernels/decode.py", "launch/decode.py")
 
 
 # How launches are handed to the driver: what it costs the host, and nothing that a GPU does.
-LAUNCHING = tuple(
-    f"launch/{name}.py" for name in ("checks", "counters", "engines", "folding", "forms", "packets", "plans")
+LAUNCHING = (
+    *(
+        f"launch/{name}.py"
+        for name in ("checks", "counters", "engines", "folding", "forms", "packets", "plans", "recipes")
+    ),
+    "launch/packets.c",
 )
 
 

@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 
 from flashlib.config import FlashAttentionConfig
 from flashlib.engines import differentiable_gradients
+from flashlib.launch import packets
 from flashlib.launch.decode import DecodeOptions, best_decode_launches
 from flashlib.launch.engines import TritonEngine
 from flashlib.launch.options import KernelOptions, aligned, begins_at_16_bytes, readable
@@ -103,28 +104,16 @@ def _may_have_route(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float 
 def _key(
     q: Tensor, k: Tensor, v: Tensor, rule: Any, given: list[Tensor], options: tuple
 ) -> tuple[tuple | None, list[Tensor]]:
-    try:
-        addresses, device = q.data_ptr() | k.data_ptr() | v.data_ptr(), q.get_device()
-        forms = None
-        if given:
-            found = []
-            for x in given:
-                addresses |= x.data_ptr()
-                found.append((x.shape, x.stride(), x.dtype, x.get_device()))
-            forms = tuple(found)
-        if addresses & 15 or device != _current_device():
-            return None, []
-        needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on()
-        key = (
-            q.shape, q.stride(), q.dtype, device, k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device(),
-            needs_grad, rule, forms, *options,
-        )  # fmt: skip
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ):  # no addresses, sizes or strides: a sparse or nested tensor, which is refused further on
+    described = _described((q, k, v, *given), 0)
+    if described is None or q.get_device() != _current_device():
         return None, []
-    return key, given
+    needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and _grad_is_on()
+    return (described, needs_grad, rule, *options), given
+
+
+def _described(tensors: tuple[Tensor, ...], without: int) -> bytes | None:
+    """Their forms, of the first so many ``without`` lengths and strides; None if one does not begin at a multiple of 16 bytes, or has no address."""
+    return packets.needed().describe(tensors, without)
 
 
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
@@ -194,24 +183,20 @@ def new_route(
     route = Route(plan, options, engine, config, spec.needs_grad, returns_lse, laid_out, build, planned)
     _keep(_routes, key, route)
     if all(x.dim() <= 1 or (x is spec.alibi_slopes and x.dim() == 2) for x in given):  # none has a number for each row
-        _keep(_relatives, _relation(key, q, k, v), route)
+        _keep(_relatives, _relation(key, q, k, v, given), route)
     return route
 
 
-def _relation(key: tuple, q: Tensor, k: Tensor, v: Tensor) -> tuple:
+def _relation(key: tuple, q: Tensor, k: Tensor, v: Tensor, given: list[Tensor]) -> tuple:
     """A key without lengths and strides."""
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    return (
-        *q_shape[:2], *q_shape[3:], q.dtype, *k_shape[:2], *k_shape[3:], k.dtype, *v_shape[:2], *v_shape[3:], v.dtype,
-        *key[3:12:4], *key[12:],
-    )  # fmt: skip
+    return (_described((q, k, v, *given), 3), *key[1:])
 
 
 def related_route(key: tuple | None, q: Tensor, k: Tensor, v: Tensor, given: list[Tensor]) -> Route | None:
     """The route of a class that differs from a known one in lengths and strides alone, which is kept; None if it has none."""
     if key is None:
         return None
-    relative = _relatives.get(_relation(key, q, k, v))
+    relative = _relatives.get(_relation(key, q, k, v, given))
     if relative is None or not 0 < k.shape[2] == v.shape[2] or not q.shape[2]:
         return None
     for x in (q, k, v):
@@ -295,11 +280,11 @@ class DecodeRoute:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, block_table: Tensor | None, returns_lse: bool
     ):
-        tensors = [q, k, v]
+        tensors: tuple[Tensor, ...] = (q, k, v)
         if lengths is not None:
-            tensors.append(lengths)
+            tensors = (*tensors, lengths)
         if block_table is not None:
-            tensors.append(block_table)
+            tensors = (*tensors, block_table)
         return tuple(self.plan.run(tensors)) if returns_lse else self.plan.run_first(tensors)
 
 
@@ -340,7 +325,7 @@ class Route:
         at = grad_out.stride() if grad_lse is None else (grad_out.stride(), grad_lse.stride())
         plan = self.backward.get(at)
         if plan is not None and not grad_out.data_ptr() & 15 and not launches_are_watched():
-            return plan.run(tensors + more)
+            return plan.run((*tensors, *more))
         options = self.with_tensors(more)
         if all(aligned(x) is x for x in tensors[:5]) and all(x.is_contiguous() for x in tensors[5:]):
             plan = plan_for(best_backward_launches, tensors, options)

@@ -38,8 +38,12 @@ def _library() -> tuple[ModuleType | None, str | None]:
         from triton.runtime.build import compile_module_from_src
 
         source = Path(__file__).with_suffix(".c").read_text()
-        headers = Path(triton.__file__).parent / "backends/nvidia/include"
-        return compile_module_from_src(source, "flashlib_packets", include_dirs=[str(headers)], libraries=["dl"]), None
+        headers = Path(triton.__file__).parent / "backends/nvidia/include", Path(torch.__file__).parent / "include"
+        compiled = compile_module_from_src(
+            source, "flashlib_packets", include_dirs=[*map(str, headers)], libraries=["dl"]
+        )
+        compiled.use_torch(torch.Tensor.__dlpack_c_exchange_api__, torch.empty_strided)
+        return compiled, None
     except (
         Exception
     ) as error:  # no compiler, no headers, a cache that cannot be written: whatever it is, Triton's launcher remains
@@ -47,7 +51,7 @@ def _library() -> tuple[ModuleType | None, str | None]:
 
 
 def library() -> ModuleType | None:
-    """``packets.c`` as a Python module: ``Packet``, ``start``, ``encode``, ``parameter_sizes``, ``record``. None where it cannot be had."""
+    """``packets.c`` as a Python module: ``Packet``, ``start``, ``run``, ``describe``, ``encode`` and others. None where it cannot be had."""
     return _library()[0]
 
 

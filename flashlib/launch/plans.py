@@ -41,7 +41,6 @@ PLANNED = "cuda"  # devices whose launches are planned
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _capturing = torch._C._cuda_isCurrentStreamCapturing
-_empty = torch.empty_strided
 
 
 class Plan:
@@ -57,49 +56,36 @@ class Plan:
         self, device: torch.device, results: list[tuple], others: int, asks_for_more: bool, scratch: int, counts: int,
         started: tuple, names: list[str],
     ):  # fmt: skip
-        self.device, self.results, self.others_are_small = device, results, others <= UNREAD_BYTES
+        self.device, self.index, self.others_are_small = device, device.index, others <= UNREAD_BYTES
+        self.results = tuple([(*form, device) for form in results])
         self.asks_for_more, self.scratch, self.counts = asks_for_more, scratch, counts
         self.packets, self.names = started, names
-        self.start = packets.needed().start
+        self.start = packets.needed().run
 
-    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """Start the kernels on the current stream, and return the results.
 
         Args:
             inputs: tensors of the forms that the plan was made for, on its device, which is the current one.
         """
-        device = self.device
-        results = [_empty(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in self.results]
-        addresses = [x.data_ptr() for x in inputs]
-        addresses += [x.data_ptr() for x in results]
-        self.start_on(_raw_stream(device.index), addresses)
-        return results
+        return self.start_on(_raw_stream(self.index), inputs, len(self.results), 0)
 
-    def run_first(self, inputs: Sequence[Tensor]) -> Tensor:
+    def run_first(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Start the kernels, and return the first result. The others are not wanted: where they are small, all calls write them to one place."""
         if not self.others_are_small or _capturing():  # what a graph writes whenever it is replayed must be its own
             return self.run(inputs)[0]
-        shape, strides, dtype = self.results[0]
-        out = _empty(shape, strides, dtype=dtype, device=self.device)
-        stream = _raw_stream(self.device.index)
-        addresses = [x.data_ptr() for x in inputs]
-        addresses.append(out.data_ptr())
-        unread = _memory_of(self.device, stream).unread.address
-        for _ in self.results[1:]:
-            addresses.append(unread)
-        self.start_on(stream, addresses)
-        return out
+        stream = _raw_stream(self.index)
+        return self.start_on(stream, inputs, 1, _memory_of(self.device, stream).unread.address)[0]
 
-    def start_on(self, stream: int, addresses: list[int]) -> None:
-        """Start the kernels: the inputs and the results are there."""
+    def start_on(self, stream: int, inputs: tuple[Tensor, ...], wanted: int, unread: int) -> list[Tensor]:
+        """Start the kernels, and return so many results; the others are written to the address ``unread``."""
         if not self.asks_for_more:
-            self.start(self.packets, stream, tuple(addresses))
-            return
+            return self.start(self.packets, self.results, stream, inputs, wanted, unread, 0, 0)
         # Held until the packets are started: what the allocator gives out afterwards, this stream uses afterwards.
         scratch = _scratch(self.device, stream, self.scratch) if self.scratch else None
-        addresses.append(0 if scratch is None else scratch.address)
-        addresses.append(_counters(self.device, stream, self.counts) if self.counts else 0)
-        self.start(self.packets, stream, tuple(addresses))
+        counts = _counters(self.device, stream, self.counts) if self.counts else 0
+        address = 0 if scratch is None else scratch.address
+        return self.start(self.packets, self.results, stream, inputs, wanted, unread, address, counts)
 
 
 def parts(memory: Memory, inputs: int, launches: Sequence[Launch], results: Sequence[Form]) -> tuple:
@@ -189,7 +175,7 @@ def _counters(device: torch.device, stream: int, count: int) -> int:
 class _Kept:
     """Plans by class, and None for a class that has none. Bounded."""
 
-    plans: dict[tuple, Plan | None] = field(default_factory=dict)
+    plans: dict[tuple | None, Plan | None] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, key: tuple, plan: Plan | None) -> None:
@@ -240,11 +226,7 @@ def _triton_runtime():
 
 def kept_plan(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None:
     """The plan of a class of problem if there is one already; arguments as of :func:`plan_for`."""
-    if not plannable(tensors[0].device):
-        return None
-    more = options.tensors()
-    plan = _kept.plans.get(_key(build, tensors, options, more))
-    return plan if plan is not None and _all_aligned(tensors, more) else None
+    return _kept.plans.get(_key(build, tensors, options)) if plannable(tensors[0].device) else None
 
 
 def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None:
@@ -256,13 +238,12 @@ def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None
             which gives the same with others.
     """
     device = tensors[0].device
-    more = options.tensors()
-    if not plannable(device) or not _all_aligned(tensors, more):
+    key = _key(build, tensors, options) if plannable(device) else None
+    if key is None:
         return None
-    key = _key(build, tensors, options, more)
     plan = _kept.plans.get(key)
     if plan is None and key not in _kept.plans:
-        kind, numbers = _kind(build, tensors, more, options, device)
+        kind, numbers = _kind(build, tensors, options.tensors(), options, device)
         plan, is_final = _by_recipe(kind, numbers, device), True
         if plan is None:
             plan, is_final = _made(build, tensors, options, device)
@@ -273,15 +254,10 @@ def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None
     return plan
 
 
-def _key(build: Callable, tensors: Sequence[Tensor], options, more: Sequence[Tensor]) -> tuple:
-    return (build, tensors[0].device, options.key(), *[form_of(x) for x in tensors], *[form_of(x) for x in more])
-
-
-def _all_aligned(tensors: Sequence[Tensor], more: Sequence[Tensor]) -> bool:
-    addresses = 0
-    for x in (*tensors, *more):
-        addresses |= x.data_ptr()
-    return not addresses & 15
+def _key(build: Callable, tensors: Sequence[Tensor], options) -> tuple | None:
+    """What a plan is known by; None if a tensor does not begin at a multiple of 16 bytes."""
+    described = packets.needed().describe((*tensors, *options.tensors()), 0)
+    return None if described is None else (build, options.key(), described)
 
 
 def _made(build: Callable, tensors: Sequence[Tensor], options, device: torch.device) -> tuple[Plan | None, bool]:

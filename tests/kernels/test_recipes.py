@@ -86,9 +86,9 @@ def noting_packets(noted: list):
         made[id(packet)] = packet, (code.function, tuple(grid), [*maps], [*values], tuple(slots))
         return packet
 
-    def note_started(plan, stream, addresses):
+    def note_started(plan, *arguments):
         noted.extend(made[id(packet)][1] for packet in plan.packets)
-        return start(plan, stream, addresses)
+        return start(plan, *arguments)
 
     with mock.patch.object(packets, "_packed", note_made), mock.patch.object(plans.Plan, "start_on", note_started):
         yield

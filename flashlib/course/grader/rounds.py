@@ -8,6 +8,7 @@ shown in `exercises/SURVIVAL.md`.
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import secrets
 import statistics
@@ -16,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashlib.course.grader.engine import sandbox_for
-from flashlib.course.grader.exercise import Exercise, exercise_names, load_exercise
+from flashlib.course.grader.exercise import EXERCISES, Exercise, exercise_names, load_exercise
 from flashlib.course.grader.matrix import RIGHT, WRONG, grade_file
 from flashlib.course.grader.report import Report
 from flashlib.course.grader.results import Results
 from flashlib.course.grader.sandbox.session import REPOSITORY
-from flashlib.measure.records.record import BENCHMARKS, Record, load_record, new_record, save_record
+from flashlib.measure.records.record import BENCHMARKS, Record, load_record, new_record, save_record, source_text
 
 FOLDER = BENCHMARKS / "grader"
 PAGE = REPOSITORY / "exercises/SURVIVAL.md"
@@ -61,8 +62,23 @@ def _row(name: str, graded: Sequence[Report]) -> dict:
     }
 
 
+def sources_of(name: str) -> list[str]:
+    """The files that an exercise's checks stand in: its own, and what it shares with others."""
+    found, waiting = set(), [name]
+    while waiting:
+        module = waiting.pop()
+        found.add(module)
+        for node in ast.walk(ast.parse(source_text(f"course/exercises/{module}.py"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(EXERCISES):
+                shared = (
+                    {each.name for each in node.names} if node.module == EXERCISES else {node.module.split(".")[-1]}
+                )
+                waiting += shared - found
+    return sorted(f"course/exercises/{module}.py" for module in found)
+
+
 def record_of(exercise: Exercise, rows: list[dict]) -> Record:
-    sources = [f"course/exercises/{exercise.name}.py"]
+    sources = sources_of(exercise.name)
     notes = "Right solutions graded on fresh inputs; processor time of the checks and of the processes that the code ran in."
     return new_record(exercise.name, rows, sources, notes)
 

@@ -89,24 +89,23 @@ def grade_file(
 def rows(exercise: Exercise, sandbox: Sandbox, *, named: Mapping[str, Collection[str]] | None = None) -> list[Row]:
     """Grade every case of one exercise on fresh inputs.
 
-    Wrong solutions share theirs, so that exact answers, and those of all known mistakes, are computed once for all of them. So do
-    the right ones, among themselves.
+    All share them, so that exact answers, and those of all known mistakes, are computed once. Other inputs are another run's.
 
     Args:
         named: for wrong solutions, the checks that a promise names with them. If given, a check that takes a process of its own, which
             is most of the time, grades the wrong solutions that it is to reject, and one in `ONE_IN` of the others, drawn anew.
     """
-    of_right, of_wrong = [(secrets.randbits(32), Results()) for _ in range(2)]
+    shared = secrets.randbits(32), Results()
     right = {name: file for name, file, expected in cases(exercise) if not expected}
-    reports = {name: grade_file(exercise, file, sandbox, *of_right) for name, file in right.items()}
+    reports = {name: grade_file(exercise, file, sandbox, *shared) for name, file in right.items()}
     apart = {result.name for report in reports.values() for result in report.results if result.apart}
     for name, file, expected in cases(exercise):
         if name not in reports:
             if named is None or secrets.randbelow(ONE_IN) == 0:
-                reports[name] = grade_file(exercise, file, sandbox, *of_wrong)
+                reports[name] = grade_file(exercise, file, sandbox, *shared)
             else:
                 to_reject_it = apart & set(named.get(name, ()))
-                reports[name] = _grade_wrong(exercise, file, expected, sandbox, of_wrong, apart, to_reject_it)
+                reports[name] = _grade_wrong(exercise, file, expected, sandbox, shared, apart, to_reject_it)
     return [Row(name, expected, reports[name]) for name, _, expected in cases(exercise)]
 
 

@@ -177,7 +177,7 @@ def choose_num_splits(
     ):
         _check_count(name, value, least)
     return max(
-        fewest_waves(batch * kv_heads * row_blocks, max_length, sm_count, block_n),
+        fewest_waves(batch * kv_heads * row_blocks, max(_blocks(max_length, block_n), 1), sm_count),
         _blocks(max_length, splits.LONGEST_SPLIT),
     )
 

@@ -157,14 +157,8 @@ def test_a_class_of_200_stopped_five_times_loses_and_swaps_nothing(tmp_path, cap
             f"{peak / 1e6:.0f} MB at most (seed {seed})"
         )
     if rounds > 1:
-        row = {
-            "students": STUDENTS,
-            "jobs": 2,
-            "stops": STOPS,
-            "seconds": round(took),
-            "cpu_seconds": round(cpu),
-            "mb": round(peak / 1e6),
-        }
+        row = {"students": STUDENTS, "jobs": 2, "stops": STOPS, "seconds": round(took), "cpu_seconds": round(cpu)}
+        row |= {"mb": round(peak / 1e6), "load": round(os.getloadavg()[1]), "cores": os.cpu_count()}
         save_record(record_of_class(row), FOLDER)
 
 

@@ -91,11 +91,11 @@ def record_of_class(row: dict) -> Record:
 
 def as_sentence(record: Record) -> str:
     """What grading a class took."""
-    row = record.rows[0]
+    row, stale = record.rows[0], " (STALE)" if record.stale else ""
     return (
         f"A class of {row['students']}, graded in ex01 with {row['jobs']} jobs, stopped {row['stops']} times at random and gone on with, took "
-        f"{row['seconds']} seconds on a machine that did other things, too, {row['cpu_seconds']} of processor time, and {row['mb']} MB at most"
-        f"{' (STALE)' if record.stale else ''}."
+        f"{row['seconds']} s at a load of {row['load']} on {row['cores']} cores, at least {row['cpu_seconds']} s of processor time, and {row['mb']} MB "
+        f"at most{stale}."
     )
 
 

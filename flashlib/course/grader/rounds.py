@@ -121,6 +121,8 @@ def as_markdown(records: Sequence[Record]) -> str:
 def publish() -> str:
     """`exercises/SURVIVAL.md` with the recorded rounds in it, and how many of each kind there are."""
     records = [load_record(path.stem, FOLDER) for path in sorted(FOLDER.glob("ex*.json"))]
+    classes = [load_record(path.stem, FOLDER) for path in FOLDER.glob(f"{CLASS}.json")]
+    told = "\n\n".join([as_markdown(records), *map(as_sentence, classes)])
     text = PAGE.read_text()
     hostile = [file for file in (WRONG.parent / "hostile").iterdir() if file.suffix in (".py", ".txt")]
     for kind, count in (
@@ -130,7 +132,7 @@ def publish() -> str:
         text = re.sub(rf"(?m)^\| {kind} \| \d*", f"| {kind} | {count}", text)
     return re.sub(
         f"{re.escape(BEGIN)}.*{re.escape(END)}",
-        lambda _: f"{BEGIN}\n\n{as_markdown(records)}\n\n{as_sentence(load_record(CLASS, FOLDER))}\n\n{END}",
+        lambda _: f"{BEGIN}\n\n{told}\n\n{END}",
         text,
         flags=re.S,
     )

@@ -35,7 +35,7 @@ MODELS = {
         "vocab_size": 32000,
     },
 }  # fmt: skip
-SOURCES = sorted({*launching_sources(), *kernel_sources(), *decode_sources(), "flashlib/interop/transformers.py"})
+SOURCES = sorted({*launching_sources(), *kernel_sources(), *decode_sources(), "interop/transformers.py"})
 
 
 def seconds(model, ids, tokens: int, cache: bool) -> float:

@@ -280,11 +280,11 @@ class DecodeRoute:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, block_table: Tensor | None, returns_lse: bool
     ):
-        tensors = [q, k, v]
+        tensors: tuple[Tensor, ...] = (q, k, v)
         if lengths is not None:
-            tensors.append(lengths)
+            tensors = (*tensors, lengths)
         if block_table is not None:
-            tensors.append(block_table)
+            tensors = (*tensors, block_table)
         return tuple(self.plan.run(tensors)) if returns_lse else self.plan.run_first(tensors)
 
 

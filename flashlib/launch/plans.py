@@ -175,7 +175,7 @@ def _counters(device: torch.device, stream: int, count: int) -> int:
 class _Kept:
     """Plans by class, and None for a class that has none. Bounded."""
 
-    plans: dict[tuple, Plan | None] = field(default_factory=dict)
+    plans: dict[tuple | None, Plan | None] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, key: tuple, plan: Plan | None) -> None:
@@ -226,11 +226,7 @@ def _triton_runtime():
 
 def kept_plan(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None:
     """The plan of a class of problem if there is one already; arguments as of :func:`plan_for`."""
-    if not plannable(tensors[0].device):
-        return None
-    more = options.tensors()
-    plan = _kept.plans.get(_key(build, tensors, options, more))
-    return plan if plan is not None and _all_aligned(tensors, more) else None
+    return _kept.plans.get(_key(build, tensors, options)) if plannable(tensors[0].device) else None
 
 
 def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None:
@@ -242,13 +238,12 @@ def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None
             which gives the same with others.
     """
     device = tensors[0].device
-    more = options.tensors()
-    if not plannable(device) or not _all_aligned(tensors, more):
+    key = _key(build, tensors, options) if plannable(device) else None
+    if key is None:
         return None
-    key = _key(build, tensors, options, more)
     plan = _kept.plans.get(key)
     if plan is None and key not in _kept.plans:
-        kind, numbers = _kind(build, tensors, more, options, device)
+        kind, numbers = _kind(build, tensors, options.tensors(), options, device)
         plan, is_final = _by_recipe(kind, numbers, device), True
         if plan is None:
             plan, is_final = _made(build, tensors, options, device)
@@ -259,15 +254,10 @@ def plan_for(build: Callable, tensors: Sequence[Tensor], options) -> Plan | None
     return plan
 
 
-def _key(build: Callable, tensors: Sequence[Tensor], options, more: Sequence[Tensor]) -> tuple:
-    return (build, tensors[0].device, options.key(), *[form_of(x) for x in tensors], *[form_of(x) for x in more])
-
-
-def _all_aligned(tensors: Sequence[Tensor], more: Sequence[Tensor]) -> bool:
-    addresses = 0
-    for x in (*tensors, *more):
-        addresses |= x.data_ptr()
-    return not addresses & 15
+def _key(build: Callable, tensors: Sequence[Tensor], options) -> tuple | None:
+    """What a plan is known by; None if a tensor does not begin at a multiple of 16 bytes."""
+    described = packets.needed().describe((*tensors, *options.tensors()), 0)
+    return None if described is None else (build, options.key(), described)
 
 
 def _made(build: Callable, tensors: Sequence[Tensor], options, device: torch.device) -> tuple[Plan | None, bool]:

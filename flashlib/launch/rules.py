@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from flashlib.launch import packets
+from flashlib.launch.forms import Memory, NotPlannable
 from flashlib.launch.options import KernelOptions, blocks
 from flashlib.launch.run import best_forward_launches
 from flashlib.launch.start import Launch
@@ -27,6 +29,7 @@ __all__ = [
     "rule_of",
     "ruled_forward_launches",
     "ruled_launches_kept",
+    "why_not_planned",
 ]
 
 ROWS = 128  # that a program of the kernel lays out
@@ -185,6 +188,22 @@ def rule_launch(q: Tensor, k: Tensor, ruled: RuledOptions) -> tuple[Launch, Tens
             f"HAS_RIGHT_{side.upper()}": band.right is not None,
         }
     return Launch(row_intervals, (entries * blocks(q_len, ROWS),), arguments), start, stop
+
+
+def why_not_planned(device: torch.device) -> str | None:
+    """What a small kernel, compiled for ``device``, has against being launched by plan; None if nothing."""
+    if packets.library() is None:
+        return packets.why_missing()
+    memory = Memory(device)
+    q, lengths = memory.input((1, 1, 16, 16), (256, 256, 16, 1), torch.float16), memory.input((1,), (1,), torch.int64)
+    options = KernelOptions(None, None, None, None, None, None, 1.0, 0.0)
+    given: Any = (lengths,)
+    launch, _, _ = rule_launch(cast(Any, q), cast(Any, q), RuledOptions(options, Rule(True, False, ()), given))
+    try:
+        packets.packet(launch, packets.Places({form.source: (form.source, 0) for form in memory.made}))
+    except NotPlannable as why_not:
+        return f"by Triton's own launcher, which takes longer: {why_not}"
+    return None
 
 
 def ruled_forward_launches(

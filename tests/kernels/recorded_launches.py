@@ -14,7 +14,7 @@ from unittest import mock
 
 from flashlib import routes
 from flashlib.backends import BACKENDS
-from flashlib.inference.decode import Problem
+from flashlib.inference.decode_problem import Problem
 from flashlib.launch import counters, hopper, packets, plans
 from flashlib.launch.start import Launch, TileMap
 

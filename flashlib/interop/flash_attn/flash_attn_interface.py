@@ -327,12 +327,10 @@ def _packed_again(
     ):
         return None
     config = _config(options, (q, k, v), packed=True)
-    heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
-    key, given = packed_key(*heads_first, [*ends], options.window_size, options.softmax_scale, options.softcap, config)
-    route = find_route(key) or related_route(key, *heads_first, given)
-    if route is None:
-        return None
-    return route(*heads_first, given)[0].transpose(0, 1).contiguous()
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    key, given = packed_key(q, k, v, [*ends], options.window_size, options.softmax_scale, options.softcap, config)
+    route = find_route(key) or related_route(key, q, k, v, given)
+    return None if route is None else route(q, k, v, given)[0].transpose(0, 1).contiguous()
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences, options: Options) -> Result:

@@ -43,7 +43,7 @@ from flashlib.attention import attention
 from flashlib.autocast import autocast_inputs
 from flashlib.backends import BACKENDS
 from flashlib.inference.cache import KVCache
-from flashlib.masks import Causal, Intervals, Mask, RowIntervals, Unmasked, Varlen, Window
+from flashlib.masks import Causal, Intervals, Mask, RowIntervals, Unmasked, Varlen, Window, band_of
 from flashlib.values import has_values
 
 # transformers looks into a name before it looks it up. One that contains "flash" sends it searching for the flash_attn
@@ -431,7 +431,7 @@ def _one_run_per_row(
             torch._assert_async(~broken.any(), "attention_mask: a row sees several separate runs of keys")
         return Intervals(intervals)
     if plain is None and start.device.type == "cpu":  # elsewhere each number that is looked at would be waited for
-        plain = _band_of_corners(intervals)
+        plain = band_of(intervals)
     same = torch.zeros((), dtype=torch.bool, device=start.device)
     if plain is not None:
         expected = plain.intervals(start.shape[0], intervals.q_len, kv_len, start.device)
@@ -447,17 +447,6 @@ def _one_run_per_row(
             "tokenizer.padding_side = 'left'"
         )
     return plain if is_plain and plain is not None else Intervals(intervals)
-
-
-def _band_of_corners(intervals: RowIntervals) -> Mask | None:
-    """The only band that these rows can be: the first row's end and the last row's beginning say which."""
-    q_len, kv_len = intervals.q_len, intervals.kv_len
-    if 0 in (q_len, kv_len) or intervals.start.shape[0] == 0:
-        return None
-    first_stop, last_start = int(intervals.stop[0, 0]), int(intervals.start[0, -1])
-    left = None if last_start == 0 else kv_len - 1 - last_start
-    right = None if first_stop == kv_len else first_stop - 1 - (kv_len - q_len)
-    return None if right is not None and right < 0 else Window(left, right)
 
 
 def _can_look(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ import importlib
 import os
 import socket
 import traceback
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -51,10 +52,11 @@ class World:
             with contextlib.suppress(BrokenPipeError):
                 pipe.send((function, arguments))
 
-    def answers(self, within: float = 250.0) -> list[Any]:
-        """What the ranks returned; an exception where one was raised, EOFError where the rank is gone, TimeoutError where nothing came."""
+    def answers(self, within: float = 250.0, ranks: Sequence[int] | None = None) -> list[Any]:
+        """What the ranks, or some of them, returned; an exception where one was raised, EOFError where the rank is gone, TimeoutError where nothing came."""
         found: list[Any] = []
-        for pipe in self.pipes:
+        for rank in range(self.size) if ranks is None else ranks:
+            pipe = self.pipes[rank]
             try:
                 found.append(pipe.recv() if pipe.poll(within) else TimeoutError())
             except (EOFError, ConnectionResetError):
@@ -71,12 +73,17 @@ class World:
             raise AssertionError(told)
         return found
 
+    def begin_anew(self) -> None:
+        """New process groups, after the old ones were lost."""
+        self.ask("begin anew")
+        assert self.answers() == ["ready"] * self.size
+
     def close(self) -> None:
         for pipe in self.pipes:
             with contextlib.suppress(OSError):
                 pipe.close()
         for process in self.processes:
-            process.join(5)
+            process.join(1)
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -86,11 +93,17 @@ def _serve(rank: int, ranks: int, port: int, timeout: float, pipe: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("context",))
+        store = dist.TCPStore("127.0.0.1", port, ranks, rank == 0, timeout=timedelta(seconds=START))
+        mesh, began = _begin(store, rank, ranks, timeout, 0), 0
         pipe.send("ready")
         while True:
             name, arguments = pipe.recv()
+            if name == "begin anew":
+                dist.destroy_process_group()
+                began += 1
+                mesh = _begin(store, rank, ranks, timeout, began)
+                pipe.send("ready")
+                continue
             module, function = name.split(":")
             try:
                 answer = getattr(importlib.import_module(module), function)(mesh, *arguments)
@@ -101,6 +114,12 @@ def _serve(rank: int, ranks: int, port: int, timeout: float, pipe: Any) -> None:
         pass
     finally:
         os._exit(0)  # not by way of process groups, whose other ranks may be gone
+
+
+def _begin(store: Any, rank: int, ranks: int, timeout: float, number: int) -> Any:
+    named = dist.PrefixStore(str(number), store)
+    dist.init_process_group("gloo", store=named, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
+    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("context",))
 
 
 def _sendable(error: BaseException) -> BaseException:

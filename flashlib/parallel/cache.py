@@ -16,6 +16,7 @@ from torch.distributed import DeviceMesh
 from flashlib.inference.cache import CacheFullError, KVCache
 from flashlib.inference.checks import check_size, checked_counts
 from flashlib.inference.paged import PagedKVCache
+from flashlib.masks import Mask
 from flashlib.parallel.decode import parallel_decode_attention
 from flashlib.parallel.link import link_of
 
@@ -93,9 +94,38 @@ class ShardedKVCache:
         return self._lengths.clone()
 
     @property
+    def max_length(self) -> int:
+        """How many tokens the longest request holds, on all ranks together."""
+        return int(self._lengths.max()) if self.batch else 0
+
+    @property
+    def batch(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all requests hold equally many tokens."""
+        return bool((self._lengths == self.max_length).all())
+
+    @property
+    def keys(self) -> Tensor:
+        """This rank's: ``[B, Hkv, its most tokens, D]``."""
+        return self.local.keys
+
+    @property
+    def values(self) -> Tensor:
+        """This rank's: ``[B, Hkv, its most tokens, Dv]``."""
+        return self.local.values
+
+    @property
     def nbytes(self) -> int:
         """Bytes reserved on this rank."""
         return self.local.nbytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one request takes, on the rank that holds it."""
+        return self.local.bytes_per_token
 
     def append(self, k: Tensor, v: Tensor, counts: Tensor | Sequence[int] | None = None) -> None:
         """Write this rank's share of new tokens; arguments as :meth:`flashlib.inference.KVCache.append`, the same on every rank.
@@ -115,17 +145,24 @@ class ShardedKVCache:
         self.local.append(k, v, own)
         self._lengths = self._lengths + new
 
-    def attend(self, q: Tensor, **options: Any) -> Any:
-        """Causal attention of the newest tokens, after their :meth:`append`: row i of q is the i-th of the newest Sq tokens of each request.
+    def attend(self, q: Tensor, *, mask: Mask | None = None, **options: Any) -> Any:
+        """Attention over what all ranks hold, causal unless there is a mask: row i of q is the i-th of the newest Sq tokens of each request.
+
+        Call it after their :meth:`append`.
 
         Args:
-            q: ``[B, Hq, Sq, D]``, the same on every rank. options: as :func:`flashlib.parallel.parallel_decode_attention`.
+            q: ``[B, Hq, Sq, D]``, the same on every rank.
+            mask: what the rows see of the first :attr:`max_length` tokens, in their order, the same on every rank. None: what came before, and themselves.
+            options: as :func:`flashlib.parallel.parallel_decode_attention`.
         """
-        held = self.local
-        lengths = self._stripes.seen(self._lengths, q.shape[2], q.device)
-        return parallel_decode_attention(
-            q, held.key_buffer, held.value_buffer, mesh=self._stripes.mesh, lengths=lengths, **options
-        )
+        held, stripes = self.local, self._stripes
+        if mask is None:
+            seen: dict[str, Any] = {"lengths": stripes.seen(self._lengths, q.shape[2], q.device)}
+        else:
+            rows = mask.intervals(self.batch, q.shape[2], self.max_length, "cpu")
+            ends = (stripes.count(x).expand(self.batch, -1).contiguous().to(q.device) for x in (rows.start, rows.stop))
+            seen = dict(zip(("starts", "lengths"), ends, strict=True))
+        return parallel_decode_attention(q, held.key_buffer, held.value_buffer, mesh=stripes.mesh, **seen, **options)
 
     def truncate(self, lengths: int | Tensor | Sequence[int]) -> None:
         """Forget every token from position ``lengths`` on, as :meth:`flashlib.inference.KVCache.truncate`."""

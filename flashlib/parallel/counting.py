@@ -9,9 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Sent", "count_sent"]
 
-CONTROL = "control"
-
-
 @dataclass
 class Sent:
     """What one rank has sent.

@@ -28,6 +28,7 @@ def parallel_decode_attention(
     *,
     mesh: DeviceMesh,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
     block_table: Tensor | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
@@ -42,6 +43,8 @@ def parallel_decode_attention(
         v: the same with Dv channels.
         lengths: how many of this rank's keys are seen, integers ``[B]``, or ``[B, Sq]`` where rows see different numbers, as the newest tokens do of one
             another. None if all. They may differ from rank to rank, and be 0.
+        starts: how many of them are not seen again, as those that a window has left behind; integers ``[B, Sq]``, where lengths are so, too, and there is no
+            block_table. None for none.
         block_table: int32 ``[B, max_pages]``: which of this rank's pages hold the keys of each request.
         scale, softcap: as in :func:`flashlib.attention`.
         return_lse: also return the log-sum-exp of each row's scores, over the keys of all ranks.
@@ -62,7 +65,7 @@ def parallel_decode_attention(
 
     def describe() -> dict[str, int]:
         with torch.no_grad():
-            found.append(_own_part(q, k, v, lengths, block_table, scale, softcap, backend))
+            found.append(_own_part(q, k, v, lengths, starts, block_table, scale, softcap, backend))
         batch, heads, rows, _ = q.shape
         return {
             "batch": batch, "query heads": heads, "query length": rows, "v_head_dim": v.shape[3], "dtype": DTYPES.index(q.dtype),
@@ -131,23 +134,29 @@ def _merged(partial: Partial, link: Link) -> Partial:
     return partial
 
 
-def _own_part(q, k, v, lengths, block_table, scale, softcap, backend) -> tuple[Tensor, Tensor]:
+def _own_part(q, k, v, lengths, starts, block_table, scale, softcap, backend) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of all rows over this rank's keys."""
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "return_lse": True, "backend": backend}
     if lengths is not None and not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a torch.Tensor or None; got {type(lengths).__name__}")
     by_row = lengths is not None and lengths.dim() == 2
+    if starts is not None:
+        if not by_row or block_table is not None:
+            raise ValueError("starts goes with lengths [B, Sq], and without a block_table")
+        if not isinstance(starts, Tensor) or starts.is_floating_point() or starts.shape != lengths.shape:
+            raise ValueError(f"starts must be integers {list(lengths.shape)}, as lengths; got {starts!r}")
     if lengths is not None and by_row:
         if lengths.is_floating_point() or lengths.shape != (q.shape[0], q.shape[2]):
             raise ValueError(
                 f"lengths must be integers [B] or [B, Sq], here [{q.shape[0]}] or [{q.shape[0]}, {q.shape[2]}]; got {list(lengths.shape)} {lengths.dtype}"
             )
-        if q.shape[2] == 1:
+        if q.shape[2] == 1 and starts is None:
             lengths, by_row = lengths[:, 0].contiguous(), False
     if not by_row:
         return decode_attention(q, k, v, lengths=lengths, block_table=block_table, causal=False, **options)
     if block_table is None:
-        seen = RowIntervals(torch.zeros_like(lengths), lengths.to(torch.int64), k.shape[2])
+        start = torch.zeros_like(lengths, dtype=torch.int64) if starts is None else starts.to(torch.int64)
+        seen = RowIntervals(start, lengths.to(torch.int64), k.shape[2])
         return attention(q, k, v, mask=Intervals(seen), **options)
     # Each row as a request of its own, which holds the pages of the request that it belongs to.
     batch, heads, rows, _ = q.shape

@@ -67,20 +67,36 @@ class Link:
         self._device_groups: dict[str, Any] = {}
         self._control: Any = None
         self._depth = 0
+        self._agreed = False
         if self.size > 1:
-            try:
-                self._control = dist.new_group(
-                    self.ranks, timeout=self.timeout, backend="gloo", use_local_synchronization=True
-                )
-            except Exception as error:
-                raise ParallelError(
-                    f"rank {self.ranks[self.rank]} could not reach all of ranks {self.ranks}: {_first_line(error)}"
-                ) from error
-            self._store = dist.PrefixStore(f"flashlib/{self._control.group_name}", _default_store())
+            self._store = dist.PrefixStore(f"flashlib/{'_'.join(map(str, self.ranks))}", _default_store())
+            self._meet()
+            self._control = dist.new_group(
+                self.ranks, timeout=self.timeout, backend="gloo", use_local_synchronization=True
+            )
 
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    def _meet(self) -> None:
+        """Wait until all ranks are here."""
+        here = [f"here/{rank}" for rank in range(self.size)]
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        try:
+            self._store.set(here[self.rank], "")
+            missing = list(here)
+            while missing and time.monotonic() < deadline:
+                missing = [key for key in missing if not self._store.check([key])]
+                time.sleep(POLL if missing else 0)
+        except RuntimeError as error:
+            raise ParallelError(f"the first use of a mesh: rank 0 is gone, and with it the store ({_first_line(error)})", [0]) from error
+        if missing:
+            absent = [self.ranks[here.index(key)] for key in missing]
+            raise ParallelError(
+                f"the first use of a mesh of ranks {self.ranks}: {_ranks(absent)} died, hang, or never used it: waited "
+                f"{self.timeout.total_seconds():.0f} s for them", absent
+            )
 
     # Words
 
@@ -108,9 +124,9 @@ class Link:
         head = [0 if refusal else 1, self._calls, len(names)]
         numbers = torch.zeros(FIELDS, dtype=torch.int64, device="cpu")
         numbers[: 3 + len(names)] = torch.tensor(head + [_signed(value) for value in said.values()], device="cpu")
-        every = torch.empty(self.size * FIELDS, dtype=torch.int64, device="cpu")
-        self._collective(lambda: dist.all_gather_into_tensor(every, numbers, group=self._control))
-        rows = every.view(self.size, FIELDS).tolist()
+        every = [torch.empty_like(numbers) for _ in self.ranks]
+        self._collective(lambda: dist.all_gather(every, numbers, group=self._control))
+        rows = torch.stack(every).tolist()
         if any(row[0] == 0 for row in rows):
             words: list[Any] = [None] * self.size
             told = None if refusal is None else f"{type(refusal).__name__}: {refusal}"
@@ -183,7 +199,9 @@ class Link:
             yield
             return
         if self.closed:
-            raise ParallelError(f"{what}: the ranks {self.ranks} lost each other in an earlier call")
+            raise ParallelError(
+                f"{what}: ranks {self.ranks} lost each other in an earlier call; end the process groups (destroy_process_group) and begin anew"
+            )
         self._calls += 1
         self._depth += 1
         self._agreed = False
@@ -206,7 +224,7 @@ class Link:
         self._agreed = True
 
     def close(self) -> None:
-        """End the connections: whoever waits for this rank notices. The next call of a mesh makes new ones."""
+        """End the connections: whoever waits for this rank notices."""
         if self.closed:
             return
         self.closed = True
@@ -254,9 +272,8 @@ class Link:
             return ParallelError(f"{what}: {told}", sorted(guilty))
         silent = [self.ranks[rank] for rank in sorted(waiting)]
         if silent:
-            told = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
             return ParallelError(
-                f"{what}: {told} died, hang, or never made this call: nothing was heard for {GRACE:.0f} s (on rank {me}: {noticed})", silent
+                f"{what}: {_ranks(silent)} died, hang, or never made this call: nothing was heard for {GRACE:.0f} s (on rank {me}: {noticed})", silent
             )
         return ParallelError(f"{what}: a connection was lost, though all ranks live (on rank {me}: {noticed})")
 
@@ -299,7 +316,7 @@ def nbytes(shapes: Sequence[Shape]) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
 
 
-# One for each process group of a mesh, and gone with it.
+# By the default process group, with which they end, and by ranks.
 _links: WeakKeyDictionary[Any, dict[tuple[int, ...], Link]] = WeakKeyDictionary()
 
 
@@ -317,11 +334,10 @@ def link_of(mesh: DeviceMesh) -> Link:
     ranks = tuple(mesh.mesh.flatten().tolist())
     if not dist.is_initialized() or dist.get_rank() not in ranks:
         raise ValueError(f"mesh must have this rank in it; got ranks {list(ranks)}")
-    links = _links.setdefault(mesh.get_group(0), {})
-    link = links.get(ranks)
-    if link is None or link.closed:
-        link = links[ranks] = Link(mesh)
-    return link
+    links = _links.setdefault(dist.group.WORLD, {})
+    if ranks not in links:
+        links[ranks] = Link(mesh)
+    return links[ranks]
 
 
 def _timeout_of(group: Any) -> datetime.timedelta:
@@ -350,7 +366,7 @@ def _disagreement(name: str, column: Sequence[int], ranks: Sequence[int]) -> Par
         return f"#{value & 0xFFFF:04x}" if name in DIGESTS else str(value)
 
     told = "; ".join(
-        f"{shown(value)} on rank{'s' * (len(held) > 1)} {', '.join(map(str, held))}"
+        f"{shown(value)} on {_ranks(held)}"
         for value, held in sorted(by_value.items(), key=lambda item: -len(item[1]))
     )
     odd = groups[0] if len(groups) > 1 and len(groups[0]) < len(groups[-1]) else [rank for held in groups for rank in held]
@@ -359,6 +375,10 @@ def _disagreement(name: str, column: Sequence[int], ranks: Sequence[int]) -> Par
 
 NAMED: dict[str, Callable[[int], str]] = {}
 DIGESTS = ("mask", "alibi_slopes", "shape", "scale", "softcap")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def _signed(value: int) -> int:

@@ -30,7 +30,7 @@ def losses_alone(dtype: torch.dtype, *, swapped: bool = False) -> torch.Tensor:
 def test_training_under_fsdp_has_the_losses_of_one_rank(two_ranks):
     """Against training in float64, with naive attention in float32 as the measure: at most twice its worst distance over the steps, and one rounding."""
     exact = losses_alone(torch.float64)
-    assert exact[-1] < 0.9 * exact[0], f"it learns: {exact}"
+    assert exact[-1] < exact[0] - 0.3, f"it learns: {exact}"
     naive = max((losses_alone(torch.float32, swapped=swapped) - exact).abs().max() for swapped in (False, True))
     budget = 2 * naive + torch.finfo(torch.float32).eps * exact.abs().max()
     for found in two_ranks.run("parallel_ranks:trained", STEPS, "zigzag"):

@@ -28,7 +28,7 @@ class World:
 
     def __init__(self, ranks: int, timeout: float = 60.0) -> None:
         context = mp.get_context("forkserver")  # one process imports what all need, and is forked
-        context.set_forkserver_preload(["worlds", "parallel_ranks"])
+        context.set_forkserver_preload(["worlds", "parallel_ranks", "torch._dynamo"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

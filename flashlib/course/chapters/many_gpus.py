@@ -226,7 +226,7 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, with
         RuntimeError: a rank raised, ended or took too long; says which, and what it said.
     """
     context = multiprocessing.get_context("forkserver")  # one process imports what all need, and is forked
-    context.set_forkserver_preload([__name__, "flashlib.parallel", "flashlib.attention"])
+    context.set_forkserver_preload([__name__, "flashlib.parallel", "torch._dynamo"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

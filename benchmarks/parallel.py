@@ -60,7 +60,13 @@ def parsed() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def world() -> Iterator[tuple[DeviceMesh, torch.device]]:
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29655")):
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "29655"),
+    ):
         os.environ.setdefault(name, value)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -144,7 +150,9 @@ def training_rows(chosen: argparse.Namespace, mesh: DeviceMesh, device: torch.de
                 continue
             part = len(shard(torch.empty(length), mesh, layout=layout, dim=0))
             q_heads, kv_heads = chosen.heads
-            q, k, v = drawn([(1, heads, part, chosen.head_dim) for heads in (q_heads, kv_heads, kv_heads)], dtype, device)
+            q, k, v = drawn(
+                [(1, heads, part, chosen.head_dim) for heads in (q_heads, kv_heads, kv_heads)], dtype, device
+            )
             for x in (q, k, v):
                 x.requires_grad_()
             used = grid if method == "hybrid" else mesh
@@ -256,7 +264,10 @@ def decoding_rows(chosen, mesh: DeviceMesh, device: torch.device) -> list[dict]:
         row = {"method": "decode", "length": length, "ranks": ranks}
         with count_sent() as sent:
             cache.attend(q)
-        row |= {"sent_bytes": sent.data, "forward_ms": slowest_ms(lambda q=q, cache=cache: cache.attend(q), device, 4 * chosen.repeats)}
+        row |= {
+            "sent_bytes": sent.data,
+            "forward_ms": slowest_ms(lambda q=q, cache=cache: cache.attend(q), device, 4 * chosen.repeats),
+        }
         if length <= chosen.whole:
             k, v = drawn([(1, kv_heads, length, chosen.head_dim)] * 2, dtype, device)
             alone = slowest_ms(lambda q=q, k=k, v=v: decode_attention(q, k, v), device, 4 * chosen.repeats)
@@ -290,7 +301,9 @@ def peer_rows(chosen, mesh: DeviceMesh, device: torch.device) -> list[dict]:
 
                 row["forward_and_backward_ms"] = slowest_ms(both, device, chosen.repeats)
             except Exception as error:  # a peer that is not there, or not for this device, says so in the record
-                row["cannot"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+                row["cannot"] = (
+                    f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+                )
             rows.append(row)
             told(row)
             if "cannot" in row:
@@ -328,7 +341,9 @@ def of_yunchang(mesh: DeviceMesh, device: torch.device) -> Callable:
     from yunchang.kernels import AttnType
 
     set_seq_parallel_pg(1, mesh.size(), dist.get_rank(), mesh.size())
-    run = LongContextAttention(ring_impl_type="zigzag", attn_type=AttnType.FA if device.type == "cuda" else AttnType.TORCH_EFFICIENT)
+    run = LongContextAttention(
+        ring_impl_type="zigzag", attn_type=AttnType.FA if device.type == "cuda" else AttnType.TORCH_EFFICIENT
+    )
 
     def call(q, k, v):
         return run(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), causal=True)
@@ -338,7 +353,12 @@ def of_yunchang(mesh: DeviceMesh, device: torch.device) -> Callable:
 
 def told(row: dict) -> None:
     if dist.get_rank() == 0:
-        print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()), flush=True)
+        print(
+            "  ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+            ),
+            flush=True,
+        )
 
 
 def main() -> None:

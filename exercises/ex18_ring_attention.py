@@ -10,8 +10,6 @@ A rank is a generator. What it yields is a request to the network; what comes ba
 sends waits until the other one receives. Graded is what comes over it, so that a rank which waits for ever is seen at once, and no process hangs.
 """
 
-from itertools import pairwise
-
 import torch  # noqa: F401
 from torch import Tensor
 

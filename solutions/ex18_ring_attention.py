@@ -4,8 +4,6 @@ A rank is a generator. What it yields is a request to the network; what comes ba
 sends waits until the other one receives. Graded is what comes over it, so that a rank which waits for ever is seen at once, and no process hangs.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,7 @@ def balanced(length: int, ranks: int) -> list[list[int]]:
     """
     # BEGIN SOLUTION
     cuts = [length * part // (2 * ranks) for part in range(2 * ranks + 1)]
-    runs = [list(range(first, last)) for first, last in pairwise(cuts)]
+    runs = [list(range(cuts[part], cuts[part + 1])) for part in range(2 * ranks)]
     return [runs[rank] + runs[-1 - rank] for rank in range(ranks)]
     # END SOLUTION
 

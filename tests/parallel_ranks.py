@@ -187,7 +187,16 @@ def peak(mesh, length: int, method: str) -> int:
     torch.manual_seed(4)
     q, k, v = (shard(torch.randn(1, 4, length, 16), mesh, layout="zigzag").requires_grad_() for _ in range(3))
     with TrafficMeter() as meter:
-        out = parallel_attention(q, k, v, mesh=mesh, method=method, layout="zigzag", causal=True, backend="cpu" if _has_kernels() else "tiled")
+        out = parallel_attention(
+            q,
+            k,
+            v,
+            mesh=mesh,
+            method=method,
+            layout="zigzag",
+            causal=True,
+            backend="cpu" if _has_kernels() else "tiled",
+        )
         out.sum().backward()
     return meter.peak_bytes
 

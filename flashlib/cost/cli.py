@@ -28,7 +28,9 @@ def cost(
     parallel: Annotated[
         str, typer.Option(help="Attention alone, over devices: ring=N, all_to_all=N, gather=N, hybrid=RxN.")
     ] = "",
-    link: Annotated[str, typer.Option(help="With --parallel: what joins devices: nvlink4, nvlink5, pcie5.")] = "nvlink4",
+    link: Annotated[
+        str, typer.Option(help="With --parallel: what joins devices: nvlink4, nvlink5, pcie5.")
+    ] = "nvlink4",
     network: Annotated[
         str, typer.Option(help="With --parallel: what joins nodes of 8: ethernet400, ethernet100.")
     ] = "ethernet400",
@@ -55,7 +57,9 @@ def cost(
         return
     if parallel:
         try:
-            found_links = links.of_model(model_by_name(model), parallel, context, batch, device(gpu), link, network, dtype)
+            found_links = links.of_model(
+                model_by_name(model), parallel, context, batch, device(gpu), link, network, dtype
+            )
         except ValueError as error:
             typer.echo(f"flashlib cost: {error}", err=True)
             raise typer.Exit(1) from error

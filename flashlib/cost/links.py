@@ -208,7 +208,9 @@ def scaling_table(found: Sequence[SharedStep | tuple[str, int, str]], title: str
 
 def stops_paying(found: Sequence[SharedStep | tuple[str, int, str]], method: str) -> int:
     """The most devices at which each still does half of what it would alone; 1 if there are none."""
-    paying = [one.devices for one in found if isinstance(one, SharedStep) and one.method == method and one.efficiency >= PAYS]
+    paying = [
+        one.devices for one in found if isinstance(one, SharedStep) and one.method == method and one.efficiency >= PAYS
+    ]
     return max(paying, default=1)
 
 
@@ -218,14 +220,14 @@ def _notes(by, methods, sizes) -> list[str]:
         steps = [one for one in by.values() if isinstance(one, SharedStep) and one.method == method]
         most = stops_paying(steps, method)
         beyond = [size for size in sizes if size > most]
-        why = by.get((method, beyond[0])) if beyond else None
-        if not beyond:
-            reason = f"pays up to {most:,} devices and more"
-        elif isinstance(why, str):
-            reason = f"ends at {most:,} devices: {why}"
-        else:
-            waits = "links" if why.exchange > why.compute else "uneven or little work" if why else ""
+        next_one = by.get((method, beyond[0])) if beyond else None
+        if isinstance(next_one, str):
+            reason = f"ends at {most:,} devices: {next_one}"
+        elif isinstance(next_one, SharedStep):
+            waits = "links" if next_one.exchange > next_one.compute else "uneven work"
             reason = f"pays up to {most:,} devices (each at {PAYS:.0%} or more of what it does alone); then it waits for {waits}"
+        else:
+            reason = f"pays up to {most:,} devices and more"
         lines.append(f"{method}: {reason}")
     return lines
 
@@ -250,7 +252,16 @@ class Asked:
             )
             for order, one in self.chosen.items()
         ]  # fmt: skip
-        headers = ["tokens in order", "devices", "each sends", "products, ms", "links, ms", "together, ms", "of ideal", "most work / mean"]
+        headers = [
+            "tokens in order",
+            "devices",
+            "each sends",
+            "products, ms",
+            "links, ms",
+            "together, ms",
+            "of ideal",
+            "most work / mean",
+        ]
         said = "All of it on paper: products at the rate of a large matrix product, links at their data sheets' rate, latencies assumed."
         ask = scaling_table(self.scaling, "The same call over more devices, in zigzag order:")
         return f"{self.title}\n\n{table(rows, headers)}\n\n{ask}\n\n{said}"
@@ -264,14 +275,18 @@ class Asked:
             "on_paper": True,
             "chosen": {order: told(one) for order, one in self.chosen.items()},
             "scaling": [
-                told(one) if isinstance(one, SharedStep) else dict(zip(("method", "devices", "cannot"), one, strict=True))
+                told(one)
+                if isinstance(one, SharedStep)
+                else dict(zip(("method", "devices", "cannot"), one, strict=True))
                 for one in self.scaling
             ],
             "stops_paying": {method: stops_paying(self.scaling, method) for method in METHODS[:3]},
         }
 
 
-def of_model(model, text: str, context: int, batch: int, device: Device, joined: str, network: str, dtype: str) -> Asked:
+def of_model(
+    model, text: str, context: int, batch: int, device: Device, joined: str, network: str, dtype: str
+) -> Asked:
     """Forward and backward of one attention layer of a model over sequences of ``context`` tokens.
 
     Raises:
@@ -285,7 +300,8 @@ def of_model(model, text: str, context: int, batch: int, device: Device, joined:
     wire = inside if method == "hybrid" else beyond
     orders = ("zigzag", "contiguous") if ring > 1 else ("zigzag",)
     chosen = {
-        order: shared_step(problem, method, ring, device, wire, team=team, order=order, across=beyond) for order in orders
+        order: shared_step(problem, method, ring, device, wire, team=team, order=order, across=beyond)
+        for order in orders
     }
     title = (
         f"{model.name}, one layer's causal attention, forward and backward: {batch:,} x {context:,} tokens, {dtype}, {text} on {device.title}; "

@@ -241,7 +241,9 @@ def attention_forward(
         mask = _given_mask(attention_mask, kv_len) & _packed(query, kwargs)
     if sharded is not None:
         if options:
-            raise ValueError(f"a cache over several ranks has no {' and no '.join(_ON_REQUEST[option] for option in options)}")
+            raise ValueError(
+                f"a cache over several ranks has no {' and no '.join(_ON_REQUEST[option] for option in options)}"
+            )
         newest = mask.band() == (None, 0) and sharded.is_uniform
         out = sharded.attend(query, mask=None if newest else mask, scale=scaling, softcap=softcap or 0.0)
         return out.transpose(1, 2).contiguous(), None

@@ -33,8 +33,8 @@ from flashlib.launch.engines import CPUEngine, Engine, TiledEngine, TritonEngine
 from flashlib.masks import Mask, Unmasked
 from flashlib.parallel.layout import LAYOUTS, check_layout, checked_positions
 from flashlib.parallel.link import NAMED, Link, link_of
-from flashlib.parallel.ring import Ring, ring_attention
 from flashlib.parallel.plan import Plan
+from flashlib.parallel.ring import Ring, ring_attention
 from flashlib.parallel.team import Team, to_heads, to_tokens
 from flashlib.partial import merge_sinks
 from flashlib.spec import CAUSAL, DTYPES, AttentionSpec
@@ -141,7 +141,9 @@ class _Call:
             inputs = autocast_inputs(q, k, v)
             spec = AttentionSpec.from_tensors(*inputs, **scores)
             if spec.alibi_slopes is not None and spec.alibi_slopes.dim() == 3:
-                raise ValueError("alibi_slopes must be [Hq] or [B, Hq] here: slopes for each row belong to rows that lie elsewhere")
+                raise ValueError(
+                    "alibi_slopes must be [Hq] or [B, Hq] here: slopes for each row belong to rows that lie elsewhere"
+                )
             rule = _checked_rule(mask, causal)
             checked.update(inputs=inputs, spec=spec, rule=rule, engine=_engine(spec, backend, current_config()))
             return {
@@ -166,9 +168,11 @@ class _Call:
             raise ValueError('alibi_slopes with layout "striped" needs method "all_to_all" or "gather"; got a ring')
         plan = _plan(rule, spec, q_places, k_places, link.size // len(team), len(team), by_run)
         link.begun()
-        gather = method == "gather"
-        wants_lse = return_lse or sinks_given
-        return cls(*checked["inputs"], spec, link, checked["engine"], plan, ring, team, gather, q_places, k_places, wants_lse)
+        q, k, v = checked["inputs"]
+        return cls(
+            q=q, k=k, v=v, spec=spec, link=link, engine=checked["engine"], plan=plan, ring=ring, team=team, gather=method == "gather",
+            q_places=q_places, k_places=k_places, wants_lse=return_lse or sinks_given,
+        )  # fmt: skip
 
     def run(self) -> tuple[Tensor, Tensor | None]:
         q, k, v, spec, slopes = self.q, self.k, self.v, self.spec, self.spec.alibi_slopes
@@ -192,7 +196,9 @@ def _check_choice(method: str, layout: str, mesh: DeviceMesh, backend: str) -> t
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     check_layout(layout)
     if backend != "auto" and backend not in ENGINES:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(ENGINES)}, whose results can be merged; got {backend!r}")
+        raise ValueError(
+            f"backend must be 'auto' or one of {', '.join(ENGINES)}, whose results can be merged; got {backend!r}"
+        )
     shape = tuple(mesh.mesh.shape)
     expected = {"hybrid": (2,), "auto": (1, 2)}.get(method, (1,))
     if len(shape) not in expected:
@@ -320,7 +326,9 @@ def _on_dtensors(q, k, v, mesh: DeviceMesh | None, **options):
         if x.device_mesh != mesh:
             raise ValueError(f"{name} lies on {x.device_mesh}; expected {mesh}")
         if any(placement != Shard(2) for placement in x.placements):
-            raise ValueError(f"{name} has placements {x.placements}; expected Shard(2), the sequence, in every dimension")
+            raise ValueError(
+                f"{name} has placements {x.placements}; expected Shard(2), the sequence, in every dimension"
+            )
     assert mesh is not None
     found = parallel_attention(*(x.to_local() for x in (q, k, v)), mesh=mesh, **options)
     many = found if isinstance(found, tuple) else (found,)

@@ -241,7 +241,9 @@ class ShardedPagedKVCache:
         """How many tokens each request holds on all ranks together: int64 ``[n]``, on the CPU."""
         missing = [request for request in requests if request not in self._lengths]
         if missing:
-            raise ValueError(f"there is no request {missing[0]}: it was freed, or never added; there are {self.local.requests}")
+            raise ValueError(
+                f"there is no request {missing[0]}: it was freed, or never added; there are {self.local.requests}"
+            )
         return torch.tensor([self._lengths[request] for request in requests], dtype=torch.int64, device="cpu")
 
     def append(

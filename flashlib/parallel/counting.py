@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Sent", "count_sent"]
 
+
 @dataclass
 class Sent:
     """What one rank has sent.

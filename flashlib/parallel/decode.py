@@ -93,7 +93,13 @@ def merge_over_ranks(partial: Partial, mesh: DeviceMesh) -> Partial:
     """
     link = link_of(mesh)
     with link.call("merge_over_ranks"):
-        link.agree(lambda: {"dimensions": partial.out.dim(), "numbers": partial.out.numel(), "bytes": partial.out.element_size()})
+        link.agree(
+            lambda: {
+                "dimensions": partial.out.dim(),
+                "numbers": partial.out.numel(),
+                "bytes": partial.out.element_size(),
+            }
+        )
         link.begun()
         return _merged(partial, link)
 
@@ -108,7 +114,7 @@ def _merged(partial: Partial, link: Link) -> Partial:
     def exchanged(sends: list[int], receives: list[int]) -> Partial | None:
         message = pack([partial.out, partial.lse])
         device = partial.out.device
-        received = link.exchange({rank: message for rank in sends}, {rank: size for rank in receives}, device).wait()
+        received = link.exchange(dict.fromkeys(sends, message), dict.fromkeys(receives, size), device).wait()
         return Partial(*unpack(received[receives[0]], shapes)) if receives else None
 
     power = 1 << (link.size.bit_length() - 1)
@@ -134,36 +140,37 @@ def _merged(partial: Partial, link: Link) -> Partial:
     return partial
 
 
-def _own_part(q, k, v, lengths, starts, block_table, scale, softcap, backend) -> tuple[Tensor, Tensor]:
+def _own_part(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, starts: Tensor | None, block_table: Tensor | None, scale: float | None,
+    softcap: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(out, lse)`` of all rows over this rank's keys."""
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "return_lse": True, "backend": backend}
     if lengths is not None and not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a torch.Tensor or None; got {type(lengths).__name__}")
-    by_row = lengths is not None and lengths.dim() == 2
-    if starts is not None:
-        if not by_row or block_table is not None:
-            raise ValueError("starts goes with lengths [B, Sq], and without a block_table")
-        if not isinstance(starts, Tensor) or starts.is_floating_point() or starts.shape != lengths.shape:
-            raise ValueError(f"starts must be integers {list(lengths.shape)}, as lengths; got {starts!r}")
-    if lengths is not None and by_row:
-        if lengths.is_floating_point() or lengths.shape != (q.shape[0], q.shape[2]):
-            raise ValueError(
-                f"lengths must be integers [B] or [B, Sq], here [{q.shape[0]}] or [{q.shape[0]}, {q.shape[2]}]; got {list(lengths.shape)} {lengths.dtype}"
-            )
-        if q.shape[2] == 1 and starts is None:
-            lengths, by_row = lengths[:, 0].contiguous(), False
-    if not by_row:
-        return decode_attention(q, k, v, lengths=lengths, block_table=block_table, causal=False, **options)
-    if block_table is None:
-        start = torch.zeros_like(lengths, dtype=torch.int64) if starts is None else starts.to(torch.int64)
-        seen = RowIntervals(start, lengths.to(torch.int64), k.shape[2])
-        return attention(q, k, v, mask=Intervals(seen), **options)
-    # Each row as a request of its own, which holds the pages of the request that it belongs to.
+    if lengths is None or lengths.dim() != 2:
+        if starts is not None:
+            raise ValueError("starts goes with lengths [B, Sq]; got other lengths")
+        found: Any = decode_attention(q, k, v, lengths=lengths, block_table=block_table, causal=False, **options)
+        return found
     batch, heads, rows, _ = q.shape
+    for name, x in (("lengths", lengths), ("starts", starts)):
+        if x is not None and (not isinstance(x, Tensor) or x.is_floating_point() or x.shape != (batch, rows)):
+            told = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be integers [{batch}, {rows}], one for each row; got {told}")
+    if starts is not None and block_table is not None:
+        raise ValueError("starts goes without a block_table; got both")
+    if block_table is None and (rows > 1 or starts is not None):
+        start = torch.zeros_like(lengths) if starts is None else starts
+        seen = RowIntervals(start.to(torch.int64), lengths.to(torch.int64), k.shape[2])
+        found = attention(q, k, v, mask=Intervals(seen), **options)
+        return found
+    # Each row as a request of its own, which holds the keys of the request that it belongs to.
     alone = q.transpose(1, 2).reshape(batch * rows, heads, 1, q.shape[3])
-    pages = block_table.repeat_interleave(rows, dim=0)
-    out, lse = decode_attention(alone, k, v, lengths=lengths.reshape(-1), block_table=pages, causal=False, **options)
-    return tuple(x.unflatten(0, (batch, rows)).squeeze(3).transpose(1, 2) for x in (out, lse))  # type: ignore[return-value]
+    pages = None if block_table is None else block_table.repeat_interleave(rows, dim=0)
+    found = decode_attention(alone, k, v, lengths=lengths.reshape(-1), block_table=pages, causal=False, **options)
+    out, lse = (x.unflatten(0, (batch, rows)).squeeze(3).transpose(1, 2) for x in found)
+    return out, lse
 
 
 NAMED.setdefault("dtype", lambda value: str(DTYPES[value]).removeprefix("torch."))

@@ -112,7 +112,7 @@ def unshard(x: Tensor, mesh: DeviceMesh, *, layout: str = "contiguous", dim: int
         message = pack([x])
         others = [rank for rank in range(link.size) if rank != link.rank]
         sizes = {rank: prod(shapes[rank]) * x.element_size() for rank in others}
-        received = link.exchange({rank: message for rank in others}, sizes, x.device).wait()
+        received = link.exchange(dict.fromkeys(others, message), sizes, x.device).wait()
         pieces = [
             x.detach() if rank == link.rank else unpack(received[rank], [(shapes[rank], x.dtype)])[0]
             for rank in range(link.size)
@@ -138,6 +138,3 @@ def _dimension(x: Tensor, dim: int) -> int:
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim must be a dimension of x, which has {x.dim()}; got {dim!r}")
     return dim % x.dim()
-
-
-

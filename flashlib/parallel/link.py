@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DeviceMesh
 
-__all__ = ["Link", "Pending", "ParallelError", "link_of", "pack", "unpack"]
+__all__ = ["Link", "ParallelError", "Pending", "link_of", "pack", "unpack"]
 
 FIELDS = 40  # int64 numbers of what a rank says before a call
 GRACE = 6.0  # seconds that ranks which have noticed a failure have to leave word of it
@@ -90,12 +90,15 @@ class Link:
                 missing = [key for key in missing if not self._store.check([key])]
                 time.sleep(POLL if missing else 0)
         except RuntimeError as error:
-            raise ParallelError(f"the first use of a mesh: rank 0 is gone, and with it the store ({_first_line(error)})", [0]) from error
+            raise ParallelError(
+                f"the first use of a mesh: rank 0 is gone, and with it the store ({_first_line(error)})", [0]
+            ) from error
         if missing:
             absent = [self.ranks[here.index(key)] for key in missing]
             raise ParallelError(
                 f"the first use of a mesh of ranks {self.ranks}: {_ranks(absent)} died, hang, or never used it: waited "
-                f"{self.timeout.total_seconds():.0f} s for them", absent
+                f"{self.timeout.total_seconds():.0f} s for them",
+                absent,
             )
 
     # Words
@@ -151,9 +154,7 @@ class Link:
 
     # Data
 
-    def exchange(
-        self, sends: Mapping[int, Tensor], receives: Mapping[int, int], device: torch.device
-    ) -> Pending:
+    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, int], device: torch.device) -> Pending:
         """Begin to send bytes to some ranks and to receive from some.
 
         Args:
@@ -262,7 +263,8 @@ class Link:
                             guilty[self.ranks[rank]] = word
             except RuntimeError as error:
                 return ParallelError(
-                    f"{what}: rank 0 is gone, and with it the store that it kept (on rank {me}: {noticed}; {_first_line(error)})", [0]
+                    f"{what}: rank 0 is gone, and with it the store that it kept (on rank {me}: {noticed}; {_first_line(error)})",
+                    [0],
                 )
             if guilty:
                 break
@@ -273,7 +275,8 @@ class Link:
         silent = [self.ranks[rank] for rank in sorted(waiting)]
         if silent:
             return ParallelError(
-                f"{what}: {_ranks(silent)} died, hang, or never made this call: nothing was heard for {GRACE:.0f} s (on rank {me}: {noticed})", silent
+                f"{what}: {_ranks(silent)} died, hang, or never made this call: nothing was heard for {GRACE:.0f} s (on rank {me}: {noticed})",
+                silent,
             )
         return ParallelError(f"{what}: a connection was lost, though all ranks live (on rank {me}: {noticed})")
 
@@ -281,7 +284,9 @@ class Link:
 class Pending:
     """An exchange that has begun."""
 
-    def __init__(self, works: list, buffers: dict[int, Tensor], kept: list[Tensor], timeout: datetime.timedelta) -> None:
+    def __init__(
+        self, works: list, buffers: dict[int, Tensor], kept: list[Tensor], timeout: datetime.timedelta
+    ) -> None:
         self._works, self._buffers, self._kept, self._timeout = works, buffers, kept, timeout
 
     def wait(self) -> dict[int, Tensor]:
@@ -366,10 +371,13 @@ def _disagreement(name: str, column: Sequence[int], ranks: Sequence[int]) -> Par
         return f"#{value & 0xFFFF:04x}" if name in DIGESTS else str(value)
 
     told = "; ".join(
-        f"{shown(value)} on {_ranks(held)}"
-        for value, held in sorted(by_value.items(), key=lambda item: -len(item[1]))
+        f"{shown(value)} on {_ranks(held)}" for value, held in sorted(by_value.items(), key=lambda item: -len(item[1]))
     )
-    odd = groups[0] if len(groups) > 1 and len(groups[0]) < len(groups[-1]) else [rank for held in groups for rank in held]
+    odd = (
+        groups[0]
+        if len(groups) > 1 and len(groups[0]) < len(groups[-1])
+        else [rank for held in groups for rank in held]
+    )
     return ParallelError(f"the ranks disagree about {name}: {told}", odd)
 
 

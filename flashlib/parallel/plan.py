@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,13 +54,14 @@ class Rows:
         offsets = mask.row_offsets(batch, q_len, kv_len, torch.device("cpu"))
         offsets = torch.full((1, 1), kv_len - q_len) if offsets is None else offsets
         offsets = offsets.expand(-1, q_len)
-        return [
-            cls(at, intervals.start[:, at], intervals.stop[:, at], offsets[:, at] + at) for at in every
-        ]
+        return [cls(at, intervals.start[:, at], intervals.stop[:, at], offsets[:, at] + at) for at in every]
 
     def seen(self, keys: Tensor) -> RowIntervals:
         """What the rows see of some keys, given by their positions, increasing."""
-        start, stop = torch.searchsorted(keys, self.start.contiguous()), torch.searchsorted(keys, self.stop.contiguous())
+        start, stop = (
+            torch.searchsorted(keys, self.start.contiguous()),
+            torch.searchsorted(keys, self.stop.contiguous()),
+        )
         sees = start < stop
         return RowIntervals(torch.where(sees, start, 0), torch.where(sees, stop, 0), len(keys))
 
@@ -185,6 +187,4 @@ def _runs(keys: Tensor) -> list[slice]:
     if not len(keys):
         return []
     cuts = [0, *((keys.diff() != 1).nonzero().flatten() + 1).tolist(), len(keys)]
-    return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
-
-
+    return [slice(a, b) for a, b in pairwise(cuts)]

@@ -144,7 +144,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tenso
                 continue
             out, lse = ring.engine.forward(*inputs, numbers)
             found = merge(
-                Partial(total.out[:, :, piece.rows], total.lse[:, :, piece.rows]), Partial(out.to(accumulate), lse.to(accumulate))
+                Partial(total.out[:, :, piece.rows], total.lse[:, :, piece.rows]),
+                Partial(out.to(accumulate), lse.to(accumulate)),
             )
             total.out[:, :, piece.rows], total.lse[:, :, piece.rows] = found.out, found.lse
     return total.out.to(q.dtype), total.lse
@@ -170,9 +171,12 @@ def _backward(q, k, v, out, lse, grad_out, grad_lse, ring: Ring) -> tuple[Tensor
             inputs = (q[:, :, rows], k_part[:, :, piece.keys], v_part[:, :, piece.keys])
             if any(x.numel() == 0 for x in inputs):
                 continue
-            results = (out[:, :, rows], lse[:, :, rows], grad_out[:, :, rows], None if grad_lse is None else grad_lse[:, :, rows])
-            found = ring.engine.backward(*inputs, *results, _numbers(piece, ring, q))
-            for total, part in zip((dq[:, :, rows], dk_part[:, :, piece.keys], dv_part[:, :, piece.keys]), found, strict=True):
+            of_rows = out[:, :, rows], lse[:, :, rows], grad_out[:, :, rows]
+            grad_of_lse = None if grad_lse is None else grad_lse[:, :, rows]
+            found = ring.engine.backward(*inputs, *of_rows, grad_of_lse, _numbers(piece, ring, q))
+            for total, part in zip(
+                (dq[:, :, rows], dk_part[:, :, piece.keys], dv_part[:, :, piece.keys]), found, strict=True
+            ):
                 total += part
         if ring.gather:
             _give_back_all(steps, dk_part, dv_part, dk, dv)
@@ -197,7 +201,9 @@ def _give_back_all(steps: _Steps, dk_all: Tensor, dv_all: Tensor, dk: Tensor, dv
     sends, receives = {}, {}
     for step in others:
         at = torch.searchsorted(keys, steps.positions(step)).to(dk.device)
-        sends[ring.members[ring.before(step)]] = pack([dk_all[:, :, at].to(steps.k.dtype), dv_all[:, :, at].to(steps.v.dtype)])
+        sends[ring.members[ring.before(step)]] = pack(
+            [dk_all[:, :, at].to(steps.k.dtype), dv_all[:, :, at].to(steps.v.dtype)]
+        )
         receives[ring.members[ring.after(step)]] = nbytes(steps.shapes(len(steps.given(step))))
     pending = ring.link.exchange(sends, receives, dk.device)
     own = torch.searchsorted(keys, steps.plan.keys[steps.me]).to(dk.device)
@@ -232,5 +238,3 @@ def _index(keys: Tensor, device: torch.device) -> slice | Tensor:
 
 def _taken(x: Tensor, keys: slice | Tensor) -> Tensor:
     return x[:, :, keys]
-
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ def head_ranges(q_heads: int, kv_heads: int, members: int) -> list[tuple[slice, 
     group = q_heads // kv_heads
     cuts = [q_heads * n // members for n in range(members + 1)]
     found = []
-    for first, last in zip(cuts, cuts[1:], strict=False):
-        found.append((slice(first, last), slice(first // group, (last - 1) // group + 1) if first < last else slice(0, 0)))
+    for first, last in pairwise(cuts):
+        found.append(
+            (slice(first, last), slice(first // group, (last - 1) // group + 1) if first < last else slice(0, 0))
+        )
     return found
 
 
@@ -164,7 +167,9 @@ def _scatter_tokens(tensors: list[Tensor], team: Team, sides: list[int]) -> tupl
     found = []
     for n, (x, side) in enumerate(zip(tensors, sides, strict=True)):
         accumulate = torch.promote_types(x.dtype, torch.float32)
-        total = torch.zeros(x.shape[0], totals[side], _lengths(team, side)[me], x.shape[3], dtype=accumulate, device=x.device)
+        total = torch.zeros(
+            x.shape[0], totals[side], _lengths(team, side)[me], x.shape[3], dtype=accumulate, device=x.device
+        )
         for member in range(len(team.members)):
             total[:, team.ranges[member][side]] += received[member][n]
         found.append(total.to(x.dtype))

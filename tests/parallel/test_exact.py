@@ -25,7 +25,5 @@ def test_random_problems(ranks, request):
         out, lse, *gradients = (whole(list(part), layout) for part in parts)
         comparison = check(out, lse, problem.q, problem.k, problem.v, **problem.options)
         assert comparison.passed, f"{told}: {comparison.message}"
-        comparison = check_gradients(
-            gradients, problem.q, problem.k, problem.v, grad_out, grad_lse, **problem.options
-        )
+        comparison = check_gradients(gradients, problem.q, problem.k, problem.v, grad_out, grad_lse, **problem.options)
         assert comparison.passed, f"{told}: {comparison.message}"

@@ -25,7 +25,9 @@ def test_gradcheck(two_ranks, method):
     two_ranks.run("parallel_ranks:checked_by_torch", method, "zigzag")
 
 
-@pytest.mark.parametrize(("method", "layout"), [("ring", "striped"), ("all_to_all", "zigzag"), ("gather", "contiguous")])
+@pytest.mark.parametrize(
+    ("method", "layout"), [("ring", "striped"), ("all_to_all", "zigzag"), ("gather", "contiguous")]
+)
 def test_sinks_and_their_gradient(two_ranks, method, layout):
     seed = secrets.randbits(32)
     parts = [loaded(x) for x in two_ranks.run("parallel_ranks:with_sinks", seed, method, layout)]
@@ -92,7 +94,9 @@ def test_bytes_of_a_ring_are_those_of_the_formula(four_ranks, name, method, layo
     sent, received = shared.sent_by(problem), shared.received(problem)
     assert [rank["forward"] for rank in found] == [keys * key for keys in sent]
     # Keys once more, and the gradients of those that came.
-    assert [rank["backward"] for rank in found] == [(out + back) * key for out, back in zip(sent, received, strict=True)]
+    assert [rank["backward"] for rank in found] == [
+        (out + back) * key for out, back in zip(sent, received, strict=True)
+    ]
     assert sum(rank["forward"] for rank in found) == pytest.approx(4 * shared.sent(problem))
     assert sum(rank["backward"] for rank in found) == pytest.approx(4 * shared.sent_backward(problem))
 
@@ -139,7 +143,8 @@ def test_pieces_of_a_plan_are_the_whole():
         for rule in (masks.Causal(), masks.Window(9, 3), masks.Documents.from_lengths([10, 30, 13])):
             plan = Plan.of(rule, 1, 53, 53, parts, parts)
             pieces = [
-                sum(piece.pairs for sender in range(4) for piece in plan.pieces(receiver, sender)) for receiver in range(4)
+                sum(piece.pairs for sender in range(4) for piece in plan.pieces(receiver, sender))
+                for receiver in range(4)
             ]
             assert pieces == [plan.pairs(receiver) for receiver in range(4)]
             assert sum(pieces) == rule.intervals(1, 53, 53).visible_pairs()

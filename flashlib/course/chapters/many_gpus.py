@@ -84,7 +84,11 @@ class Network:
         Raises:
             Deadlock: ranks wait, and none of them can go on.
         """
-        pairs = [(rank, to) for rank, (to, _, _) in self.waiting.items() if to in self.waiting and self.waiting[to][2] == rank]
+        pairs = [
+            (rank, to)
+            for rank, (to, _, _) in self.waiting.items()
+            if to in self.waiting and self.waiting[to][2] == rank
+        ]
         for rank, to in pairs:
             _, x, source = self.waiting[rank]
             self.sent[rank, to] = self.sent.get((rank, to), 0) + x.nbytes
@@ -120,7 +124,9 @@ def parsed(rank: int, request: Any, ranks: int) -> Request:
         raise BadRequest(f"rank {rank} yielded {type(request).__name__}; expected a tuple")
     kind, *rest = request
     if not isinstance(kind, str) or len(rest) != fields.get(kind, -1):
-        raise BadRequest(f"rank {rank} yielded {str(kind)[:40]!r} with {len(rest)} more; expected one of {', '.join(fields)}")
+        raise BadRequest(
+            f"rank {rank} yielded {str(kind)[:40]!r} with {len(rest)} more; expected one of {', '.join(fields)}"
+        )
     to, x = rest[:2] if kind != "receive" else (None, None)
     source = None if kind == "send" else rest[-1]
     for other in [to] * (kind != "receive") + [source] * (kind != "send"):
@@ -208,7 +214,9 @@ def step_table(layouts: Sequence[str], length: int, ranks: int) -> Table:
         steps = ring_steps(length, ranks, layout)
         pairs = [sum(step.pairs for step in steps if step.rank == rank) for rank in range(ranks)]
         sent = sum(step.received for step in steps)
-        rows.append((layout, *pairs, f"{max(pairs) * ranks / sum(pairs):.2f}", f"{idle_share(steps):.0%}", format_bytes(sent)))
+        rows.append(
+            (layout, *pairs, f"{max(pairs) * ranks / sum(pairs):.2f}", f"{idle_share(steps):.0%}", format_bytes(sent))
+        )
     headers = ["layout", *(f"pairs, rank {rank}" for rank in range(ranks)), "most / mean", "idle", "sent by all"]
     return table(rows, headers)
 
@@ -233,7 +241,9 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, with
     pipes, processes = [], []
     for rank in range(ranks):
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(rank, ranks, port, within, theirs, function, arguments), daemon=True)
+        process = context.Process(
+            target=_rank_main, args=(rank, ranks, port, within, theirs, function, arguments), daemon=True
+        )
         process.start()
         theirs.close()
         pipes.append(mine)
@@ -262,7 +272,9 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, with
                 process.join()
 
 
-def _rank_main(rank: int, ranks: int, port: int, within: float, pipe: Any, function: Callable[..., Any], arguments: tuple) -> None:
+def _rank_main(
+    rank: int, ranks: int, port: int, within: float, pipe: Any, function: Callable[..., Any], arguments: tuple
+) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 

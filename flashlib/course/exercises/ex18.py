@@ -37,7 +37,9 @@ Places = list[list[int]]
 
 def visible(rows: Sequence[int], keys: Sequence[int]) -> Intervals:
     """Rows at some positions see the keys at positions up to their own; both ascending."""
-    stop = torch.searchsorted(torch.tensor(keys, dtype=torch.int64), torch.tensor(rows, dtype=torch.int64), right=True)[None]
+    stop = torch.searchsorted(torch.tensor(keys, dtype=torch.int64), torch.tensor(rows, dtype=torch.int64), right=True)[
+        None
+    ]
     return Intervals(RowIntervals(torch.zeros_like(stop), stop, len(keys)))
 
 
@@ -163,7 +165,9 @@ PART_MISTAKES = [
         "Which of the keys that are here come after a row?",
         not_causal,
     ),
-    twice("itself-hidden", "A row does not see the key at its own position.", "Up to i: is i among them?", itself_hidden),
+    twice(
+        "itself-hidden", "A row does not see the key at its own position.", "Up to i: is i among them?", itself_hidden
+    ),
     twice(
         "not-scaled",
         "The scores were not divided by sqrt(D).",
@@ -232,7 +236,9 @@ UNBALANCED = Misconception(
     "unbalanced", "A rank has more than a tenth above the mean to do.", "Add up i + 1 over the positions of each rank."
 )
 UNEQUAL = Misconception(
-    "unequal-parts", "A rank has more than 2 positions more than another one, and so much more memory to find.", "Where do the positions go that are left over?"
+    "unequal-parts",
+    "A rank has more than 2 positions more than another one, and so much more memory to find.",
+    "Where do the positions go that are left over?",
 )
 
 
@@ -240,15 +246,28 @@ def parts_of(t: Trial, length: int, ranks: int) -> Places:
     """What the student's balanced gives, if it is a partition."""
     got = t.call("balanced", length, ranks)
     if not (isinstance(got, list) and len(got) == ranks and all(isinstance(part, list) and all(type(at) is int for at in part) for part in got)):  # fmt: skip
-        t.fail("wrong-type", "balanced returns a list of whole numbers for each rank.", got=str(got)[:80], expected=f"{ranks} lists")
+        t.fail(
+            "wrong-type",
+            "balanced returns a list of whole numbers for each rank.",
+            got=str(got)[:80],
+            expected=f"{ranks} lists",
+        )
     if any(part != sorted(part) for part in got):
-        t.fail("not-ascending", "The positions of a rank are not in their order.", got=str(got)[:80], hint="Which order do the runs of a rank stand in?")
+        t.fail(
+            "not-ascending",
+            "The positions of a rank are not in their order.",
+            got=str(got)[:80],
+            hint="Which order do the runs of a rank stand in?",
+        )
     if sorted(at for part in got for at in part) != list(range(length)):
         t.fail("not-a-partition", "A position lies on no rank, or on several, or there is no such position.", got=str(got)[:80], expected=f"each of 0 to {length - 1} once", hint="Try a length that the ranks do not divide.")  # fmt: skip
     return got
 
 
-@exercise.property(points=2, hints=["Cut the sequence into runs: which runs go to whom?", "length * n // parts are cuts that fit any length."])
+@exercise.property(
+    points=2,
+    hints=["Cut the sequence into runs: which runs go to whom?", "length * n // parts are cuts that fit any length."],
+)
 def each_position_once(t: Trial) -> None:
     """balanced gives each position to one rank, in ascending order, at any length"""
     for ranks in (1, 2, 3, 4, 8):
@@ -269,7 +288,9 @@ def work_is_balanced(t: Trial) -> None:
         over = max(pairs) * ranks / sum(pairs)
         if over > 1.1:
             contiguous = all(part == list(range(part[0], part[-1] + 1)) for part in parts if part)
-            t.fail_as(CONTIGUOUS if contiguous else UNBALANCED, got=f"{over:.2f} times the mean", expected="at most 1.1")
+            t.fail_as(
+                CONTIGUOUS if contiguous else UNBALANCED, got=f"{over:.2f} times the mean", expected="at most 1.1"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- attend
@@ -284,7 +305,9 @@ def chosen(t: Trial, length: int, count: int) -> list[int]:
     return sorted(t.permutation(length)[:count].tolist())
 
 
-@exercise.property(points=3, hints=["Compare positions, not indices.", "A mask: key position > row position is hidden."])
+@exercise.property(
+    points=3, hints=["Compare positions, not indices.", "A mask: key position > row position is hidden."]
+)
 def attend_over_some_keys(t: Trial) -> None:
     """attend computes causal attention and its lse over the keys that are here, by their positions"""
     for rows, keys in ((8, 8), (5, 9), (12, 4)):
@@ -295,7 +318,9 @@ def attend_over_some_keys(t: Trial) -> None:
     t.check(attend, q, k, v, list(range(10)), list(range(10)))
 
 
-@exercise.property(points=2, hints=["exp(-inf - -inf) is NaN.", "Which sum is 0 for such a row, and what is divided by it?"])
+@exercise.property(
+    points=2, hints=["exp(-inf - -inf) is NaN.", "Which sum is 0 for such a row, and what is divided by it?"]
+)
 def attend_rows_that_see_nothing(t: Trial) -> None:
     """attend gives 0 and -inf to rows that see no key, and takes no rows and no keys"""
     q, k, v = t.randn(2, 6, 8), t.randn(2, 4, 8), t.randn(2, 4, 8)
@@ -338,7 +363,11 @@ def driven(t: Trial, q: Tensor, k: Tensor, v: Tensor, places: Places, *, keep: b
                 results[rank] = said[1] if keep else None
                 continue
             if asked > MOST_REQUESTS * len(places):
-                t.fail("never-ends", f"After {asked:,} requests the ranks still wanted more.", hint="How often does your loop run?")
+                t.fail(
+                    "never-ends",
+                    f"After {asked:,} requests the ranks still wanted more.",
+                    hint="How often does your loop run?",
+                )
             try:
                 network.ask(rank, said[1])
             except BadRequest as error:
@@ -361,7 +390,9 @@ def whole(t: Trial, results: Sequence, q: Tensor, places: Places) -> tuple[Tenso
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[:2])
     for rank, part in enumerate(places):
         pair = t.expect_tuple(results[rank], "out", "lse")
-        out[:, part] = t.expect_tensor(pair[0], f"out of rank {rank}", (q.shape[0], len(part), q.shape[2]), torch.float32)
+        out[:, part] = t.expect_tensor(
+            pair[0], f"out of rank {rank}", (q.shape[0], len(part), q.shape[2]), torch.float32
+        )
         lse[:, part] = t.expect_tensor(pair[1], f"lse of rank {rank}", (q.shape[0], len(part)), torch.float32)
     return out, lse
 
@@ -383,7 +414,13 @@ def ring_of_four(t: Trial) -> None:
     judged(t, *drawn(t, length), layout(length, 4, "zigzag"))
 
 
-@exercise.property(points=3, hints=["Nothing says that a rank with a higher number has later positions.", "What does a rank do that has no rows?"])
+@exercise.property(
+    points=3,
+    hints=[
+        "Nothing says that a rank with a higher number has later positions.",
+        "What does a rank do that has no rows?",
+    ],
+)
 def ring_of_any_arrangement(t: Trial) -> None:
     """positions lie on the ranks in any arrangement, on any number of ranks, and some have none"""
     length = 21 + t.integer(0, 6)
@@ -415,7 +452,13 @@ MISSING = Misconception(
 )
 
 
-@exercise.property(points=3, hints=["The last row of a rank says which keys it sees at all.", "Both sides know the places: who has nothing to say sends nothing."])
+@exercise.property(
+    points=3,
+    hints=[
+        "The last row of a rank says which keys it sees at all.",
+        "Both sides know the places: who has nothing to say sends nothing.",
+    ],
+)
 def nothing_unseen_is_sent(t: Trial) -> None:
     """from rank to rank go keys and values that a row there sees, each once, and nothing else"""
     length, heads, dim = 48, 1, 8
@@ -456,4 +499,8 @@ def one_other_part_at_a_time(t: Trial) -> None:
     most = ranks * (part * 3 // 2 + part // 2 + part) + 8 * part
     held = most + ranks * (ranks - 3) * part // 2  # halfway to all parts
     if grown > held:
-        t.fail_as(GATHERED, got=f"a process of all ranks that grew by {grown // MIB} MiB", expected=f"at most {held // MIB} MiB")
+        t.fail_as(
+            GATHERED,
+            got=f"a process of all ranks that grew by {grown // MIB} MiB",
+            expected=f"at most {held // MIB} MiB",
+        )

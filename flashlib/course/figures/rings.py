@@ -22,7 +22,9 @@ def ring_sweep(layout: str, step: int, *, ranks: int = 4, length: int = 32, mask
         ValueError: there is no such step, or there are too many ranks.
     """
     if not 0 <= step < ranks <= len(RANK_COLORS):
-        raise ValueError(f"step must lie between 0 and {ranks - 1}, ranks be at most {len(RANK_COLORS)}; got {step} and {ranks}")
+        raise ValueError(
+            f"step must lie between 0 and {ranks - 1}, ranks be at most {len(RANK_COLORS)}; got {step} and {ranks}"
+        )
     rule = mask or Causal()
     steps = ring_steps(length, ranks, layout, rule)
     now = {found.rank: found for found in steps if found.step == step}
@@ -71,8 +73,25 @@ def _draw_ranks(ax, now: dict[int, Step], most: int, ranks: int) -> None:
     for rank, found in now.items():
         color = RANK_COLORS[rank]
         ax.barh(rank, found.pairs, height=0.62, color=color)
-        ax.barh(rank, most - found.pairs, left=found.pairs, height=0.62, color=style.FAINT, edgecolor=style.RULE, hatch="///", linewidth=0)
-        told = "own keys" if found.source == rank else f"keys of rank {found.source}: {format_bytes(found.received)}" if found.received else "nothing came"
+        ax.barh(
+            rank,
+            most - found.pairs,
+            left=found.pairs,
+            height=0.62,
+            color=style.FAINT,
+            edgecolor=style.RULE,
+            hatch="///",
+            linewidth=0,
+        )
+        told = (
+            "own keys"
+            if found.source == rank
+            else f"keys of rank {found.source}: {format_bytes(found.received)}"
+            if found.received
+            else "nothing came"
+        )
         ax.text(0, rank - 0.37, told, fontsize=8.5, color=style.SOFT_INK, va="bottom")
-    ax.set(ylim=(ranks - 0.45, -0.75), xlim=(0, 1.02 * max(1, most)), xlabel="pairs computed in this step (hatched: waits)")
+    ax.set(
+        ylim=(ranks - 0.45, -0.75), xlim=(0, 1.02 * max(1, most)), xlabel="pairs computed in this step (hatched: waits)"
+    )
     ax.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])

@@ -1,6 +1,4 @@
 # diagnosis: added-up
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ class Rank:
 
 def balanced(length: int, ranks: int) -> list[list[int]]:
     cuts = [length * part // (2 * ranks) for part in range(2 * ranks + 1)]
-    runs = [list(range(first, last)) for first, last in pairwise(cuts)]
+    runs = [list(range(cuts[part], cuts[part + 1])) for part in range(2 * ranks)]
     return [runs[rank] + runs[-1 - rank] for rank in range(ranks)]
 
 
@@ -63,5 +61,4 @@ def _merged(out, lse, other_out, other_lse):
     top = top.masked_fill(top == float("-inf"), 0.0)
     weight, other = (torch.exp(lse - top), torch.exp(other_lse - top))
     total = weight + other
-    share = total.masked_fill(total == 0, 1.0)
     return (out + other_out, top + total.log())

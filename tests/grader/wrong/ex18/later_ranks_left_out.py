@@ -1,6 +1,4 @@
 # diagnosis: wrong-values
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ class Rank:
 
 def balanced(length: int, ranks: int) -> list[list[int]]:
     cuts = [length * part // (2 * ranks) for part in range(2 * ranks + 1)]
-    runs = [list(range(first, last)) for first, last in pairwise(cuts)]
+    runs = [list(range(cuts[part], cuts[part + 1])) for part in range(2 * ranks)]
     return [runs[rank] + runs[-1 - rank] for rank in range(ranks)]
 
 
@@ -49,9 +47,8 @@ def ring_attention(rank: int, q: Tensor, k: Tensor, v: Tensor, places: list[list
             came = yield ("send", to, message)
         elif wanted:
             came = yield ("receive", source)
-        if wanted:
-            if source < rank:
-                out, lse = _merged(out, lse, *attend(q, came[0], came[1], mine, wanted))
+        if wanted and source < rank:
+            out, lse = _merged(out, lse, *attend(q, came[0], came[1], mine, wanted))
     return (out, lse)
 
 

@@ -1,6 +1,4 @@
 # diagnosis: sends-unseen
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ class Rank:
 
 def balanced(length: int, ranks: int) -> list[list[int]]:
     cuts = [length * part // (2 * ranks) for part in range(2 * ranks + 1)]
-    runs = [list(range(first, last)) for first, last in pairwise(cuts)]
+    runs = [list(range(cuts[part], cuts[part + 1])) for part in range(2 * ranks)]
     return [runs[rank] + runs[-1 - rank] for rank in range(ranks)]
 
 

@@ -48,7 +48,7 @@ def draw(seed: int, ranks: int, dtypes: tuple) -> tuple:
 
 def solve(mesh, seeds: list[int], dtypes: tuple) -> bytes:
     """This rank's part of the results of each problem, and what it sent."""
-    grid = init_device_mesh("cpu", (2, mesh.size() // 2)) if mesh.size() > 2 else None
+    grid = init_device_mesh("cpu", (2, mesh.size() // 2)) if mesh.size() == 4 else None
     return saved([_solved(mesh, grid, draw(seed, mesh.size(), dtypes)) for seed in seeds])
 
 
@@ -312,7 +312,54 @@ def generated(mesh, prompt: str, tokens: int) -> tuple[list[int], int]:
     return ids[0].tolist(), cache.nbytes
 
 
+# Around it
+
+
+def as_programs_call_it(mesh, how: str) -> bytes:
+    """The same gradient of q, through a checkpoint, torch.compile, or none."""
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(9)
+    q, k, v = (shard(torch.randn(1, heads, 10, 8), mesh).requires_grad_() for heads in (4, 2, 2))
+
+    def call(q, k, v):
+        return 2 * parallel_attention(q, k, v, mesh=mesh, method="ring", causal=True)
+
+    if how == "checkpoint":
+        out = checkpoint(call, q, k, v, use_reentrant=False)
+    elif how == "compile":
+        out = torch.compile(call, backend="eager")(q, k, v)
+    else:
+        out = call(q, k, v)
+    out.sum().backward()
+    return saved((out.detach(), q.grad, k.grad, v.grad))
+
+
+def on_a_part_of_the_ranks(mesh) -> list[int] | str:
+    """A mesh of the first two ranks, who have one process group more than the others by then."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    x = torch.randn(1, 2, 4, 8)
+    if mesh.get_local_rank() < 2:
+        return list(parallel_attention(x, x, x, mesh=DeviceMesh("cpu", [0, 1])).shape)
+    try:
+        parallel_attention(x, x, x, mesh=DeviceMesh("cpu", [0, 1]))
+    except ValueError as error:
+        return str(error)
+    return "went on"
+
+
 # What goes wrong
+
+
+def one_goes_back(mesh) -> None:
+    """Rank 0 runs the backward pass, and the others call again."""
+    x = torch.randn(1, 2, 4, 8, requires_grad=True)
+    out = parallel_attention(x, x, x, mesh=mesh, method="ring")
+    if mesh.get_local_rank() == 0:
+        out.sum().backward()
+    else:
+        parallel_attention(x, x, x, mesh=mesh, method="ring")
 
 
 def disagreeing(mesh, about: str):

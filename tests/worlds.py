@@ -74,11 +74,6 @@ class World:
             raise AssertionError(told)
         return found
 
-    def begin_anew(self) -> None:
-        """New process groups, after the old ones were lost."""
-        self.ask("begin anew")
-        assert self.answers() == ["ready"] * self.size
-
     def close(self) -> None:
         for pipe in self.pipes:
             with contextlib.suppress(OSError):
@@ -94,17 +89,11 @@ def _serve(rank: int, ranks: int, port: int, timeout: float, pipe: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
     try:
-        store = dist.TCPStore("127.0.0.1", port, ranks, rank == 0, timeout=timedelta(seconds=START))
-        mesh, began = _begin(store, rank, ranks, timeout, 0), 0
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("context",))
         pipe.send("ready")
         while True:
             name, arguments = pipe.recv()
-            if name == "begin anew":
-                dist.destroy_process_group()
-                began += 1
-                mesh = _begin(store, rank, ranks, timeout, began)
-                pipe.send("ready")
-                continue
             module, function = name.split(":")
             try:
                 answer = getattr(importlib.import_module(module), function)(mesh, *arguments)
@@ -115,12 +104,6 @@ def _serve(rank: int, ranks: int, port: int, timeout: float, pipe: Any) -> None:
         pass
     finally:
         os._exit(0)  # not by way of process groups, whose other ranks may be gone
-
-
-def _begin(store: Any, rank: int, ranks: int, timeout: float, number: int) -> Any:
-    named = dist.PrefixStore(str(number), store)
-    dist.init_process_group("gloo", store=named, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
-    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("context",))
 
 
 def _sendable(error: BaseException) -> BaseException:

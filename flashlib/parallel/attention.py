@@ -32,7 +32,7 @@ from flashlib.config import FlashAttentionConfig, current_config
 from flashlib.launch.engines import CPUEngine, Engine, TiledEngine, TritonEngine
 from flashlib.masks import Mask, Unmasked
 from flashlib.parallel.layout import LAYOUTS, check_layout, checked_positions
-from flashlib.parallel.link import NAMED, Link, link_of
+from flashlib.parallel.link import NAMED, Link, eager, link_of
 from flashlib.parallel.plan import Plan
 from flashlib.parallel.ring import Ring, ring_attention
 from flashlib.parallel.team import Team, to_heads, to_tokens
@@ -46,6 +46,7 @@ ENGINES = ("triton", "cpu", "tiled")  # those that give a backward from another 
 MOST_PLANS = 4
 
 
+@eager
 def parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -167,7 +168,6 @@ class _Call:
         if by_run and layout == "striped" and len(ring) > 1 and method != "gather":
             raise ValueError('alibi_slopes with layout "striped" needs method "all_to_all" or "gather"; got a ring')
         plan = _plan(rule, spec, q_places, k_places, link.size // len(team), len(team), by_run)
-        link.begun()
         q, k, v = checked["inputs"]
         return cls(
             q=q, k=k, v=v, spec=spec, link=link, engine=checked["engine"], plan=plan, ring=ring, team=team, gather=method == "gather",

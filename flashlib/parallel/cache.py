@@ -18,7 +18,7 @@ from flashlib.inference.checks import check_size, checked_counts
 from flashlib.inference.paged import PagedKVCache
 from flashlib.masks import Mask
 from flashlib.parallel.decode import parallel_decode_attention
-from flashlib.parallel.link import link_of
+from flashlib.parallel.link import place_of
 
 __all__ = ["ShardedKVCache", "ShardedPagedKVCache"]
 
@@ -27,8 +27,8 @@ class _Striped:
     """Which of the tokens of each request are this rank's."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        link = link_of(mesh)
-        self.mesh, self.rank, self.ranks = mesh, link.rank, link.size
+        self.mesh = mesh
+        self.rank, self.ranks = place_of(mesh)
 
     def count(self, lengths: Tensor) -> Tensor:
         """How many of the first ``lengths`` tokens."""

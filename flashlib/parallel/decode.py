@@ -15,12 +15,13 @@ from torch.distributed import DeviceMesh
 from flashlib.attention import attention
 from flashlib.inference.decode import DTYPES, decode_attention
 from flashlib.masks import Intervals, RowIntervals
-from flashlib.parallel.link import NAMED, Link, link_of, nbytes, pack, unpack
+from flashlib.parallel.link import NAMED, Link, eager, link_of, nbytes, pack, unpack
 from flashlib.partial import Partial, merge
 
 __all__ = ["merge_over_ranks", "parallel_decode_attention"]
 
 
+@eager
 def parallel_decode_attention(
     q: Tensor,
     k: Tensor,
@@ -74,14 +75,15 @@ def parallel_decode_attention(
 
     with link.call("parallel_decode_attention"):
         link.agree(describe)
-        link.begun()
         out, lse = found[0]
         accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
-        merged = _merged(Partial(out.to(accumulate), lse.to(accumulate)), link)
+        with link.working():
+            merged = _merged(Partial(out.to(accumulate), lse.to(accumulate)), link)
     out = merged.out.to(q.dtype)
     return (out, merged.lse) if return_lse else out
 
 
+@eager
 def merge_over_ranks(partial: Partial, mesh: DeviceMesh) -> Partial:
     """What the partial results of all ranks amount to: an all-reduce whose operation is :func:`flashlib.partial.merge`.
 
@@ -100,8 +102,8 @@ def merge_over_ranks(partial: Partial, mesh: DeviceMesh) -> Partial:
                 "bytes": partial.out.element_size(),
             }
         )
-        link.begun()
-        return _merged(partial, link)
+        with link.working():
+            return _merged(partial, link)
 
 
 def _merged(partial: Partial, link: Link) -> Partial:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed import DeviceMesh
 
-from flashlib.parallel.link import link_of, pack, unpack
+from flashlib.parallel.link import eager, link_of, pack, place_of, unpack
 
 __all__ = ["LAYOUTS", "check_layout", "part_lengths", "part_positions", "positions", "shard", "unshard"]
 
@@ -61,10 +61,10 @@ def positions(
     Raises:
         TypeError, ValueError: a bad argument.
     """
-    link = link_of(mesh)
+    rank, ranks = place_of(mesh)
     if isinstance(length, bool) or not isinstance(length, int) or length < 0:
         raise ValueError(f"length must be a whole number of at least 0; got {length!r}")
-    return part_positions(length, link.size, check_layout(layout))[link.rank].to(device or "cpu")
+    return part_positions(length, ranks, check_layout(layout))[rank].to(device or "cpu")
 
 
 def shard(x: Tensor, mesh: DeviceMesh, *, layout: str = "contiguous", dim: int = 2) -> Tensor:
@@ -83,6 +83,7 @@ def shard(x: Tensor, mesh: DeviceMesh, *, layout: str = "contiguous", dim: int =
     return x.index_select(dim, positions(x.shape[dim], mesh, layout=layout, device=x.device))
 
 
+@eager
 def unshard(x: Tensor, mesh: DeviceMesh, *, layout: str = "contiguous", dim: int = 2) -> Tensor:
     """The whole of a tensor of which each rank has its tokens: the inverse of :func:`shard`, the same on every rank. Carries no gradient.
 
@@ -112,7 +113,8 @@ def unshard(x: Tensor, mesh: DeviceMesh, *, layout: str = "contiguous", dim: int
         message = pack([x])
         others = [rank for rank in range(link.size) if rank != link.rank]
         sizes = {rank: prod(shapes[rank]) * x.element_size() for rank in others}
-        received = link.exchange(dict.fromkeys(others, message), sizes, x.device).wait()
+        with link.working():
+            received = link.exchange(dict.fromkeys(others, message), sizes, x.device).wait()
         pieces = [
             x.detach() if rank == link.rank else unpack(received[rank], [(shapes[rank], x.dtype)])[0]
             for rank in range(link.size)

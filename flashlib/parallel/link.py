@@ -11,22 +11,32 @@ at once, look the word up, and end with it. A rank that dies leaves no word, and
 from __future__ import annotations
 
 import datetime
+import functools
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DeviceMesh
 
-__all__ = ["Link", "ParallelError", "Pending", "link_of", "pack", "unpack"]
+__all__ = ["Link", "ParallelError", "Pending", "eager", "link_of", "pack", "place_of", "unpack"]
 
+CALLS = (
+    "parallel_attention",
+    "the backward pass of parallel_attention",
+    "parallel_decode_attention",
+    "merge_over_ranks",
+    "unshard",
+)
 FIELDS = 40  # int64 numbers of what a rank says before a call
 GRACE = 6.0  # seconds that ranks which have noticed a failure have to leave word of it
 POLL = 0.05
+LOST = "lost another rank"
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 
@@ -58,22 +68,21 @@ class Link:
         timeout: how long a rank waits for another one: that of the mesh's process group.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, generation: int) -> None:
         self.ranks: list[int] = mesh.mesh.flatten().tolist()
         self.rank = self.ranks.index(dist.get_rank())
         self.timeout = _timeout_of(mesh.get_group(0))
+        self.generation = generation
         self.closed = False
-        self._calls = 0
-        self._device_groups: dict[str, Any] = {}
-        self._control: Any = None
-        self._depth = 0
-        self._agreed = False
+        self._calls = self._depth = 0
+        self._what, self._alone = CALLS[0], False
+        self._groups: dict[str, Any] = {}
+        self._pending: WeakSet[Pending] = WeakSet()
         if self.size > 1:
-            self._store = dist.PrefixStore(f"flashlib/{'_'.join(map(str, self.ranks))}", _default_store())
+            name = f"flashlib/{generation}/{'_'.join(map(str, self.ranks))}"
+            self._store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
             self._meet()
-            self._control = dist.new_group(
-                self.ranks, timeout=self.timeout, backend="gloo", use_local_synchronization=True
-            )
+            self._group("cpu")
 
     @property
     def size(self) -> int:
@@ -113,44 +122,36 @@ class Link:
         Raises:
             ParallelError: another rank refused, or they disagree; says about what.
         """
+        if self.size == 1:
+            return [dict(describe())]
         refusal: BaseException | None = None
         said: dict[str, int] = {}
         try:
             said = {name: int(value) for name, value in describe().items()}
         except Exception as error:
             refusal = error
-        if self.size == 1:
-            if refusal:
-                raise refusal
-            return [said]
+            self._leave_word(f"{type(error).__name__}: {_first_line(error)}", "refused")
         names = list(said)
-        head = [0 if refusal else 1, self._calls, len(names)]
+        head = [0 if refusal else 1, CALLS.index(self._what), self._calls]
         numbers = torch.zeros(FIELDS, dtype=torch.int64, device="cpu")
         numbers[: 3 + len(names)] = torch.tensor(head + [_signed(value) for value in said.values()], device="cpu")
         every = [torch.empty_like(numbers) for _ in self.ranks]
-        self._collective(lambda: dist.all_gather(every, numbers, group=self._control))
+        with _noticing():
+            self._group("cpu").allgather([every], [numbers]).wait(self.timeout)
         rows = torch.stack(every).tolist()
         if any(row[0] == 0 for row in rows):
-            words: list[Any] = [None] * self.size
-            told = None if refusal is None else f"{type(refusal).__name__}: {refusal}"
-            self._collective(lambda: dist.all_gather_object(words, told, group=self._control))
             if refusal:
                 raise refusal
-            refused = [(rank, word) for rank, word in zip(self.ranks, words, strict=True) if word]
-            raise ParallelError(
-                "; ".join(f"rank {rank} refused the call: {word}" for rank, word in refused), [r for r, _ in refused]
-            )
-        for at, name in enumerate(["call number", "arguments", *names], start=1):
+            refused = {self.ranks[rank]: self._word(rank, "refused") for rank, row in enumerate(rows) if row[0] == 0}
+            told = "; ".join(f"rank {rank} refused the call: {word}" for rank, word in refused.items())
+            raise ParallelError(told, sorted(refused))
+        for at, name in enumerate(["what to call", "the number of calls", *names], start=1):
             column = [row[at] for row in rows]
             if name not in own and len(set(column)) > 1:
+                if at <= 2:  # they are not at the same place, and would not find together again
+                    self.close()
                 raise _disagreement(name, column, self.ranks)
         return [dict(zip(names, row[3:], strict=False)) for row in rows]
-
-    def _collective(self, run: Callable[[], Any]) -> None:
-        try:
-            run()
-        except RuntimeError as error:
-            raise _Lost(_first_line(error)) from error
 
     # Data
 
@@ -160,38 +161,35 @@ class Link:
         Args:
             sends: uint8 tensors by the place of the receiver. receives: bytes to come, by the place of the sender. Nothing is sent where there are none.
         """
-        group = self._group(device)
         buffers = {rank: torch.empty(size, dtype=torch.uint8, device=device) for rank, size in receives.items()}
-        operations = []
-        for rank, buffer in buffers.items():
-            if buffer.numel():
-                operations.append(dist.P2POp(dist.irecv, buffer, group=group, group_peer=rank))
-        kept = []
-        for rank, message in sends.items():
-            if message.numel():
-                kept.append(message)
-                operations.append(dist.P2POp(dist.isend, message, group=group, group_peer=rank))
-        try:
-            works = dist.batch_isend_irecv(operations) if operations else []
-        except RuntimeError as error:
-            raise _Lost(_first_line(error)) from error
-        return Pending(works, buffers, kept, self.timeout)
+        kept = [message for message in sends.values() if message.numel()]
+        if not kept and not any(receives.values()):
+            return Pending([], buffers, [], self.timeout)
+        group = self._group(device.type)
+        with _noticing(), _together(group, device) as works:
+            for rank, buffer in buffers.items():
+                if buffer.numel():
+                    works.append(group.recv([buffer], rank, 0))
+            for rank, message in sends.items():
+                if message.numel():
+                    works.append(group.send([message], rank, 0))
+        pending = Pending(works, buffers, kept, self.timeout)
+        self._pending.add(pending)
+        return pending
 
-    def _group(self, device: torch.device) -> Any:
-        if device.type == "cpu":
-            return self._control
-        if device.type not in self._device_groups:
-            backend = dist.Backend.default_device_backend_map.get(device.type, "nccl")
-            self._device_groups[device.type] = dist.new_group(
-                self.ranks, timeout=self.timeout, backend=backend, use_local_synchronization=True
+    def _group(self, kind: str) -> Any:
+        """The process group for tensors on such devices. Not by ``new_group``, whose names follow from how many groups a rank happens to have."""
+        if kind not in self._groups:
+            self._groups[kind] = _new_group(
+                dist.PrefixStore(kind, self._store), self.rank, self.size, kind, self.timeout
             )
-        return self._device_groups[device.type]
+        return self._groups[kind]
 
     # What goes wrong
 
     @contextmanager
     def call(self, what: str) -> Iterator[None]:
-        """The block of one call: whatever ends it early ends it on all ranks.
+        """The block of one call, one of :data:`CALLS`: whatever ends it early ends it on all ranks.
 
         Raises:
             ParallelError: another rank is the reason; names it.
@@ -200,12 +198,10 @@ class Link:
             yield
             return
         if self.closed:
-            raise ParallelError(
-                f"{what}: ranks {self.ranks} lost each other in an earlier call; end the process groups (destroy_process_group) and begin anew"
-            )
+            raise ParallelError(f"{what}: ranks {self.ranks} lost each other after the call that this one belongs to")
         self._calls += 1
         self._depth += 1
-        self._agreed = False
+        self._alone, self._what = False, what
         try:
             yield
         except _Lost as lost:
@@ -213,41 +209,45 @@ class Link:
         except ParallelError:
             raise  # all ranks have heard the same
         except BaseException as error:
-            if self._agreed or not isinstance(error, Exception):
+            if self._alone or not isinstance(error, Exception):
                 self._leave_word(f"{type(error).__name__}: {_first_line(error)}")
                 self.close()
             raise
         finally:
             self._depth -= 1
 
-    def begun(self) -> None:
-        """From here on, what is raised in the block of a call is raised on this rank alone."""
-        self._agreed = True
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """The block, inside of a call, in which what is raised is raised on this rank alone: the others are told.
+
+        Outside of it checkpoints end a call early, on all ranks alike, by an exception of their own.
+        """
+        self._alone = True
+        yield
+        self._alone = False
 
     def close(self) -> None:
-        """End the connections: whoever waits for this rank notices."""
-        if self.closed:
-            return
+        """End the connections: whoever waits for this rank notices. The next call makes new ones."""
         self.closed = True
-        for group in (self._control, *self._device_groups.values()):
-            if group is not None:
-                try:
-                    dist.destroy_process_group(group)
-                except Exception:  # what is broken already need not be closed in order
-                    continue
-        self._control = None
-        self._device_groups = {}
+        for pending in list(self._pending):
+            pending.drop()  # what is under way holds on to its connection
+        self._groups.clear()
 
-    def _leave_word(self, word: str) -> None:
+    def _leave_word(self, word: str, about: str = "failed") -> None:
         try:
-            self._store.set(f"{self._calls}/{self.rank}", word)
+            self._store.set(f"{about}/{self._calls}/{self.rank}", word)
         except Exception:  # the store is gone with whoever kept it, and the others will notice that
             return
+
+    def _word(self, rank: int, about: str = "failed") -> str | None:
+        """What a rank has left word of in this call; None if it has not."""
+        key = f"{about}/{self._calls}/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else None
 
     def _diagnosed(self, what: str, noticed: str) -> ParallelError:
         """Who ended the call: whoever left word of an error of its own, or else whoever left no word at all."""
         me = self.ranks[self.rank]
-        self._leave_word("lost")
+        self._leave_word(LOST)
         self.close()
         waiting = {rank for rank in range(self.size) if rank != self.rank}
         guilty: dict[int, str] = {}
@@ -255,11 +255,10 @@ class Link:
         while waiting and time.monotonic() < deadline:
             try:
                 for rank in sorted(waiting):
-                    key = f"{self._calls}/{rank}"
-                    if self._store.check([key]):
+                    word = self._word(rank)
+                    if word is not None:
                         waiting.discard(rank)
-                        word = self._store.get(key).decode()
-                        if word != "lost":
+                        if word != LOST:
                             guilty[self.ranks[rank]] = word
             except RuntimeError as error:
                 return ParallelError(
@@ -291,13 +290,77 @@ class Pending:
 
     def wait(self) -> dict[int, Tensor]:
         """What was received, uint8 by the sender's place, once all is sent and received. On a GPU its stream waits, the host does not."""
-        try:
+        with _noticing():
             for work in self._works:
                 work.wait(self._timeout)
-        except RuntimeError as error:
-            raise _Lost(_first_line(error)) from error
         self._works, self._kept = [], []
         return self._buffers
+
+    def drop(self) -> None:
+        self._works, self._kept, self._buffers = [], [], {}
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    """The block of what fails when another rank cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _Lost(_first_line(error)) from None  # its frames would hold on to connections
+
+
+@contextmanager
+def _together(group: Any, device: torch.device) -> Iterator[list[Any]]:
+    """The block in which sends and receives are begun: for NCCL they are one call, or each would wait for the one before."""
+    works: list[Any] = []
+    if device.type == "cpu":
+        yield works
+        return
+    group._start_coalescing(device)
+    yield works
+    last = group._end_coalescing(device)
+    works[:] = [last] if last is not None else works
+
+
+def _new_group(store: Any, rank: int, ranks: int, kind: str, timeout: datetime.timedelta) -> Any:
+    """A process group of its own name, for tensors on one kind of device: gloo for CPUs, NCCL for GPUs."""
+    c10d = dist.distributed_c10d
+    group: Any = c10d.ProcessGroup(store, rank, ranks)
+    backend: Any
+    if kind == "cpu":
+        backend, named = c10d.ProcessGroupGloo(store, rank, ranks, timeout), c10d.ProcessGroup.BackendType.GLOO
+    elif kind == "cuda":
+        options = c10d.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        backend, named = c10d.ProcessGroupNCCL(store, rank, ranks, options), c10d.ProcessGroup.BackendType.NCCL
+        backend._set_sequence_number_for_group()
+    else:
+        raise ValueError(f"q, k and v must be on CPUs or on GPUs of CUDA; got tensors on {kind}")
+    group._set_default_backend(named)
+    group._register_backend(torch.device(kind), named, backend)
+    return group
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def eager(function: Function) -> Function:
+    """Have torch.compile leave a call of it, and all that it calls, as it is: no graph holds what ranks say to each other.
+
+    What torch.compiler.disable does, without importing the compiler for those who do not compile.
+    """
+    disabled: list[Any] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    vars(call)["_torchdynamo_disable"] = True
+    return call  # type: ignore[return-value]
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
@@ -325,6 +388,22 @@ def nbytes(shapes: Sequence[Shape]) -> int:
 _links: WeakKeyDictionary[Any, dict[tuple[int, ...], Link]] = WeakKeyDictionary()
 
 
+def place_of(mesh: DeviceMesh) -> tuple[int, int]:
+    """This rank's place among the ranks of a mesh, and how many there are. Asks nobody.
+
+    Raises:
+        TypeError: ``mesh`` is not a DeviceMesh.
+        ValueError: this rank is not part of it.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        hint = " (torch.distributed.device_mesh.init_device_mesh makes one)"
+        raise TypeError(f"mesh must be a torch.distributed DeviceMesh; got {type(mesh).__name__}{hint}")
+    ranks = mesh.mesh.flatten().tolist()
+    if not dist.is_initialized() or dist.get_rank() not in ranks:
+        raise ValueError(f"mesh must have this rank in it; got ranks {ranks}")
+    return ranks.index(dist.get_rank()), len(ranks)
+
+
 def link_of(mesh: DeviceMesh) -> Link:
     """The link between the ranks of a mesh, made at its first use, on all of them together.
 
@@ -333,16 +412,13 @@ def link_of(mesh: DeviceMesh) -> Link:
         ValueError: this rank is not part of it.
         ParallelError: some rank cannot be reached.
     """
-    if not isinstance(mesh, DeviceMesh):
-        hint = " (torch.distributed.device_mesh.init_device_mesh makes one)"
-        raise TypeError(f"mesh must be a torch.distributed DeviceMesh; got {type(mesh).__name__}{hint}")
+    place_of(mesh)
     ranks = tuple(mesh.mesh.flatten().tolist())
-    if not dist.is_initialized() or dist.get_rank() not in ranks:
-        raise ValueError(f"mesh must have this rank in it; got ranks {list(ranks)}")
     links = _links.setdefault(dist.group.WORLD, {})
-    if ranks not in links:
-        links[ranks] = Link(mesh)
-    return links[ranks]
+    link = links.get(ranks)
+    if link is None or link.closed:
+        link = links[ranks] = Link(mesh, 0 if link is None else link.generation + 1)
+    return link
 
 
 def _timeout_of(group: Any) -> datetime.timedelta:
@@ -352,10 +428,6 @@ def _timeout_of(group: Any) -> datetime.timedelta:
         except (RuntimeError, AttributeError):
             continue
     return dist.default_pg_timeout
-
-
-def _default_store() -> Any:
-    return dist.distributed_c10d._get_default_store()
 
 
 def _disagreement(name: str, column: Sequence[int], ranks: Sequence[int]) -> ParallelError:
@@ -381,7 +453,7 @@ def _disagreement(name: str, column: Sequence[int], ranks: Sequence[int]) -> Par
     return ParallelError(f"the ranks disagree about {name}: {told}", odd)
 
 
-NAMED: dict[str, Callable[[int], str]] = {}
+NAMED: dict[str, Callable[[int], str]] = {"what to call": lambda value: CALLS[value]}
 DIGESTS = ("mask", "alibi_slopes", "shape", "scale", "softcap")
 
 

@@ -53,7 +53,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor,
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, ring):
-        out, lse = _forward(q, k, v, ring)
+        with ring.link.working():
+            out, lse = _forward(q, k, v, ring)
         ctx.ring = ring
         ctx.save_for_backward(q, k, v, out, lse)
         return out, lse
@@ -69,8 +70,8 @@ class _RingGradients(torch.autograd.Function):
         ctx.engine = ring.engine
         with ring.link.call("the backward pass of parallel_attention"), autocast_off(q.device):
             ring.link.agree(lambda: {"backward pass of a ring": 1})
-            ring.link.begun()
-            return _backward(q, k, v, out, lse, grad_out, grad_lse, ring)
+            with ring.link.working():
+                return _backward(q, k, v, out, lse, grad_out, grad_lse, ring)
 
     @staticmethod
     def backward(ctx, *_):

@@ -101,7 +101,6 @@ class _ToHeads(torch.autograd.Function):
         team = ctx.team
         with team.link.call("the backward pass of parallel_attention"):
             team.link.agree(lambda: {"backward pass of a team, to its tokens": 1})
-            team.link.begun()
             return *_scatter_tokens([dq, dk, dv], team, [0, 1, 1]), None
 
 
@@ -116,7 +115,6 @@ class _ToTokens(torch.autograd.Function):
         team = ctx.team
         with team.link.call("the backward pass of parallel_attention"):
             team.link.agree(lambda: {"backward pass of a team, to its heads": 1})
-            team.link.begun()
             return None, *_gather_tokens(list(gradients), team, [0] * len(gradients))
 
 
@@ -135,7 +133,8 @@ def _gather_tokens(tensors: list[Tensor], team: Team, sides: list[int]) -> tuple
             for x, held, length in zip(tensors, heads, lengths, strict=True)
         ]
 
-    received = _all_to_all(team, parts, shapes, tensors[0].device)
+    with team.link.working():
+        received = _all_to_all(team, parts, shapes, tensors[0].device)
     found = []
     for n, side in enumerate(sides):
         places = team.k_places if side else team.q_places
@@ -163,7 +162,8 @@ def _scatter_tokens(tensors: list[Tensor], team: Team, sides: list[int]) -> tupl
             for x, side in zip(tensors, sides, strict=True)
         ]  # fmt: skip
 
-    received = _all_to_all(team, parts, shapes, tensors[0].device)
+    with team.link.working():
+        received = _all_to_all(team, parts, shapes, tensors[0].device)
     found = []
     for n, (x, side) in enumerate(zip(tensors, sides, strict=True)):
         accumulate = torch.promote_types(x.dtype, torch.float32)

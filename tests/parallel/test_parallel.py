@@ -62,6 +62,23 @@ def test_shard_and_unshard(four_ranks, rng):
     assert all(four_ranks.run("parallel_ranks:sharded_and_back", [rng.getrandbits(32) for _ in range(12)]))
 
 
+def test_checkpoints_and_compiled_programs(two_ranks):
+    plain, kept, compiled = (
+        [loaded(part) for part in two_ranks.run("parallel_ranks:as_programs_call_it", how)]
+        for how in ("plain", "checkpoint", "compile")
+    )
+    for other in (kept, compiled):
+        assert all(
+            torch.equal(a, b) for one, two in zip(plain, other, strict=True) for a, b in zip(one, two, strict=True)
+        )
+
+
+def test_a_mesh_of_some_of_the_ranks(four_ranks):
+    answers = four_ranks.run("parallel_ranks:on_a_part_of_the_ranks")
+    assert answers[:2] == [[1, 2, 4, 8]] * 2
+    assert answers[2:] == ["mesh must have this rank in it; got ranks [0, 1]"] * 2
+
+
 # Bytes
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.distributed import DeviceMesh
 
 from flashlib.attention import attention
-from flashlib.inference.decode import DTYPES, decode_attention
+from flashlib.inference.decode import decode_attention
 from flashlib.masks import Intervals, RowIntervals
 from flashlib.parallel.link import NAMED, Link, eager, link_of, nbytes, pack, unpack
 from flashlib.partial import Partial, merge
+from flashlib.spec import DTYPES
 
 __all__ = ["merge_over_ranks", "parallel_decode_attention"]
 

@@ -137,18 +137,19 @@ class _Steps:
 def _forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     total = Partial.identity(*q.shape[:3], v.shape[3], dtype=accumulate, device=q.device)
+    untouched = True
     for _, pieces, k_part, v_part in _Steps(ring, k, v):
         for piece in pieces:
-            numbers = _numbers(piece, ring, q)
-            inputs = (q[:, :, piece.rows], k_part[:, :, piece.keys], v_part[:, :, piece.keys])
+            rows = piece.rows
+            inputs = (q[:, :, rows], k_part[:, :, piece.keys], v_part[:, :, piece.keys])
             if any(x.numel() == 0 for x in inputs):
                 continue
-            out, lse = ring.engine.forward(*inputs, numbers)
-            found = merge(
-                Partial(total.out[:, :, piece.rows], total.lse[:, :, piece.rows]),
-                Partial(out.to(accumulate), lse.to(accumulate)),
-            )
-            total.out[:, :, piece.rows], total.lse[:, :, piece.rows] = found.out, found.lse
+            out, lse = ring.engine.forward(*inputs, _numbers(piece, ring, q))
+            found = Partial(out.to(accumulate), lse.to(accumulate))
+            if not untouched:  # merging with nothing would change no bit
+                found = merge(Partial(total.out[:, :, rows], total.lse[:, :, rows]), found)
+            total.out[:, :, rows], total.lse[:, :, rows] = found.out, found.lse
+            untouched = False
     return total.out.to(q.dtype), total.lse
 
 

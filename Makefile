@@ -58,9 +58,10 @@ test-bits: install ## Repeat the tests of numbers and grades with the last bits 
 	    tests/core tests/kernels/test_interpreter.py tests/kernels/test_decode_kernels.py tests/inference tests/course tests/grader || exit 1; \
 	done
 
-test-long: install ## The tests of the grader that draw and all right solutions, over 20 rounds, and a class of 200 (an hour)
+test-long: install ## The tests of the grader that draw and all right solutions, over 20 rounds, a class of 200, and more ways for ranks to fail (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m flashlib.course.grader.rounds --rounds 20
 	FLASHLIB_ROUNDS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -n 2 --dist loadfile --timeout 7200 tests/grader
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long tests/parallel
 
 test-gpu: install ## Check the kernels on this machine's GPU and write what came out to GPU_RESULTS (results/)
 	@echo "== Tests on the GPU: pytest"

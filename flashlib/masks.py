@@ -39,6 +39,7 @@ __all__ = [
     "Unmasked",
     "Varlen",
     "Window",
+    "band_of",
 ]
 
 # Tokens. No tensor is that long, so a window that reaches so far has no end: as None. What remains of a band leaves room in the int32
@@ -502,6 +503,25 @@ class Intersection(Mask):
     def row_offsets(self, batch, q_len, kv_len, device):
         said = (part.row_offsets(batch, q_len, kv_len, device) for part in self.parts)
         return next((offsets for offsets in said if offsets is not None), None)
+
+
+def band_of(intervals: RowIntervals) -> Window | None:
+    """The band that these rows are, if they are one. Looks at numbers: on a GPU it waits.
+
+    The first row's end and the last row's beginning say which band it can be.
+    """
+    q_len, kv_len = intervals.q_len, intervals.kv_len
+    if 0 in (q_len, kv_len) or intervals.start.shape[0] == 0:
+        return None
+    first_stop, last_start = int(intervals.stop[0, 0]), int(intervals.start[0, -1])
+    left = None if last_start == 0 else kv_len - 1 - last_start
+    right = None if first_stop == kv_len else first_stop - 1 - (kv_len - q_len)
+    if right is not None and right < 0:
+        return None
+    band = Window(left, right)
+    expected = band.intervals(1, q_len, kv_len, intervals.start.device)
+    same = (expected.start == intervals.start).all() & (expected.stop == intervals.stop).all()
+    return band if bool(same) else None
 
 
 def _row(value: int, device: torch.device) -> Tensor:

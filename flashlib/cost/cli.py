@@ -25,6 +25,15 @@ def cost(
     tensor: Annotated[int, typer.Option(help="Devices that share heads and weights.")] = 1,
     sequence: Annotated[int, typer.Option(help="Devices that share tokens, and exchange them for heads.")] = 1,
     context_parallel: Annotated[int, typer.Option(help="Devices that share rows; keys pass round.")] = 1,
+    parallel: Annotated[
+        str, typer.Option(help="Attention alone, over devices: ring=N, all_to_all=N, gather=N, hybrid=RxN.")
+    ] = "",
+    link: Annotated[
+        str, typer.Option(help="With --parallel: what joins devices: nvlink4, nvlink5, pcie5.")
+    ] = "nvlink4",
+    network: Annotated[
+        str, typer.Option(help="With --parallel: what joins nodes of 8: ethernet400, ethernet100.")
+    ] = "ethernet400",
     page_size: Annotated[int, typer.Option(help="Keys of a page of the cache; 0 for a contiguous one.")] = 0,
     absorb: Annotated[bool, typer.Option(help="With MLA: decode in the latent space.")] = True,
     compare: Annotated[str, typer.Option(help="Further devices and models, by name, with commas.")] = "",
@@ -36,7 +45,7 @@ def cost(
 
     For example: flashlib cost --model llama-3-8b --phase decode --batch 64 --context 32768 --gpu h200
     """
-    from flashlib.cost import report
+    from flashlib.cost import links, report
     from flashlib.cost.devices import device, device_names, this_machine
     from flashlib.cost.models import model as model_by_name
     from flashlib.cost.models import model_names
@@ -46,9 +55,19 @@ def cost(
     if known:
         typer.echo(f"models: {', '.join(model_names())}\ndevices: {', '.join(device_names())}, here")
         return
+    if parallel:
+        try:
+            found_links = links.of_model(
+                model_by_name(model), parallel, context, batch, device(gpu), link, network, dtype
+            )
+        except ValueError as error:
+            typer.echo(f"flashlib cost: {error}", err=True)
+            raise typer.Exit(1) from error
+        typer.echo(json.dumps(found_links.to_dict(), indent=1) if as_json else found_links.text())
+        return
     try:
         step = step_of(phase, batch, context, chunk=chunk, drafted=drafted)
-        parallel = Parallel(tensor, sequence, context_parallel)
+        shared = Parallel(tensor, sequence, context_parallel)
 
         def ask(model: str, gpu: str) -> report.Report:
             target = this_machine() if gpu == "here" else device(gpu)
@@ -59,7 +78,7 @@ def cost(
                 "page_size": page_size or None,
                 "latent": absorb,
             }
-            return report.report(model_by_name(model), step, target, parallel=parallel, **options)
+            return report.report(model_by_name(model), step, target, parallel=shared, **options)
 
         first = ask(model, gpu)
         others = [name for name in compare.split(",") if name]

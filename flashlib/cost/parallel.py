@@ -134,16 +134,82 @@ class Parallel:
     def sent(self, problem: Problem) -> float:
         """Bytes that one device sends in the forward of one call, on average.
 
-        sequence: all but its own share of q, k, v, and then of out. context: the keys of a device pass on ``context - 1`` times.
+        sequence: of its tokens' q, k and v what other devices' heads need, and then of out all but its own share. context: of its keys those that the rows of
+        another device see, once for each device.
         """
-        _, kv_heads = self.heads(problem.q_heads, problem.kv_heads)
-        out, keys = problem.v_head_dim * problem.itemsize, (problem.head_dim + problem.v_head_dim) * problem.kv_itemsize
-        query = problem.head_dim * problem.itemsize
-        per_token = problem.q_heads // self.tensor * (query + out) + max(1, problem.kv_heads // self.tensor) * keys
-        tokens = problem.batch * problem.q_len / (self.sequence * self.context)
-        exchanged = tokens * per_token * (self.sequence - 1) / self.sequence
-        passed_on = problem.batch * problem.kv_len / self.context * kv_heads * keys * (self.context - 1)
-        return exchanged + passed_on
+        exchanged = self.batch_bytes(problem, self._rows_sent(problem), self._keys_exchanged(problem))
+        per_device = self.batch_bytes(problem, 0, sum(self.received(problem)) / self.context * self._kv_heads(problem))
+        return exchanged + per_device
+
+    def sent_backward(self, problem: Problem) -> float:
+        """The same of the backward: what was exchanged for heads goes back as gradients. Keys that passed by do so again, and their gradients return."""
+        exchanged = self.batch_bytes(problem, self._rows_sent(problem), self._keys_exchanged(problem))
+        return exchanged + 2 * (self.sent(problem) - exchanged)
+
+    def batch_bytes(self, problem: Problem, rows: float, keys: float) -> float:
+        """Bytes of so many rows, query and output, and of so many keys with their values, each of one head; of all batch entries."""
+        row = (problem.head_dim + problem.v_head_dim) * problem.itemsize
+        key = (problem.head_dim + problem.v_head_dim) * problem.kv_itemsize
+        return problem.batch * (rows * row + keys * key)
+
+    def received(self, problem: Problem) -> list[int]:
+        """Keys that come to each of the ``context`` devices: those of others that its rows see, in any batch entry."""
+        own = self.rows(problem.kv_len) if self.context > 1 else []
+        rows = self.rows(problem.q_len) if self.context > 1 else []
+        return [
+            _size(seen := _seen(problem, part)) - sum(_size(_cut(seen, keys)) for keys in held)
+            for part, held in zip(rows, own, strict=True)
+        ] or [0]  # fmt: skip
+
+    def sent_by(self, problem: Problem) -> list[int]:
+        """Keys that each of the ``context`` devices sends: to all others together what they see of its own."""
+        seen = [_seen(problem, part) for part in self.rows(problem.q_len)]
+        return [
+            sum(_size(_cut(found, keys)) for to, found in enumerate(seen) if to != n for keys in held)
+            for n, held in enumerate(self.rows(problem.kv_len))
+        ]
+
+    def _kv_heads(self, problem: Problem) -> int:
+        return self.heads(problem.q_heads, problem.kv_heads)[1]
+
+    def _rows_sent(self, problem: Problem) -> float:
+        """Rows, each of one head, of a device's tokens that go to others of its ``sequence`` devices."""
+        tokens = problem.q_len / (self.sequence * self.context)
+        return tokens * problem.q_heads / self.tensor * (self.sequence - 1) / self.sequence
+
+    def _keys_exchanged(self, problem: Problem) -> float:
+        """The same of keys. Where there are fewer KV heads than devices, several are sent the same one."""
+        tokens = problem.kv_len / (self.sequence * self.context)
+        return tokens * (self.sequence - 1) * self._kv_heads(problem)
+
+
+Ranges = list[tuple[int, int]]
+
+
+def _seen(problem: Problem, rows: Sequence[range]) -> Ranges:
+    """The keys that some rows see, in any batch entry, as ranges that do not touch."""
+    ends = sorted(
+        (run.starts_at(first), run.stops_at(last - 1))
+        for mask in problem.visible
+        for run in mask.runs
+        for part in rows
+        if (first := max(run.first, part.start)) < (last := min(run.last, part.stop))
+    )
+    joined: Ranges = []
+    for start, stop in ends:
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _cut(ranges: Ranges, part: range) -> Ranges:
+    return [(a, b) for start, stop in ranges if (a := max(start, part.start)) < (b := min(stop, part.stop))]
+
+
+def _size(ranges: Ranges) -> int:
+    return sum(stop - start for start, stop in ranges)
 
 
 def _taken(mask: Visible, rows: Sequence[range]) -> Visible:

@@ -332,6 +332,30 @@ def split_explorer(tiles: int = 24, sm_count: int = 12) -> Figure | Explorer:
     )
 
 
+def ring_explorer(ranks: int = 4, length: int = 32) -> Figure | Explorer:
+    """Follow a ring step by step: who has whose keys, who waits, and what came. See `figures.ring_sweep`.
+
+    Args:
+        ranks, length: of the ring, and tokens.
+    """
+    rules = {
+        "causal": masks.Causal(),
+        "no mask": masks.Unmasked(),
+        "window of 6": masks.Window(5, 0),
+        "four documents": masks.Documents.from_lengths([length // 4] * 4) & masks.Causal(),
+    }
+
+    def draw(step: int, layout: str, mask: str) -> Figure:
+        return figures.ring_sweep(layout, step, ranks=ranks, length=length, mask=rules[mask])
+
+    return explore(
+        draw,
+        step=Slider(0, ranks - 1, 1, play=True),
+        layout=Choice(["contiguous", "zigzag", "striped"], "contiguous"),
+        mask=Choice(list(rules), "causal"),
+    )
+
+
 def backward_explorer(tiles: int = 5) -> Figure | Explorer:
     """Follow one program of a backward kernel through its tiles. See `figures.backward_sweep`.
 

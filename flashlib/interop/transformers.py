@@ -24,10 +24,13 @@ import functools
 import inspect
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh
 
 try:
     from transformers import AttentionInterface, Cache, PreTrainedModel
@@ -43,7 +46,7 @@ from flashlib.attention import attention
 from flashlib.autocast import autocast_inputs
 from flashlib.backends import BACKENDS
 from flashlib.inference.cache import KVCache
-from flashlib.masks import Causal, Intervals, Mask, RowIntervals, Unmasked, Varlen, Window
+from flashlib.masks import Causal, Intervals, Mask, RowIntervals, Unmasked, Varlen, Window, band_of
 from flashlib.values import has_values
 
 # transformers looks into a name before it looks it up. One that contains "flash" sends it searching for the flash_attn
@@ -69,8 +72,21 @@ AttentionFunction = Callable[..., Any]  # of q, k, v and options, to out
 _ON_REQUEST = {"dropout_p": "dropout of attention weights", "sinks": "attention sinks"}
 
 
-def set_attention(model: PreTrainedModel, backend: str | AttentionFunction = "auto") -> None:
+def set_attention(
+    model: PreTrainedModel,
+    backend: str | AttentionFunction = "auto",
+    *,
+    mesh: DeviceMesh | None = None,
+    method: str = "auto",
+    layout: str = "contiguous",
+) -> None:
     """Make every attention layer of a model call :func:`flashlib.attention` with this backend, or a function of your own.
+
+    With a mesh, every rank runs the model on its tokens, and the layers call :func:`flashlib.parallel.parallel_attention`::
+
+        set_attention(model, mesh=mesh, layout="zigzag")
+        ids = shard(input_ids, mesh, layout="zigzag", dim=1)
+        logits = model(ids, position_ids=positions(length, mesh, layout="zigzag")[None]).logits   # of this rank's tokens
 
     ``model.set_attn_implementation("eager")`` or ``("sdpa")`` goes back to transformers' own.
 
@@ -79,14 +95,18 @@ def set_attention(model: PreTrainedModel, backend: str | AttentionFunction = "au
         backend: ``"auto"``, a name from :data:`flashlib.backends.BACKENDS`, or a function that is called as
             ``function(q, k, v, mask=mask, scale=scale, softcap=softcap)`` and returns ``[B, Hq, Sq, Dv]``; all as in
             :func:`flashlib.attention`. ``dropout_p=`` and ``sinks=`` come with it where the model asks for them, and only there.
+        mesh: over whose ranks each sequence is spread; None for a rank that has the whole. Masks are then those of the model's rule, causal and sliding
+            windows, by the place of a token in the layout, and not by ``position_ids``; packed sequences are told by ``cu_seq_lens_q``, of the whole. A batch is
+            not padded. Dropout is refused.
+        method, layout: as in :func:`flashlib.parallel.parallel_attention`.
 
     Raises:
-        TypeError: ``model`` is not a transformers model, or ``backend`` is neither a name nor a function.
+        TypeError: ``model`` is not a transformers model, ``backend`` is neither a name nor a function, or there is a mesh and it is no name.
         ValueError: there is no such backend, or some of the model's attention cannot be replaced.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
-    name = register(backend)
+    name = register(backend) if mesh is None else _register_on_mesh(backend, mesh, method, layout)
     model.set_attn_implementation(name)
     for part in model.modules():
         # transformers only logs a warning where a part of a model keeps its own attention.
@@ -132,6 +152,26 @@ def register(backend: str | AttentionFunction = "auto", *, name: str | None = No
     return name
 
 
+def _register_on_mesh(backend: str | AttentionFunction, mesh: DeviceMesh, method: str, layout: str) -> str:
+    from flashlib.parallel import parallel_attention  # what needs no ranks does without torch.distributed
+
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a name where there is a mesh; got {type(backend).__name__}")
+    compute = partial(parallel_attention, mesh=mesh, method=method, layout=layout, backend=backend)
+    name = f"fl_{method}_{layout}_{backend}_on_{'x'.join(map(str, mesh.mesh.shape))}_{id(mesh):x}"
+    AttentionInterface.register(name, partial(attention_forward, compute=compute, takes=("sinks",), on_mesh=True))
+    AttentionMaskInterface.register(name, _no_mask_on_mesh)
+    return name
+
+
+def _no_mask_on_mesh(*_args: Any, attention_mask: Tensor | None = None, **_rule: Any) -> None:
+    """transformers knows the tokens of one rank, and makes no mask of the whole. Each layer says its rule itself."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            "attention_mask must not hide tokens where a sequence is spread over a mesh: pack sequences and give cu_seq_lens_q, in place of padding"
+        )
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -141,6 +181,7 @@ def attention_forward(
     *,
     compute: AttentionFunction = attention,
     takes: Collection[str] = tuple(_ON_REQUEST),
+    on_mesh: bool = False,
     scaling: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
@@ -158,6 +199,7 @@ def attention_forward(
         attention_mask: a mask of ours; or what :func:`make_mask_tensor` returns; or a 4-D matrix that the caller made; or None.
         compute: what computes attention, with the arguments of :func:`flashlib.attention`.
         takes: which of ``dropout_p`` and ``sinks`` it takes.
+        on_mesh: whether the tokens are those of one rank, and the layer's rule is that of the whole sequence.
         scaling, softcap: as ``scale`` and ``softcap`` of :func:`flashlib.attention`.
         dropout: ``dropout_p`` there.
         s_aux: ``sinks`` there, ``[Hq]``.
@@ -178,6 +220,7 @@ def attention_forward(
             raise ValueError(
                 f"{argument} ({_UNSUPPORTED[argument]}) is not supported by flashlib.attention; use attn_implementation='eager'"
             )
+    sharded = getattr(key, "flashlib_cache", None)
     query, key, value = autocast_inputs(query, key, value)
     options: dict[str, Any] = {}
     if dropout:
@@ -192,9 +235,20 @@ def attention_forward(
             )
     if attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        mask = _mask_of_layer(query, causal, sliding_window, kwargs)
+        mask = _mask_of_layer(query, causal, sliding_window, kwargs, on_mesh)
+    elif on_mesh:
+        raise ValueError("attention_mask must be None where a sequence is spread over a mesh: its rule is the layer's")
     else:
-        mask = _given_mask(attention_mask, key.shape[2]) & _packed(query, kwargs)
+        kv_len = key.shape[2] if sharded is None else sharded.max_length
+        mask = _given_mask(attention_mask, kv_len) & _packed(query, kwargs)
+    if sharded is not None:
+        if options:
+            raise ValueError(
+                f"a cache over several ranks has no {' and no '.join(_ON_REQUEST[option] for option in options)}"
+            )
+        newest = mask.band() == (None, 0) and sharded.is_uniform
+        out = sharded.attend(query, mask=None if newest else mask, scale=scaling, softcap=softcap or 0.0)
+        return out.transpose(1, 2).contiguous(), None
     out = compute(query, key, value, mask=mask, scale=scaling, softcap=softcap or 0.0, **options)
     return out.transpose(1, 2).contiguous(), None
 
@@ -322,10 +376,12 @@ def _plain_rule(q_len, kv_len, q_offset, kv_offset, causal, bidirectional, local
     return _CAUSAL if left is None and offset is None else Window(left, 0, offset)
 
 
-def _mask_of_layer(query: Tensor, causal: bool, sliding_window: int | None, kwargs: dict) -> Mask:
+def _mask_of_layer(query: Tensor, causal: bool, sliding_window: int | None, kwargs: dict, on_mesh: bool) -> Mask:
     """The mask where transformers made none."""
     packed = _packed(query, kwargs)
     if isinstance(packed, Unmasked):
+        if sliding_window is not None and on_mesh:
+            return Window(sliding_window - 1, 0 if causal else sliding_window - 1)
         if sliding_window is not None:
             raise ValueError(
                 f"sliding_window={sliding_window} came without a mask; expected one from transformers.masking_utils"
@@ -433,7 +489,7 @@ def _one_run_per_row(
             torch._assert_async(~broken.any(), "attention_mask: a row sees several separate runs of keys")
         return Intervals(intervals)
     if plain is None and start.device.type == "cpu":  # elsewhere each number that is looked at would be waited for
-        plain = _band_of_corners(intervals)
+        plain = band_of(intervals)
     same = torch.zeros((), dtype=torch.bool, device=start.device)
     if plain is not None:
         expected = plain.intervals(start.shape[0], intervals.q_len, kv_len, start.device)
@@ -449,17 +505,6 @@ def _one_run_per_row(
             "tokenizer.padding_side = 'left'"
         )
     return plain if is_plain and plain is not None else Intervals(intervals)
-
-
-def _band_of_corners(intervals: RowIntervals) -> Mask | None:
-    """The only band that these rows can be: the first row's end and the last row's beginning say which."""
-    q_len, kv_len = intervals.q_len, intervals.kv_len
-    if 0 in (q_len, kv_len) or intervals.start.shape[0] == 0:
-        return None
-    first_stop, last_start = int(intervals.stop[0, 0]), int(intervals.start[0, -1])
-    left = None if last_start == 0 else kv_len - 1 - last_start
-    right = None if first_stop == kv_len else first_stop - 1 - (kv_len - q_len)
-    return None if right is not None and right < 0 else Window(left, right)
 
 
 def _can_look(x: Tensor) -> bool:
@@ -499,23 +544,26 @@ class KVCacheLayer(CacheLayerMixin):
     """One layer of a :class:`FlashlibCache`. Its memory is reserved at the first token, when the shapes are known.
 
     Attributes:
-        store: the :class:`flashlib.inference.cache.KVCache`; None before the first token.
+        store: the :class:`flashlib.inference.cache.KVCache`, or over a mesh the :class:`flashlib.parallel.ShardedKVCache`; None before the first token.
     """
 
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, mesh: DeviceMesh | None = None) -> None:
         super().__init__()
-        self.capacity = capacity
-        self.store: Any = None  # a KVCache, once it is initialized
+        self.capacity, self.mesh = capacity, mesh
+        self.store: Any = None  # once it is initialized
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, kv_heads, _, head_dim = key_states.shape
-        v_head_dim, dtype, device = value_states.shape[3], key_states.dtype, key_states.device
-        self.store = KVCache(
-            batch, kv_heads, self.capacity, head_dim, v_head_dim=v_head_dim, dtype=dtype, device=device
-        )
+        sizes = (batch, kv_heads, self.capacity, head_dim)
+        kind: Any = KVCache
+        if self.mesh is not None:
+            from flashlib.parallel import ShardedKVCache
+
+            kind = partial(ShardedKVCache, self.mesh)
+        self.store = kind(*sizes, v_head_dim=value_states.shape[3], dtype=key_states.dtype, device=key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -568,6 +616,8 @@ class KVCacheLayer(CacheLayerMixin):
 
     def _show(self) -> tuple[Tensor, Tensor]:
         self.keys, self.values = self.store.keys, self.store.values
+        if self.mesh is not None:
+            vars(self.keys)["flashlib_cache"] = self.store  # by which attention_forward knows that they are not all
         return self.keys, self.values
 
 
@@ -580,23 +630,25 @@ class FlashlibCache(Cache):
     Args:
         capacity: how many tokens each request may hold, prompt and output together. One more raises
             :class:`flashlib.inference.cache.CacheFullError`.
+        mesh: over whose ranks the tokens are spread (:class:`flashlib.parallel.ShardedKVCache`): each rank runs the whole model on the same input, holds a
+            W-th of the cache, and gets the same tokens. None for a cache on this rank alone.
 
     Raises:
         TypeError, ValueError: ``capacity`` is not a positive int.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, mesh: DeviceMesh | None = None) -> None:
         if isinstance(capacity, bool) or not isinstance(capacity, int):
             raise TypeError(f"capacity must be an int; got {type(capacity).__name__}")
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1; got {capacity}")
-        layer: Any = partial(KVCacheLayer, capacity)
+        layer: Any = partial(KVCacheLayer, capacity, mesh)
         super().__init__(layer_class_to_replicate=layer)
         self.capacity = capacity
 
     @property
-    def stores(self) -> list[KVCache]:
-        """Each layer's :class:`flashlib.inference.cache.KVCache`; empty before the first token."""
+    def stores(self) -> list[Any]:
+        """Each layer's :class:`flashlib.inference.cache.KVCache`, or over a mesh its :class:`flashlib.parallel.ShardedKVCache`; empty before the first token."""
         return [layer.store for layer in self.layers if isinstance(layer, KVCacheLayer) and layer.is_initialized]
 
     @property

@@ -145,3 +145,28 @@ def test_what_makes_no_sense_is_refused_in_a_line(arguments, message) -> None:
 def test_what_is_known_is_listed() -> None:
     text = _run("cost", "--list").stdout
     assert "deepseek-v3" in text and "rtx-4090" in text
+
+
+def test_what_ranks_send_on_paper() -> None:
+    told = _run("cost", "--parallel", "ring=8", "--link", "nvlink4", "--context", "131072")
+    assert told.exit_code == 0, told.output
+    for part in ("ring=8 on NVIDIA H200", "zigzag", "contiguous", "4,096", "hybrid: pays up to", "All of it on paper"):
+        assert part in told.output
+    found = json.loads(_run("cost", "--parallel", "hybrid=4x8", "--json").output)
+    assert found["on_paper"] and found["chosen"]["zigzag"]["devices"] == 32
+    assert found["stops_paying"]["hybrid"] >= found["stops_paying"]["ring"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parallel", "ring"], "parallel must be ring=N, all_to_all=N, gather=N or hybrid=RxN; got 'ring'"),
+        (["--parallel", "ring=0"], "parallel must be at least 1; got 0"),
+        (["--parallel", "hybrid=8"], "got 'hybrid=8'"),
+        (["--parallel", "all_to_all=64"], "must divide the 32 query heads; got 64"),
+        (["--parallel", "ring=8", "--link", "string"], "link must be one of nvlink4"),
+    ],
+)
+def test_what_parallel_refuses(arguments, message) -> None:
+    told = _run("cost", *arguments)
+    assert told.exit_code == 1 and message in told.output

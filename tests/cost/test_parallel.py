@@ -38,12 +38,30 @@ def test_zigzag_balances_a_causal_mask() -> None:
 
 
 def test_bytes_sent() -> None:
-    problem = Problem.causal(1, 32, 8, 1024, 1024, 128)
-    # A ring: a device's keys and values, an eighth of all, go out seven times.
+    problem = Problem(1, 32, 8, 1024, 1024, 128)
+    # A ring: a device's keys and values, an eighth of all, go out seven times. In the backward again, and their gradients come back.
     assert Parallel(context=8).sent(problem) == 7 * (1024 / 8) * 8 * 2 * 128 * 2
+    assert Parallel(context=8).sent_backward(problem) == 2 * Parallel(context=8).sent(problem)
     # All-to-all: of its tokens' q, k, v and out, all but the part that it keeps.
     assert Parallel(sequence=4).sent(problem) == 256 * (32 * 2 + 8 * 2) * 128 * 2 * 3 / 4
+    # Two KV heads for four devices: each device's tokens' keys go to three others, one head to each.
+    few = Problem(1, 32, 2, 1024, 1024, 128)
+    assert Parallel(sequence=4).sent(few) == 256 * (32 * 2 * 3 / 4 + 3 * 2) * 128 * 2
     assert Parallel(tensor=8).sent(problem) == 0
+
+
+def test_what_no_row_sees_is_not_sent() -> None:
+    causal = Problem.causal(1, 1, 1, 64, 64, 1)
+    assert Parallel(context=4, order="contiguous").received(causal) == [0, 16, 32, 48]
+    assert Parallel(context=4, order="contiguous").sent_by(causal) == [48, 32, 16, 0]
+    # In zigzag order the last of a device's rows see all before them, and of 8 parts device n has the n-th from either end.
+    assert Parallel(context=4).received(causal) == [8 * 8 - 8 * n - 16 for n in range(4)]
+    window = Problem.causal(1, 1, 1, 64, 64, 1, window=5)
+    assert Parallel(context=4, order="contiguous").received(window) == [0, 5, 5, 5]
+    packed = Problem(1, 1, 1, 64, 64, 1, visible=(Visible.packed([16] * 4),))
+    assert Parallel(context=4, order="contiguous").received(packed) == [0, 0, 0, 0]
+    both = Problem(2, 1, 1, 64, 64, 1, visible=(Visible.packed([16] * 4), Visible.packed([20, 44])))
+    assert Parallel(context=4, order="contiguous").received(both) == [4, 48, 28, 28]
 
 
 @pytest.mark.parametrize(

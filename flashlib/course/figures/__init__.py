@@ -11,6 +11,7 @@ from flashlib.course.figures.hierarchy import h200_memory, memory_hierarchy
 from flashlib.course.figures.kernels import program_lanes
 from flashlib.course.figures.pages import page_map
 from flashlib.course.figures.programs import attention_programs
+from flashlib.course.figures.rings import ring_sweep
 from flashlib.course.figures.roofs import estimates, under_roofs
 from flashlib.course.figures.scaling import power_laws
 from flashlib.course.figures.splits import split_schedule, split_shares
@@ -42,6 +43,7 @@ __all__ = [
     "power_laws",
     "program_lanes",
     "recorded",
+    "ring_sweep",
     "rotary_figure",
     "running_softmax",
     "split_schedule",

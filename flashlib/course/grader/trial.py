@@ -207,6 +207,17 @@ class Trial:
             self.fail_as(copied, got=got, expected=f"at most {memory // MIB} MiB")
         return reply
 
+    def grown_by(self, first: Callable[[], Any], run: Callable[[], Any]) -> int:
+        """Bytes by which a new process of the student grows at its largest in ``run()`` beyond what it had come to in ``first()``.
+
+        The kernel's record, read from outside. Both make their calls through this trial; ``first`` is so small that what it loads is all it takes.
+        """
+        self._process.end()
+        first()
+        before = self._process.child(metered=False).memory_peak()
+        run()
+        return self._process.end() - before
+
     def confirmed(self) -> None:
         """What this check counted was seen from outside, too: its points are not the process's own word."""
         self.own_word = False

@@ -180,9 +180,9 @@ def started_kernels(counts: Counter[str]):
         counts[launch.name] += 1
         start(launch)
 
-    def counted_plan(plan: Plan, *arguments) -> None:
+    def counted_plan(plan: Plan, *arguments) -> list:
         counts.update(plan.names)
-        start_plan(plan, *arguments)
+        return start_plan(plan, *arguments)
 
     with mock.patch.object(Launch, "start", counted), mock.patch.object(Plan, "start_on", counted_plan):
         yield

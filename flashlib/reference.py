@@ -5,7 +5,7 @@
 * :func:`error_budget` says how far from the oracle a result may be: at most twice as far as naive attention in the same
   dtype. The factor 2 is the criterion of FlashAttention's own test suite. Two things make it fair on small inputs, where
   naive attention may be exact by luck or by structure (the softmax of one key is 1, whatever its score): naive's error is
-  the worst over several orders of keys and channels, and the roundings that no algorithm can avoid are granted on top.
+  the worst over several orders of rows, keys and channels, and the roundings that no algorithm can avoid are granted on top.
 
 A budget is a finite number. Where naive attention overflows its dtype, as fp16 does at a score of 65,520, its scores are kept in the
 accumulation dtype instead. Where that overflows, too, or the exact result does not fit the dtype or is no number, there is no budget,
@@ -39,7 +39,8 @@ __all__ = [
 ]
 
 # Rounding errors of naive attention on a small input are a small sample: one lucky draw would make the budget unfairly
-# tight. Reordering the keys or the channels changes no exact result but redraws every rounding error.
+# tight. Reordering the rows, the keys or the channels changes no exact result but redraws every rounding error: outputs and dQ are
+# sums over keys, scores over channels, dK and dV over rows.
 REORDERINGS = 8
 LARGE_ENOUGH = 2**20  # scores; beyond this one draw already holds a representative worst case
 
@@ -217,8 +218,8 @@ def error_budget(q: Tensor, k: Tensor, v: Tensor, **options) -> ErrorBudget:
 def _budget(q: Tensor, k: Tensor, v: Tensor, exact_out: Tensor, exact_lse: Tensor, **options) -> ErrorBudget:
     spec = AttentionSpec.from_tensors(q, k, v, **options)
     worst = dict.fromkeys(("out", "lse"), 0.0)
-    for _, _, problem in _reordered(q, k, v, spec):
-        _raise_to(worst, _naive, (*problem, spec), (exact_out, exact_lse))
+    for rows, _, _, problem in _reordered(q, k, v, spec):
+        _raise_to(worst, _naive, (*problem, spec), (exact_out[:, :, rows], exact_lse[:, :, rows]))
     terms = _rounding_of_terms(q, k, v, exact_out, exact_lse, spec)
     return ErrorBudget(
         out=_finite_budget("out", 2 * worst["out"] + one_rounding(exact_out, spec.dtype) + terms["out"], spec),
@@ -252,25 +253,30 @@ def _finite_budget(name: str, budget: float, spec: AttentionSpec) -> float:
     return budget
 
 
-def _reorderings(spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor]]:
-    """Orders of the keys and of the channels in which to repeat the naive computation; first the order given."""
-    yield torch.arange(spec.kv_len, device=spec.device), torch.arange(spec.head_dim, device=spec.device)
+def _reorderings(spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Orders of the rows, the keys and the channels in which to repeat the naive computation; first the order given."""
+    sizes = spec.q_len, spec.kv_len, spec.head_dim
+    rows, keys, channels = (torch.arange(size, device=spec.device) for size in sizes)
+    yield rows, keys, channels
     small = spec.batch * spec.q_heads * spec.q_len * spec.kv_len < LARGE_ENOUGH
     generator = torch.Generator("cpu").manual_seed(0)  # the budget of given inputs is a number, not a draw
     for _ in range(REORDERINGS if small else 0):
-        keys, channels = (
-            torch.randperm(size, generator=generator, device="cpu") for size in (spec.kv_len, spec.head_dim)
-        )
-        yield keys.to(spec.device), channels.to(spec.device)
+        rows, keys, channels = (torch.randperm(size, generator=generator, device="cpu") for size in sizes)
+        yield rows.to(spec.device), keys.to(spec.device), channels.to(spec.device)
 
 
-def _reordered(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor, tuple]]:
-    """The problem in each order: keys, channels, and ``(q, k, v, visible, bias)`` as :func:`_naive` takes them."""
+def _reordered(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple]]:
+    """The problem in each order: rows, keys, channels, and ``(q, k, v, visible, bias, keep)`` as :func:`_naive` takes them."""
     q, k, v = hide_unseen(q.detach(), k.detach(), v.detach(), spec)
     dense = _dense(spec)
-    for keys, channels in _reorderings(spec):
-        by_key = (None if x is None else x[..., keys] for x in dense)
-        yield keys, channels, (q[..., channels], k[:, :, keys][..., channels], v[:, :, keys], *by_key)
+    for rows, keys, channels in _reorderings(spec):
+        by_pair = (None if x is None else x[..., rows, :][..., keys] for x in dense)
+        yield (
+            rows,
+            keys,
+            channels,
+            (q[:, :, rows][..., channels], k[:, :, keys][..., channels], v[:, :, keys], *by_pair),
+        )
 
 
 def largest_error(result: Tensor, exact: Tensor) -> float:
@@ -368,10 +374,11 @@ def check_gradients(gradients, q, k, v, grad_out, grad_lse=None, **options) -> C
     exact = oracle_gradients(q, k, v, grad_out, grad_lse, **options)
     names = ("dq", "dk", "dv")
     worst = dict.fromkeys(names, 0.0)
-    for keys, channels, problem in _reordered(q, k, v, spec):
+    for rows, keys, channels, problem in _reordered(q, k, v, spec):
         dq, dk, dv = exact
-        same_order = (dq[..., channels], dk[:, :, keys][..., channels], dv[:, :, keys])
-        _raise_to(worst, _naive_gradients, (*problem, grad_out, grad_lse, spec), same_order)
+        same_order = (dq[:, :, rows][..., channels], dk[:, :, keys][..., channels], dv[:, :, keys])
+        incoming = grad_out[:, :, rows], None if grad_lse is None else grad_lse[:, :, rows]
+        _raise_to(worst, _naive_gradients, (*problem, *incoming, spec), same_order)
     exact_out, exact_lse = oracle(q, k, v, **options)
     terms = _rounding_of_terms(q, k, v, exact_out, exact_lse, spec, grad_out, grad_lse)
     error, budget = {}, {}

@@ -35,14 +35,23 @@ from flashlib.masks import Mask, Window
 from flashlib.spec import AttentionSpec
 from flashlib.values import values_are_asked_for
 
-__all__ = ["decode_key", "find_route", "keep_decode_route", "new_route", "packed_key", "related_route", "route_key"]
+__all__ = [
+    "decode_key",
+    "find_route",
+    "keep_decode_route",
+    "keep_packed_route",
+    "new_route",
+    "packed_key",
+    "related_route",
+    "route_key",
+]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = (float, int, type(None))
 
 _COUNTS = (int, type(None))
 
-_routes: dict[tuple | None, Route | DecodeRoute] = {}
+_routes: dict[tuple | None, Route | DecodeRoute | PackedRoute] = {}
 _relatives: dict[tuple, Route] = {}  # by what is left of a key without lengths and strides
 _lock = threading.Lock()
 
@@ -79,6 +88,7 @@ def packed_key(
     """:func:`route_key` under ``Varlen(*ends) & Window(*window, ...)``, for which no mask need be made.
 
     Args:
+        q, k, v: as :func:`flashlib.attention` takes them; or the packs themselves, ``[tokens, H, D]``, for a route of :func:`keep_packed_route`.
         ends: cumulative lengths of queries and of keys.
     """
     if not _may_have_route(q, k, v, False, scale, softcap) or any(type(x) is not Tensor for x in ends):
@@ -263,7 +273,16 @@ def keep_decode_route(
             _keep(_routes, key, DecodeRoute(plan, config))
 
 
-def _keep(routes: dict, key: tuple, route: Route | DecodeRoute) -> None:
+def keep_packed_route(key: tuple | None, route: Route) -> None:
+    """Keep, for packs ``[tokens, H, D]`` of a ``key`` of their own, what a route does with views of them, where no gradient is wanted: a kernel is
+    told where they begin, and seven views take longer than its launch."""
+    (_, heads, tokens, width), (_, by_head, by_token, _), *_ = route.plan.results[0]
+    tokens_first = (heads == 1 or by_head == width) and (tokens == 1 or by_token == heads * width)
+    if key is not None and not route.needs_grad and tokens_first:
+        _keep(_routes, key, PackedRoute(route.plan.with_first((tokens, heads, width)), route.config))
+
+
+def _keep(routes: dict, key: tuple, route: Route | DecodeRoute | PackedRoute) -> None:
     with _lock:
         while len(routes) >= MOST_PLANS:
             routes.pop(next(iter(routes)))
@@ -286,6 +305,17 @@ class DecodeRoute:
         if block_table is not None:
             tensors = (*tensors, block_table)
         return tuple(self.plan.run(tensors)) if returns_lse else self.plan.run_first(tensors)
+
+
+@dataclass(eq=False)
+class PackedRoute:
+    """The plan of a class of packs without gradients."""
+
+    plan: Plan
+    config: FlashAttentionConfig
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, given: list[Tensor]) -> Tensor:
+        return self.plan.run_first((q, k, v, *given))
 
 
 @dataclass(eq=False)

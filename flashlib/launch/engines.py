@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -90,18 +90,24 @@ class TritonEngine:
         return empty_results(q, v)
 
     def _options(self, numbers):
-        if any(isinstance(x, Tensor) for x in numbers):
-            return _options_of(*numbers, self.precision, self.autotune)
-        return _same_options(*numbers, self.precision, self.autotune)
+        said = (*numbers, self.precision, self.autotune)
+        known = _known_options.get(said)
+        return _options_of(said) if known is None else known
 
 
-def _options_of(*numbers_and_settings):
+MOST_OPTIONS = 256
+_known_options: dict[tuple, Any] = {}  # by what was said; none that holds a tensor
+
+
+def _options_of(said: tuple):
     from flashlib.launch.options import KernelOptions
 
-    return KernelOptions.from_numbers(*numbers_and_settings)
-
-
-_same_options = lru_cache(maxsize=256)(_options_of)
+    options = KernelOptions.from_numbers(*said)
+    if not options.tensors():
+        if len(_known_options) >= MOST_OPTIONS:
+            _known_options.clear()
+        _known_options[said] = options
+    return options
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,9 @@ def _backward(q, k, v, out, lse, grad_out, grad_lse, *numbers_and_engine):
 
 _LIBRARY.impl("forward_pass", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("backward_pass", _backward, "CompositeExplicitAutograd")
+# Nothing of autograd's is to look at what a compiler has already differentiated.
+_LIBRARY.impl("forward_pass", torch.library.fallthrough_kernel, "Autograd")
+_LIBRARY.impl("backward_pass", torch.library.fallthrough_kernel, "Autograd")
 # Where autograd is off altogether, as in inference mode.
 _LIBRARY.impl("attention_forward", lambda *arguments: _forward_pass(*arguments), "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", lambda *arguments: _backward_pass(*arguments), "CompositeExplicitAutograd")

@@ -12,6 +12,7 @@ whether the kernel agrees, parameter by parameter. If not, as under a Triton tha
 from __future__ import annotations
 
 import struct
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,13 +22,25 @@ from typing import Any
 import torch
 
 from flashlib.launch.forms import Form, NotPlannable
-from flashlib.launch.recipes import Symbol, computed, number_type, plain, recording
+from flashlib.launch.recipes import Symbol, computed, is_wide, number_type, plain, recording
 from flashlib.launch.start import Launch, TileMap
 
 __all__ = ["Places", "library", "packet", "why_missing"]
 
 MAP_BYTES = 128
 SPECIALIZED, PLAIN, CONSTANT = 0, 1, 2  # parameters
+
+
+def _hash_triton() -> None:
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:  # a Triton that does it elsewhere does it later
+        return
+    triton_key()
+
+
+# Before its first kernel, Triton reads and hashes all of its own installation, for a third of a second; meanwhile ours are imported.
+_hashed = threading.Thread(target=_hash_triton, name="flashlib-hash-triton", daemon=True)
 
 
 @cache
@@ -43,6 +56,7 @@ def _library() -> tuple[ModuleType | None, str | None]:
             source, "flashlib_packets", include_dirs=[*map(str, headers)], libraries=["dl"]
         )
         compiled.use_torch(torch.Tensor.__dlpack_c_exchange_api__, torch.empty_strided)
+        _hashed.start()
         return compiled, None
     except (
         Exception
@@ -147,13 +161,8 @@ _codes: dict[tuple, Code | NotPlannable] = {}
 
 
 def _compiled(launch: Launch) -> Code:
-    tiles = launch.tiles
-    key = (
-        launch.kernel,
-        launch.device.index,
-        None if tiles is None else (tiles.num_warps, tiles.num_stages),
-        *kinds(launch),
-    )
+    # From the tiles alone follow the options that it is compiled with.
+    key = (launch.kernel, launch.device.index, launch.tiles, *kinds(launch))
     code = _codes.get(key)
     if code is None:
         if recording():
@@ -179,7 +188,7 @@ def kinds(launch: Launch) -> list:
         if role == CONSTANT or x is None:
             found.append(plain(x))
         elif kind is int:
-            wide = not -0x80000000 <= x <= 0x7FFFFFFF
+            wide = is_wide(x)
             found.append(wide if role == PLAIN else (wide, bool(x % 16 == 0), bool(x == 1)))
         elif kind is Form:
             found.append((x.dtype, bool(x.offset % 16 == 0)))
@@ -199,6 +208,8 @@ def _roles(kernel: Any) -> tuple[tuple[str, int], ...]:
 
 def compile_code(launch: Launch) -> Code:
     """Compile, or fetch from Triton's cache, what Triton would launch for such arguments, and see whether its parameters are as expected."""
+    if _hashed.is_alive():
+        _hashed.join()
     with torch.cuda.device(launch.device):
         kernel = launch.kernel.run(grid=(1, 1, 1), warmup=True, **launch.triton_arguments, **launch.compile_options)
         kernel = kernel.result() if hasattr(kernel, "result") else kernel

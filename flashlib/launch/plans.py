@@ -11,6 +11,8 @@ Without a plan (no C compiler, a profiler that listens to each launch, tiles tha
 
 from __future__ import annotations
 
+import copy
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +63,13 @@ class Plan:
         self.asks_for_more, self.scratch, self.counts = asks_for_more, scratch, counts
         self.packets, self.names = started, names
         self.start = packets.needed().run
+
+    def with_first(self, shape: tuple[int, ...]) -> Plan:
+        """The same plan, whose first result is a contiguous tensor of another ``shape``, which lies in memory as that of this one does."""
+        strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        other = copy.copy(self)
+        other.results = ((shape, strides, *self.results[0][2:]), *self.results[1:])
+        return other
 
     def run(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """Start the kernels on the current stream, and return the results.

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Recipe", "Symbol", "computed", "number_type", "plain", "record", "recording", "settled"]
+__all__ = ["Recipe", "Symbol", "computed", "is_wide", "number_type", "plain", "record", "recording", "settled"]
 
 Recipe = Callable[..., Any]  # of the numbers, to what the code made of them, or None
 
@@ -166,6 +166,15 @@ def plain(x: Any) -> Any:
         x.tape.check(f"{x.name} == {x.value!r}", True)
         return x.value
     return bool(x) if type(x) is _Condition else x
+
+
+def is_wide(x: Any) -> bool:
+    """Whether a whole number takes more than 32 bits."""
+    if type(x) is Symbol:
+        narrow = -0x80000000 <= x.value <= 0x7FFFFFFF
+        x.tape.check(f"-2147483648 <= {x.name} <= 2147483647", narrow)
+        return not narrow
+    return not -0x80000000 <= x <= 0x7FFFFFFF
 
 
 def recording() -> bool:

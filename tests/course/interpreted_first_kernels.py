@@ -6,7 +6,7 @@ import torch
 import triton
 
 from flashlib.course.chapters import first_kernels as kernels
-from flashlib.course.exercises.ex01 import softmax64, softmax_naive, softmax_terms
+from flashlib.course.exercises.softmax import softmax64, softmax_naive, softmax_terms
 from flashlib.course.grader.exercise import budget_of
 from flashlib.measure.counting.kernel_watch import KernelWatch, OutOfBoundsLoad, OutOfBoundsStore, Race, faults_raised
 from flashlib.reference import largest_error

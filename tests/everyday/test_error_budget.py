@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flashlib
-from flashlib import attention
+from flashlib import attention, reference
 from flashlib.reference import (
     ErrorBudget,
     assert_gradients_within_budget,
@@ -51,6 +51,17 @@ def test_and_that_nothing_else_is(dtype, size, rng):
         assert not check(torch.full_like(v, wrong), None, q, k, v).passed
         grad = torch.randn_like(v)
         assert not check_gradients([torch.full_like(x, wrong) for x in (q, k, v)], q, k, v, grad).passed
+
+
+def test_sums_over_rows_are_redrawn_too(monkeypatch):
+    """In float64 naive attention in the order of the oracle makes no error at all, and who sums dV in another order makes one."""
+    q, k, v, grad = (torch.zeros(1, 3, rows, 8, dtype=torch.float64) for rows in (31, 4, 4, 31))
+    grad.normal_()
+    right = torch.zeros_like(q), torch.zeros_like(k), (grad.flip(2).cumsum(2)[:, :, -1:] / 4).expand(v.shape)
+    redrawn = check_gradients(right, q, k, v, grad)
+    assert redrawn.passed and redrawn.error["dv"] > 0
+    monkeypatch.setattr(reference, "REORDERINGS", 0)
+    assert redrawn.budget["dv"] > check_gradients(right, q, k, v, grad).budget["dv"]
 
 
 @pytest.mark.parametrize(("dtype", "size"), OVERFLOWING)

@@ -17,7 +17,7 @@ def rounds() -> int:
     return int(os.environ.get("FLASHLIB_ROUNDS", "1"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sandbox_of() -> Iterator[Callable[[Exercise], Sandbox]]:
     """The sandbox for an exercise. Those that need the same loaded share one: to load PyTorch takes longer than to grade a file."""
     with ExitStack() as opened:

@@ -170,7 +170,6 @@ def answering(answer: Callable[[bytes, int | None], bytes], groups: frozenset[st
     """The grader's side of a child whose answers this process makes, from the request and the memory that comes with it."""
     ours, theirs = socket.socketpair()
     reader, writer = os.pipe()
-    os.close(writer)
     for each in (ours, theirs):
         each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24)
     theirs.settimeout(2.0)
@@ -186,6 +185,7 @@ def answering(answer: Callable[[bytes, int | None], bytes], groups: frozenset[st
     finally:
         child.end()
         theirs.close()
+        os.close(writer)
 
 
 class _Sink:

@@ -275,14 +275,8 @@ ROUTES = {
 }
 
 
-@pytest.fixture(scope="module")
-def sandboxes():
-    with sandbox_for(exercise(SDPA | SOFTMAX)) as banned, sandbox_for(exercise({})) as free:
-        yield banned, free
-
-
 @pytest.mark.parametrize("route", ROUTES)
-def test_ways_around_are_closed(sandboxes, route):
+def test_ways_around_are_closed(sandbox_of, route):
     source = f"""
 import gc
 from concurrent.futures import ThreadPoolExecutor
@@ -297,7 +291,7 @@ def routes(x, q):
     return True
 """
 
-    def goes(forbidden, sandbox):
+    def goes(forbidden):
         declared = exercise(forbidden)
 
         @declared.property(points=1)
@@ -305,11 +299,10 @@ def routes(x, q):
             """routes"""
             t.call("routes", t.randn(5, 7), t.randn(1, 2, 6, 8))
 
-        return grade(declared, Submission("router", source.encode()), sandbox)
+        return grade(declared, Submission("router", source.encode()), sandbox_of(declared))
 
-    banned, free = sandboxes
-    assert goes({}, free).passed, "no way where nothing is forbidden"
-    report = goes(SDPA | SOFTMAX, banned)
+    assert goes({}).passed, "no way where nothing is forbidden"
+    report = goes(SDPA | SOFTMAX)
     assert set(report.diagnoses) <= {"softmax-called", "sdpa-called"} and report.diagnoses, report
 
 
@@ -321,7 +314,7 @@ def routes(x, q):
         "f = torch.compile(lambda x: x)",
     ],
 )
-def test_compiling_is_refused_by_name_at_once(sandboxes, use):
+def test_compiling_is_refused_by_name_at_once(sandbox_of, use):
     declared = exercise({})
 
     @declared.property(points=1)
@@ -329,5 +322,5 @@ def test_compiling_is_refused_by_name_at_once(sandboxes, use):
         """compiles"""
         t.call("f", t.randn(3))
 
-    report = grade(declared, Submission("compiler", f"import torch\n\n\n{use}\n".encode()), sandboxes[1])
+    report = grade(declared, Submission("compiler", f"import torch\n\n\n{use}\n".encode()), sandbox_of(declared))
     assert report.diagnoses == ("compile-called",) and "torch.compile" in str(report) and report.seconds < 20

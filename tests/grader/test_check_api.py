@@ -88,9 +88,8 @@ def any_rows(t):
 
 
 @pytest.fixture(scope="module")
-def sandbox():
-    with sandbox_for(make_exercise()) as sandbox:
-        yield sandbox
+def sandbox(sandbox_of):
+    return sandbox_of(make_exercise())
 
 
 def run(sandbox, exercise, source, **options):

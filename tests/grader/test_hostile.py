@@ -96,7 +96,7 @@ def graded_class(zygotes_of_others, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classroom, "grade", note_what_is_left)
-        graded = grade_class(students, [exercise], jobs=2, hidden=(folder, results))
+        graded = grade_class(students, [exercise], jobs=3, hidden=(folder, results))  # most of it is waiting
     assert set(after_each) == {student.name for student in students}
     assert {name: left for name, left in after_each.items() if left} == {}
     assert traces() == traces_before

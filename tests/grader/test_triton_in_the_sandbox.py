@@ -5,9 +5,10 @@ import importlib.util
 import pytest
 import torch
 
+from flashlib.course.grader.exercise import load_exercise
 from flashlib.course.grader.front_door import check
 from flashlib.course.grader.sandbox.outcome import Limits, StudentError
-from flashlib.course.grader.sandbox.session import REPOSITORY, Sandbox
+from flashlib.course.grader.sandbox.session import REPOSITORY
 
 KERNELS = b"""import torch
 import triton
@@ -85,12 +86,11 @@ def launch_with_endless_causes(x):
 
 
 @pytest.fixture(scope="module")
-def child():
-    with Sandbox(preload=("triton",), environment={"TRITON_INTERPRET": "1"}) as sandbox:
-        child = sandbox.open_child(KERNELS, "ex99_kernels.py", Limits(), {})
-        child.load()
-        yield child
-        child.end()
+def child(sandbox_of):
+    child = sandbox_of(load_exercise("ex07")).open_child(KERNELS, "ex99_kernels.py", Limits(), {})
+    child.load()
+    yield child
+    child.end()
 
 
 def failure(child, function, *args) -> StudentError:
@@ -195,9 +195,8 @@ def launch(x):
 
 
 @pytest.fixture(scope="module")
-def compiling():
-    with Sandbox(preload=("triton",), environment={"TRITON_INTERPRET": "1"}) as sandbox:
-        yield sandbox.for_compiling()
+def compiling(sandbox_of):
+    return sandbox_of(load_exercise("ex07")).for_compiling()
 
 
 def compiled(sandbox, dtype=torch.float32, **parts):

@@ -128,6 +128,15 @@ def test_rows_in_falling_and_in_rising_order_of_scores(library):
         assert_within_budget(out, q, k, v, lse=lse)
 
 
+def test_sums_do_not_drift_from_tile_to_tile(library):
+    """While the largest score stays what it is, what has been summed is multiplied by 1 exactly, tile after tile."""
+    for largest in (0.7, 1.1, 1.9, 3.3):
+        q, k, v = torch.ones(1, 1, 40, 16), torch.randn(1, 1, 12_000, 16) / 16, torch.randn(1, 1, 12_000, 8)
+        k[:, :, 0] = largest
+        out, lse = forward(Problem(q, k, v, {}), library)
+        assert_within_budget(out, q, k, v, lse=lse)
+
+
 def test_the_number_of_threads_changes_no_bit(library, rng):
     problems = [
         drawn(rng, dtypes=(torch.float32,), lengths=(1, 8, 100, 700, 1500), head_dims=(16, 64)) for _ in range(6)

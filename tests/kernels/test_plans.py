@@ -339,3 +339,44 @@ def test_a_launch_recorded_is_a_dataclass_of_what_the_driver_gets():
     with recorded() as launches:
         attend(*tensors())
     assert dataclasses.asdict(launches[-1])["grid"] == launches[-1].grid != (0, 0, 0)
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "heads first", "one head"])
+def test_packs_of_a_known_class_are_started_where_they_lie(layout):
+    """No mask and no view is made; what comes out lies as it did for the first call."""
+    from flashlib import use_config
+    from flashlib.config import FlashAttentionConfig
+    from flashlib.interop.flash_attn import flash_attn_interface
+
+    heads = 1 if layout == "one head" else 4
+    shape = (heads, 100, 64) if layout == "heads first" else (100, heads, 64)
+    q, k, v = (torch.randn(shape).bfloat16() for _ in range(3))
+    if layout == "heads first":
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    ends = torch.tensor([0, 30, 100], dtype=torch.int32)
+
+    def unread(*tensors):
+        return False
+
+    with (
+        recorded() as launches,
+        use_config(FlashAttentionConfig(order=("triton",))),
+        mock.patch("flashlib.masks.may_read", unread),
+        mock.patch.object(flash_attn_interface, "may_read", unread),
+    ):
+        outs, started = [], []
+        for _ in range(4):
+            before = len(launches)
+            with mock.patch.object(Varlen, "__init__", autospec=True, side_effect=Varlen.__init__) as made:
+                outs.append(flash_attn_interface.flash_attn_varlen_func(q, k, v, ends, ends, 70, 70, causal=True))
+            started.append([launches[at] for at in range(before, len(launches))])
+            assert made.call_count == (len(outs) == 1)
+        assert all(out.shape == (100, heads, 64) and out.is_contiguous() for out in outs)
+        assert len({tuple((x.function, x.grid) for x in each) for each in started}) == 1
+        for out, each in zip(outs, started, strict=True):
+            assert all(any(holds(x.image, tensor) for x in each) for tensor in (q, k, v, ends))
+            assert layout == "heads first" or any(holds(x.image, out) for x in each)
+        grads = [x.requires_grad_() for x in (q.detach(), k.detach(), v.detach())]
+        for _ in range(3):
+            out = flash_attn_interface.flash_attn_varlen_func(*grads, ends, ends, 70, 70, causal=True)
+            assert out.requires_grad

@@ -47,7 +47,7 @@ An exercise `ex42` is three things that you write:
    ```
 
    A property draws inputs from `t` (`t.randn`, `t.uniform`, `t.integer`, `t.permutation`: seeded afresh on each run, so
-   never use torch's global generator), calls the student, and judges. It passes if it returns and fails by:
+   never use torch's global generator; q, k and v by `drawing.draw`), calls the student, and judges. It passes if it returns and fails by:
 
    - `t.check(target, *args, **kwargs)`: call, compare with the oracle within the budget, name the misconception whose
      model gives the same wrong answer, else wrong-shape, nan-produced, wrong-values, wrong-dtype. Returns the answer.
@@ -79,6 +79,9 @@ An exercise `ex42` is three things that you write:
    student only allocates (`torch.empty`) holds NaN there, too.
    Everything structural needs no word from you: exception (with the student's own traceback), missing, not-implemented,
    timeout, memory-limit, process-ended, exit, output-flood, forbidden operations.
+
+   What is said to a student of a mistake that several exercises know stands in `mistakes.py` and is taken from there by name:
+   `replace(HEADS_MODULO, model=...)`. Mistakes in attention's formula come with their models: `formula_mistakes`.
 
 3. `tests/grader/wrong/ex42/<mistake>.py`, at least ten wrong solutions that people really write, each with a first line
    `# diagnosis: slug` (several, separated by commas, if one mistake rightly shows as several), and at least two

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises import drawing
+from flashlib.course.exercises.formula import Dense, formula_mistakes
+from flashlib.course.exercises.mistakes import (
+    ASSUMES_CONTIGUOUS,
+    CAUSAL_IGNORED,
+    CAUSAL_MISSES_ITSELF,
+    CAUSAL_SEES_THE_NEXT,
+    CAUSAL_TOP_LEFT,
+    KEYS_RESHAPED,
+)
+from flashlib.course.exercises.softmax import (
+    NOT_NORMALIZED,
+    row_max,
+    softmax64,
+    softmax_naive,
+    softmax_terms,
+    softmax_with,
+)
 from flashlib.course.grader.exercise import SDPA, SOFTMAX, Exercise, Misconception, Target, budget_of
 from flashlib.course.grader.inputs import transposed_in_poison
 from flashlib.course.grader.trial import Trial
@@ -25,37 +44,6 @@ exercise = Exercise(
 )
 
 # ------------------------------------------------------------------------------------------------------------- softmax
-
-
-def softmax_with(x: Tensor, shift: Tensor) -> Tensor:
-    """exp(x - shift) over its sum, in x's dtype or at least float32, with no care for anything."""
-    weights = torch.exp(x.to(torch.promote_types(x.dtype, torch.float32)) - shift)
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def row_max(x: Tensor) -> Tensor:
-    """The maximum of each row; 0 where the row has no finite entry, so that -inf - max stays -inf."""
-    maximum = x.amax(-1, keepdim=True)
-    return maximum.masked_fill(maximum == -torch.inf, 0.0)
-
-
-def softmax64(x: Tensor) -> Tensor:
-    weights = torch.exp(x.double() - row_max(x.double()))
-    total = weights.sum(-1, keepdim=True)
-    return weights / total.masked_fill(total == 0, 1.0)
-
-
-def softmax_naive(x: Tensor) -> list[Tensor]:
-    """Two right ways to round: PyTorch's own, and the formula in at least float32."""
-    own = torch.softmax(x, -1).masked_fill((x == -torch.inf).all(-1, keepdim=True), 0.0)
-    formula = softmax_with(x, row_max(x)).to(x.dtype)
-    return [own, formula.masked_fill((x == -torch.inf).all(-1, keepdim=True), 0.0)]
-
-
-def softmax_terms(x: Tensor) -> Tensor:
-    """Each weight exp(y) / sum: y = x - max is rounded, exp(y) is, and the sum is."""
-    shift = x - row_max(x)
-    return softmax64(x) * (2 + shift.masked_fill(shift == -torch.inf, 0.0).abs())
 
 
 def summed_in_half(x: Tensor) -> Tensor:
@@ -118,12 +106,7 @@ _PLAIN_MISTAKES = (
         "Print the sum of your result over the last axis. What should it be?",
         lambda x: softmax64(x[None].mT).mT[0],
     ),
-    Misconception(
-        "not-normalized",
-        "The exponentials were not divided by their sum.",
-        "Softmax gives weights: they sum to 1.",
-        lambda x: torch.exp(x.double() - row_max(x.double())),
-    ),
+    replace(NOT_NORMALIZED, model=lambda x: torch.exp(x.double() - row_max(x.double()))),
     Misconception(
         "epsilon-in-denominator",
         "Something was added to the denominator. It makes every weight too small, and it is not needed.",
@@ -286,24 +269,25 @@ def _keys_reversed(q, k, v, scale=None, causal=False):
     )
 
 
-def _over_queries(q, k, v, scale=None, causal=False):
-    return softmax64(_masked(_scores(q, k, scale), causal).mT).mT @ v.double()
+def as_dense(q, k, v, scale=None, causal=False) -> Dense:
+    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1 + k.shape[-2] - q.shape[-2])
+    return Dense(
+        q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, scale is None, hidden=hidden if causal else None
+    )
 
 
+# The causal ones, and those of the softmax, are more than the formula knows of.
 _FORMULA_MISTAKES = (
-    Misconception(
-        "keys-reshaped",
-        "The keys were reshaped where they should be transposed: same shape, numbers in other places.",
-        "reshape keeps the order of the numbers in memory. Which operation swaps two axes?",
-        lambda q, k, v, scale=None, causal=False: (
+    *(
+        mistake
+        for mistake in formula_mistakes(as_dense, lambda out, lse: out)
+        if mistake.slug in ("missing-scale", "scale-ignored", "wrong-axis")
+    ),
+    replace(
+        KEYS_RESHAPED,
+        model=lambda q, k, v, scale=None, causal=False: (
             softmax64(_masked(_scores(q, k.reshape(*k.shape[:2], *k.shape[:1:-1]).mT, scale), causal)) @ v.double()
         ),
-    ),
-    Misconception(
-        "missing-scale",
-        "The scores were not scaled. Without 1 / sqrt(D) they grow with the head dimension, and softmax saturates.",
-        "What is the variance of a dot product of two random vectors of length D?",
-        lambda q, k, v, scale=None, causal=False: softmax64(_masked(_scores(q, k, 1.0), causal)) @ v.double(),
     ),
     Misconception(
         "scaled-by-d",
@@ -321,42 +305,17 @@ _FORMULA_MISTAKES = (
             softmax64(_masked(_scores(q, k, q.shape[-2] ** -0.5), causal)) @ v.double()
         ),
     ),
-    Misconception(
-        "scale-ignored",
-        "The scale that the caller gave was not used: the answer is the one for 1 / sqrt(D).",
-        "When is the default taken? Only when the caller gave none.",
-        lambda q, k, v, scale=None, causal=False: softmax64(_masked(_scores(q, k, None), causal)) @ v.double(),
+    replace(
+        CAUSAL_IGNORED, model=lambda q, k, v, scale=None, causal=False: softmax64(_scores(q, k, scale)) @ v.double()
     ),
-    Misconception(
-        "wrong-axis",
-        "The softmax ran over the queries, not over the keys.",
-        "The weights of one query over all keys sum to 1. Which axis of the scores holds the keys?",
-        _over_queries,
+    replace(
+        CAUSAL_TOP_LEFT,
+        model=lambda q, k, v, scale=None, causal=False: (
+            softmax64(_masked(_scores(q, k, scale), causal, 0)) @ v.double()
+        ),
     ),
-    Misconception(
-        "causal-ignored",
-        "causal=True made no difference.",
-        "Query i may look at key j only if j lies in its past.",
-        lambda q, k, v, scale=None, causal=False: softmax64(_scores(q, k, scale)) @ v.double(),
-    ),
-    Misconception(
-        "causal-top-left",
-        "The causal mask starts at the top left corner. With Sq != Sk the last query must see the last key.",
-        "The queries are the last Sq positions of a sequence of Sk. At which position does query 0 stand?",
-        lambda q, k, v, scale=None, causal=False: softmax64(_masked(_scores(q, k, scale), causal, 0)) @ v.double(),
-    ),
-    Misconception(
-        "causal-misses-itself",
-        "The causal mask hides the diagonal too: a query does not see its own position.",
-        "Is a position part of its own past? Look at query 0.",
-        _shifted_mask(-1),
-    ),
-    Misconception(
-        "causal-sees-the-next",
-        "The causal mask is one too wide: each query sees one key of its future.",
-        "Write the mask of a 3 x 3 example down and compare it with the first row.",
-        _shifted_mask(1),
-    ),
+    replace(CAUSAL_MISSES_ITSELF, model=_shifted_mask(-1)),
+    replace(CAUSAL_SEES_THE_NEXT, model=_shifted_mask(1)),
     Misconception(
         "causal-reversed",
         "The causal mask hides the past and shows the future.",
@@ -412,22 +371,10 @@ def _in_attention(mistake: Misconception) -> Misconception:
 
 
 ATTENTION_MISTAKES = (*_FORMULA_MISTAKES, *(_in_attention(mistake) for mistake in SOFTMAX_MISTAKES))
-ASSUMES_CONTIGUOUS = Misconception(
-    "assumes-contiguous",
-    "Your code needs inputs that lie in memory in the order of their axes. A transposed tensor does not.",
-    "view works on contiguous memory only. Do you need to change the shape at all?",
-)
-
 attention = Target("naive_attention", oracle=attention64, budget=attention_budget, misconceptions=ATTENTION_MISTAKES)
 
 
-def draw(t: Trial, queries: int, keys: int, *, dim: int = 8, v_dim: int = 8, dtype: torch.dtype = torch.float32):
-    """q [2, 3, queries, dim], k [2, 3, keys, dim], v [2, 3, keys, v_dim]."""
-    return (
-        t.randn(2, 3, queries, dim, dtype=dtype),
-        t.randn(2, 3, keys, dim, dtype=dtype),
-        t.randn(2, 3, keys, v_dim, dtype=dtype),
-    )
+draw = partial(drawing.draw, batch=2, heads=3, dim=8, v_dim=8)
 
 
 @exercise.property(points=2, hints=["Write the shape beside each line: scores [B, H, Sq, Sk], output [B, H, Sq, Dv]."])

@@ -21,7 +21,7 @@ from flashlib.course.exercises.online_softmax import (
     step,
     step64,
 )
-from flashlib.course.exercises.pieces import FOLD_MISTAKES, PIECE_MISTAKES, combine64, fold_budget
+from flashlib.course.exercises.pieces import FOLD_MISTAKES, NO_PIECES, PIECE_MISTAKES, combine64, fold_budget
 from flashlib.course.grader.exercise import SDPA, SOFTMAX, Exercise, Misconception, Target, budget_of
 from flashlib.course.grader.inputs import in_poison, ramp
 from flashlib.course.grader.sandbox.confine import MIB
@@ -447,12 +447,6 @@ def merge_leaves_its_arguments_alone(t: Trial) -> None:
 # ---------------------------------------------------------------------------------------------------------------- fold
 
 
-FOLD_OF_NOTHING = Misconception(
-    "fold-of-nothing",
-    "There may be no piece at all. Attention over no keys is 0, with an lse of -inf.",
-    "Which piece changes nothing when it is merged? Its shape is that of one piece, which outs still tells.",
-)
-
 fold = Target("fold", oracle=combine64, budget=fold_budget, outputs=merge.outputs, misconceptions=FOLD_MISTAKES)
 fold_of_nothing = replace(fold, misconceptions=())  # there the models have nothing to work on
 
@@ -506,6 +500,4 @@ def fold_of_empty_pieces(t: Trial) -> None:
     lses[:, t.integer(0, 5)] = -torch.inf
     t.check(fold, outs, lses)
     nothing = torch.zeros(0, 4, 3), torch.zeros(0, 4)
-    t.check(
-        fold_of_nothing, *nothing, if_it_raises=FOLD_OF_NOTHING, but_not_on=(torch.zeros(1, 4, 3), torch.zeros(1, 4))
-    )
+    t.check(fold_of_nothing, *nothing, if_it_raises=NO_PIECES, but_not_on=(torch.zeros(1, 4, 3), torch.zeros(1, 4)))

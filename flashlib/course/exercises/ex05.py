@@ -5,13 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises import drawing
 from flashlib.course.exercises.formula import Dense, formula_mistakes
+from flashlib.course.exercises.mistakes import (
+    ASSUMES_CONTIGUOUS,
+    CAUSAL_IGNORED,
+    CAUSAL_MISSES_ITSELF,
+    CAUSAL_SEES_THE_NEXT,
+    CAUSAL_TOP_LEFT,
+    HEADS_MODULO,
+    KV_REPEATED,
+)
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target, budget_of
 from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.inputs import transposed_in_poison
@@ -235,13 +246,11 @@ class GroupedMistake:
     Attributes:
         kv_head: which KV head query head h looks at.
         position: where query i of head h stands; it sees the keys up to there.
-        scale: of the scores, from D; None for the right one.
         causal: False if the mask is forgotten.
     """
 
     kv_head: Callable[[Tensor, Sizes], Tensor] = lambda h, sizes: h // sizes.group
     position: Callable[[Tensor, Tensor, Sizes], Tensor] = lambda h, i, sizes: i + sizes.kv_len - sizes.q_len
-    scale: Callable[[int], float] = lambda dim: dim**-0.5
     causal: bool = True
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
@@ -249,7 +258,7 @@ class GroupedMistake:
         head, i = torch.arange(sizes.q_heads), torch.arange(sizes.q_len)
         q, k, v = q.double(), k.double(), v.double()
         pairs = list(enumerate(self.kv_head(head, sizes).tolist()))
-        scores = torch.stack([q[:, h] @ k[:, kv_h].mT for h, kv_h in pairs], dim=1) * self.scale(q.shape[3])
+        scores = torch.stack([q[:, h] @ k[:, kv_h].mT for h, kv_h in pairs], dim=1) * q.shape[3] ** -0.5
         if causal and self.causal:
             position = self.position(head[:, None], i, sizes).expand(sizes.q_heads, sizes.q_len)
             scores = scores.masked_fill(torch.arange(sizes.kv_len) > position[..., None], -torch.inf)
@@ -269,42 +278,20 @@ _STACKED = (
     "Row g * Sq + i is query i of head g of the group. At which position does it stand?",
 )
 GROUPED_MISTAKES = (
-    Misconception(
-        "heads-modulo",
-        "Query head h looked at KV head h % Hkv. Heads of a group lie next to each other: it is h // G.",
-        "With 4 query heads and 2 KV heads, which query heads look at KV head 0? repeat and repeat_interleave differ here.",
-        GroupedMistake(kv_head=lambda h, sizes: h % sizes.kv_heads),
-    ),
+    replace(HEADS_MODULO, model=GroupedMistake(kv_head=lambda h, sizes: h % sizes.kv_heads)),
     Misconception(
         "first-kv-head-only",
         "All query heads looked at the first KV head.",
         "Which KV heads have no influence on your answer?",
         GroupedMistake(kv_head=lambda h, sizes: torch.zeros_like(h)),
     ),
-    Misconception(
-        "causal-ignored",
-        "causal made no difference.",
-        "Query i may look at key j only if j lies in its past.",
-        GroupedMistake(causal=False),
+    replace(CAUSAL_IGNORED, model=GroupedMistake(causal=False)),
+    replace(CAUSAL_TOP_LEFT, model=GroupedMistake(position=lambda h, i, sizes: i)),
+    replace(
+        CAUSAL_MISSES_ITSELF, model=GroupedMistake(position=lambda h, i, sizes: i + sizes.kv_len - sizes.q_len - 1)
     ),
-    Misconception(
-        "causal-top-left",
-        "The causal mask starts at the top left corner. The queries are the last of the keys' positions: the last query "
-        "sees the last key.",
-        "With 5 keys in the cache and one query: which keys does it see?",
-        GroupedMistake(position=lambda h, i, sizes: i),
-    ),
-    Misconception(
-        "causal-misses-itself",
-        "The causal mask hides the diagonal too: a query does not see its own position.",
-        "Is a position part of its own past?",
-        GroupedMistake(position=lambda h, i, sizes: i + sizes.kv_len - sizes.q_len - 1),
-    ),
-    Misconception(
-        "causal-sees-the-next",
-        "The causal mask is one too wide: each query sees one key of its future.",
-        "Write the mask of a 3 x 3 example down and compare it with the first row.",
-        GroupedMistake(position=lambda h, i, sizes: i + sizes.kv_len - sizes.q_len + 1),
+    replace(
+        CAUSAL_SEES_THE_NEXT, model=GroupedMistake(position=lambda h, i, sizes: i + sizes.kv_len - sizes.q_len + 1)
     ),
     Misconception(
         *_STACKED,
@@ -322,12 +309,6 @@ GROUPED_MISTAKES = (
             position=lambda h, i, sizes: stacked_row(h, i, sizes) // sizes.group + sizes.kv_len - sizes.q_len
         ),
     ),
-    Misconception(
-        "missing-scale",
-        "The scores were not scaled by 1 / sqrt(D).",
-        "What is the variance of a dot product of two random vectors of length D?",
-        GroupedMistake(scale=lambda dim: 1.0),
-    ),
 )
 
 
@@ -342,20 +323,8 @@ def as_dense(q, k, v, causal=False) -> Dense:
 FORMULA_MISTAKES = formula_mistakes(
     as_dense,
     lambda out, lse: out,
-    leave=("missing-scale", "scale-ignored", "newest-key-missed", "causal-sees-the-next", "accumulated-in-half"),
+    leave=("scale-ignored", "newest-key-missed", "causal-sees-the-next", "accumulated-in-half"),
 )
-KV_REPEATED = Misconception(
-    "kv-repeated",
-    "K or V was in memory once for each query head. That is what grouped heads are there to avoid: reading the cache is what "
-    "decoding costs.",
-    "matmul copies an operand that it has to broadcast over a batch axis. Which reshape of q makes the group a part of its rows?",
-)
-ASSUMES_CONTIGUOUS = Misconception(
-    "assumes-contiguous",
-    "Your code needs inputs that lie in memory in the order of their axes. A transposed tensor does not.",
-    "view works on contiguous memory only. What does reshape do where it cannot make a view?",
-)
-
 gqa_attention = Target(
     "gqa_attention",
     oracle=lambda q, k, v, causal=False: reference.oracle(q, k, v, causal=causal)[0],
@@ -377,13 +346,7 @@ gqa_over_long_cache = replace(
 )
 
 
-def draw(t: Trial, q_heads: int, kv_heads: int, queries: int, keys: int, *, batch: int = 2, dim: int = 8):
-    """q [batch, q_heads, queries, dim], k and v [batch, kv_heads, keys, dim]."""
-    return (
-        t.randn(batch, q_heads, queries, dim),
-        t.randn(batch, kv_heads, keys, dim),
-        t.randn(batch, kv_heads, keys, dim),
-    )
+draw = partial(drawing.draw, batch=2, dim=8)
 
 
 @exercise.property(
@@ -395,10 +358,10 @@ def draw(t: Trial, q_heads: int, kv_heads: int, queries: int, keys: int, *, batc
 )
 def gqa_maps_heads(t: Trial) -> None:
     """gqa_attention agrees with float64 for one, some and as many KV heads as query heads"""
-    t.check(gqa_attention, *draw(t, 6, 2, 5, 9))
-    t.check(gqa_attention, *draw(t, 6, 3, 4, 7, dim=16))
-    t.check(gqa_attention, *draw(t, 4, 1, 3, 8))
-    t.check(gqa_attention, *draw(t, 3, 3, 5, 5))
+    t.check(gqa_attention, *draw(t, 5, 9, heads=6, kv_heads=2))
+    t.check(gqa_attention, *draw(t, 4, 7, heads=6, kv_heads=3, dim=16))
+    t.check(gqa_attention, *draw(t, 3, 8, heads=4, kv_heads=1))
+    t.check(gqa_attention, *draw(t, 5, 5, heads=3, kv_heads=3))
 
 
 @exercise.property(
@@ -410,9 +373,9 @@ def gqa_maps_heads(t: Trial) -> None:
 )
 def gqa_is_causal(t: Trial) -> None:
     """gqa_attention with causal=True, for as many keys as queries and for more"""
-    t.check(gqa_attention, *draw(t, 6, 2, 7, 7), causal=True)
-    t.check(gqa_attention, *draw(t, 6, 2, 4, 11), causal=True)
-    t.check(gqa_attention, *draw(t, 6, 3, 1, 6), causal=True)
+    t.check(gqa_attention, *draw(t, 7, 7, heads=6, kv_heads=2), causal=True)
+    t.check(gqa_attention, *draw(t, 4, 11, heads=6, kv_heads=2), causal=True)
+    t.check(gqa_attention, *draw(t, 1, 6, heads=6, kv_heads=3), causal=True)
 
 
 @exercise.property(
@@ -425,7 +388,7 @@ def gqa_is_causal(t: Trial) -> None:
 )
 def gqa_does_not_repeat_keys_and_values(t: Trial) -> None:
     """gqa_attention holds K and V once, not once for each query head"""
-    q, k, v = draw(t, 32, 2, 1, 4000, batch=1, dim=64)
+    q, k, v = draw(t, 1, 4000, heads=32, kv_heads=2, batch=1, dim=64)
     try:
         few = q[:, :, :1], k[:, :, :9], v[:, :, :9]
         t.check_tiled(gqa_over_long_cache, q, k, v, largest=3 * k.numel() // 2, memory=16 * MIB, first=few)
@@ -440,8 +403,8 @@ def gqa_does_not_repeat_keys_and_values(t: Trial) -> None:
 )
 def gqa_leaves_its_inputs_alone(t: Trial) -> None:
     """gqa_attention does not change q, k or v, and reads strided inputs right"""
-    t.check_inputs_untouched(gqa_attention, *draw(t, 4, 2, 3, 5), causal=True)
-    plain = draw(t, 4, 2, 3, 5)
+    t.check_inputs_untouched(gqa_attention, *draw(t, 3, 5, heads=4, kv_heads=2), causal=True)
+    plain = draw(t, 3, 5, heads=4, kv_heads=2)
     strided = [transposed_in_poison(x) for x in plain]
     t.check(gqa_attention, *strided, causal=True, if_it_raises=ASSUMES_CONTIGUOUS, but_not_on=plain)
 
@@ -822,8 +785,8 @@ def check_decoding(t: Trial, q: Tensor, k: Tensor, v: Tensor, base: float, piece
 )
 def decoding_token_by_token(t: Trial) -> None:
     """decode: a prompt, then one token at a time, gives what the whole text gives"""
-    check_decoding(t, *draw(t, 6, 2, 11, 11), 10000.0, (6, 1, 1, 1, 1, 1))
-    check_decoding(t, *draw(t, 4, 4, 5, 5), 500.0, (1, 1, 1, 1, 1))
+    check_decoding(t, *draw(t, 11, 11, heads=6, kv_heads=2), 10000.0, (6, 1, 1, 1, 1, 1))
+    check_decoding(t, *draw(t, 5, 5, heads=4, kv_heads=4), 500.0, (1, 1, 1, 1, 1))
 
 
 @exercise.property(
@@ -835,7 +798,7 @@ def decoding_token_by_token(t: Trial) -> None:
 )
 def decoding_in_chunks(t: Trial) -> None:
     """decode: however a prompt is cut, each token gets what it would get in the whole text"""
-    q, k, v = draw(t, 6, 2, 16, 16)
+    q, k, v = draw(t, 16, 16, heads=6, kv_heads=2)
     for pieces in ((16,), (5, 4, 7), (t.integer(2, 4), 1, 6, 3)):
         length = sum(pieces)
         check_decoding(t, q[:, :, :length], k[:, :, :length], v[:, :, :length], 1000.0, pieces)

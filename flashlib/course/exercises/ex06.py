@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from flashlib.course.exercises.compiled import expect_compiled
-from flashlib.course.exercises.ex01 import row_max, softmax64, softmax_naive, softmax_terms, softmax_with
+from flashlib.course.exercises.softmax import (
+    NOT_NORMALIZED,
+    row_max,
+    softmax64,
+    softmax_naive,
+    softmax_terms,
+    softmax_with,
+)
 from flashlib.course.grader.exercise import SOFTMAX, Exercise, Misconception, Target, budget_of
 from flashlib.course.grader.findings import Failure
 from flashlib.course.grader.trial import Trial
@@ -272,12 +279,7 @@ ROW_MISTAKES = (
         "What does the mask of your load compare the column with?",
         lambda x, lengths: softmax64(x),
     ),
-    Misconception(
-        "not-normalized",
-        "The exponentials were not divided by their sum.",
-        "Softmax gives weights: they sum to 1.",
-        not_normalized,
-    ),
+    replace(NOT_NORMALIZED, model=not_normalized),
 )
 RAGGED_MISTAKES = (
     *ROW_MISTAKES,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises import drawing
 from flashlib.course.exercises.compiled import expect_compiled
-from flashlib.course.exercises.ex03 import ASSUMES_CONTIGUOUS
 from flashlib.course.exercises.formula import Dense, formula_mistakes
+from flashlib.course.exercises.mistakes import ASSUMES_CONTIGUOUS, EXP2_FOR_EXP
 from flashlib.course.exercises.online_softmax import ONLINE_MISTAKES
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
@@ -205,12 +207,7 @@ MISTAKES = (
     ),
     *(mistake for mistake in OF_THE_FORMULA if mistake.slug == "scale-ignored"),
     *(
-        Misconception(
-            "exp2-without-log2e",
-            "2 was raised to the scores, not e: a softmax that is too flat.",
-            "e^x = 2^(x * c). What is c?",
-            in_base_2(lse_of),
-        )
+        replace(EXP2_FOR_EXP, model=in_base_2(lse_of))
         for lse_of in (
             lambda m, l: m + l.log(),
             lambda m, l: m + l.log2(),
@@ -268,16 +265,7 @@ forward = Target(
 # ---------------------------------------------------------------------------------------------------------- properties
 
 
-def draw(
-    t: Trial, queries: int, keys: int, *, batch: int = 1, heads: int = 1, kv_heads: int = 1, dim: int = 16,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """q ``[batch, heads, queries, dim]``, k and v ``[batch, kv_heads, keys, dim]``."""
-    return (
-        t.randn(batch, heads, queries, dim, dtype=dtype),
-        t.randn(batch, kv_heads, keys, dim, dtype=dtype),
-        t.randn(batch, kv_heads, keys, dim, dtype=dtype),
-    )
+draw = partial(drawing.draw, kv_heads=1)
 
 
 @exercise.property(
@@ -448,13 +436,13 @@ def memory_traffic(t: Trial) -> None:
     k = k.mT.contiguous().mT
     reply = t.ask("attention_forward", (q, k, v, None, 32, 32), meter={"q": q, "k": k, "v": v})
     t.judge(forward, reply.value, q, k, v, None, 32, 32)
-    meter = reply.meter if isinstance(reply.meter, dict) else {}
+    meter = reply.meter
     if calls := torch_calls(meter):
-        mistake = READ_BEFORE if meter.get("launches") else NOT_IN_A_KERNEL
+        mistake = READ_BEFORE if meter["launches"] else NOT_IN_A_KERNEL
         t.fail_as(mistake, got=", ".join(calls), expected="nothing but allocations beside the kernel")
     expected = blocks(40, 32) * 2
     for name, x in (("k", k), ("v", v)):
-        read = times_read(meter, name, x)
+        read = reply.times_read(name, x)
         if read > expected:
             t.fail_as(READ_TOO_OFTEN, got=f"{name} read {read:.3g} times", expected=f"at most {expected} times")
     see_loads_from_outside(t)
@@ -532,13 +520,5 @@ def compiles_for_gpus(t: Trial) -> None:
 
 def torch_calls(meter: dict) -> list[str]:
     """The operations of PyTorch that moved data, save those that only fill a new tensor."""
-    calls = meter.get("calls")
     fills = {"aten.zeros", "aten.full", "aten.zero_", "aten.fill_", "aten.zeros_like", "aten.full_like", "aten.ones"}
-    return sorted(str(name)[:40] for name in calls if name not in fills) if isinstance(calls, dict) else ["?"]
-
-
-def times_read(meter: dict, name: str, x: Tensor) -> float:
-    """How often all of `x` was read; infinitely often if what the process reports is no count."""
-    read = meter.get("bytes_read")
-    count = read.get(name, 0) if isinstance(read, dict) else None
-    return count / (x.numel() * x.element_size()) if isinstance(count, int) else math.inf
+    return sorted(name[:40] for name in meter["calls"] if name not in fills)

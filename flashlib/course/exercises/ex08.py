@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flashlib import reference
 from flashlib.course.exercises.compiled import expect_compiled
-from flashlib.course.exercises.ex04 import IntervalMistake, blocks, exact_intervals
+from flashlib.course.exercises.drawing import draw
 from flashlib.course.exercises.formula import Dense, formula_mistakes
+from flashlib.course.exercises.intervals import WINDOW_MISTAKES, blocks, exact_intervals
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.trial import Trial
@@ -181,50 +182,7 @@ def out_alone(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
 
 
 _ENDS = "Compare first_row, last_row and both ends of their intervals: which row decides where the block's loop begins and ends?"
-INTERVAL_MISTAKES = (
-    Misconception(
-        "causal-top-left",
-        "Query 0 was placed at key 0. With Sq != Sk the last query must stand at the last key.",
-        "At which key does query i stand, if the last query stands at the last key?",
-        Kernel(IntervalMistake(top_left=True)),
-    ),
-    Misconception(
-        "right-end-excluded",
-        "Each query stops one key early: i + offset + right is seen.",
-        "With right=0 a query sees itself.",
-        Kernel(IntervalMistake(stop_shift=-1)),
-    ),
-    Misconception(
-        "right-end-too-far",
-        "Each query stops one key late.",
-        "stop is the first key that is not seen. Which comparison belongs to it?",
-        Kernel(IntervalMistake(stop_shift=1)),
-    ),
-    Misconception(
-        "left-end-excluded",
-        "The window is one key too narrow on the left.",
-        "left counts the keys before the query, without the query itself. How wide is the window of left=2, right=0?",
-        Kernel(IntervalMistake(start_shift=1)),
-    ),
-    Misconception(
-        "left-end-too-far",
-        "The window is one key too wide on the left.",
-        "left counts the keys before the query, without the query itself. How wide is the window of left=2, right=0?",
-        Kernel(IntervalMistake(start_shift=-1)),
-    ),
-    Misconception(
-        "zero-taken-for-none",
-        "left=0 or right=0 was treated as no limit. 0 is a limit: no key on that side.",
-        "In Python, what does `if right:` do when right is 0?",
-        Kernel(IntervalMistake(zero_is_none=True)),
-    ),
-    Misconception(
-        "none-taken-for-zero",
-        "left=None or right=None was treated as 0. None means that there is no limit on that side.",
-        "What does `left or 0` lose?",
-        Kernel(IntervalMistake(none_is_zero=True)),
-    ),
-)
+INTERVAL_MISTAKES = tuple(replace(mistake, model=Kernel(mistake.model)) for mistake in WINDOW_MISTAKES)
 TILE_MISTAKES = (
     Misconception(
         "tiles-cut-off",
@@ -351,11 +309,6 @@ NO_KERNEL = Misconception(
 )
 
 # ---------------------------------------------------------------------------------------------------------- properties
-
-
-def draw(t: Trial, queries: int, keys: int, *, batch: int = 1, heads: int = 1, dim: int = 16) -> tuple[Tensor, ...]:
-    """q ``[batch, heads, queries, dim]``, k and v ``[batch, heads, keys, dim]``."""
-    return tuple(t.randn(batch, heads, length, dim) for length in (queries, keys, keys))
 
 
 @exercise.property(

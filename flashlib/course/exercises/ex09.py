@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.nn.functional import pad
 
 from flashlib import reference
 from flashlib.course.exercises.compiled import expect_compiled
+from flashlib.course.exercises.drawing import draw
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target, budget_of
 from flashlib.course.grader.inputs import ramp, with_scores_along
 from flashlib.course.grader.trial import Trial
@@ -640,29 +642,12 @@ NO_KERNEL = Misconception(
 )
 
 
-def draw(
-    t: Trial,
-    rows: int,
-    keys: int,
-    *,
-    batch: int = 1,
-    q_heads: int = 1,
-    kv_heads: int = 1,
-    dim: int = 8,
-    v_dim: int = 20,
-    causal: bool = False,
-    scale: float | None = None,
-    dtype: torch.dtype = torch.float32,
+def draw_problem(
+    t: Trial, rows: int, keys: int, *, causal: bool = False, scale: float | None = None, **sizes: Any
 ) -> Problem:
-    """q ``[batch, q_heads, rows, dim]``, k ``[batch, kv_heads, keys, dim]``, v ``[.., v_dim]``, grad_out like the output."""
-    return Problem(
-        t.randn(batch, q_heads, rows, dim, dtype=dtype),
-        t.randn(batch, kv_heads, keys, dim, dtype=dtype),
-        t.randn(batch, kv_heads, keys, v_dim, dtype=dtype),
-        t.randn(batch, q_heads, rows, v_dim, dtype=dtype),
-        causal,
-        scale,
-    )
+    """q, k and v as `draw` gives them, and a grad_out like the output."""
+    q, k, v = draw(t, rows, keys, **{"kv_heads": 1, "dim": 8, "v_dim": 20, **sizes})
+    return Problem(q, k, v, t.randn(*q.shape[:3], v.shape[3], dtype=q.dtype), causal, scale)
 
 
 def check_kernels(t: Trial, problem: Problem, *blocks: int) -> None:
@@ -693,7 +678,7 @@ def delta_of_rows(t: Trial) -> None:
 )
 def gradient_of_q(t: Trial) -> None:
     """dQ agrees with float64 where tiles divide the lengths"""
-    t.check(query_gradient, *draw(t, 32, 32, dim=16, v_dim=32, scale=0.4).for_one_kernel(16, 16))
+    t.check(query_gradient, *draw_problem(t, 32, 32, dim=16, v_dim=32, scale=0.4).for_one_kernel(16, 16))
 
 
 @exercise.property(
@@ -705,7 +690,7 @@ def gradient_of_q(t: Trial) -> None:
 )
 def gradients_of_k_and_v(t: Trial) -> None:
     """dK and dV agree with float64 where tiles divide the lengths"""
-    t.check(key_value_gradients, *draw(t, 32, 32, dim=16, v_dim=32, scale=0.4).for_one_kernel(16, 16))
+    t.check(key_value_gradients, *draw_problem(t, 32, 32, dim=16, v_dim=32, scale=0.4).for_one_kernel(16, 16))
 
 
 @exercise.property(
@@ -717,7 +702,7 @@ def gradients_of_k_and_v(t: Trial) -> None:
 )
 def ragged_lengths(t: Trial) -> None:
     """rows and keys that do not fill their last tile count too, and nothing beyond them does"""
-    check_kernels(t, draw(t, 21, 37), 16, 64)
+    check_kernels(t, draw_problem(t, 21, 37), 16, 64)
 
 
 @exercise.property(
@@ -729,7 +714,7 @@ def ragged_lengths(t: Trial) -> None:
 )
 def causal(t: Trial) -> None:
     """under a causal mask hidden pairs give nothing, also with more keys than rows"""
-    check_kernels(t, draw(t, 20, 45, causal=True), 16, 32)
+    check_kernels(t, draw_problem(t, 20, 45, causal=True), 16, 32)
 
 
 @exercise.property(
@@ -741,7 +726,7 @@ def causal(t: Trial) -> None:
 )
 def rows_that_see_nothing(t: Trial) -> None:
     """a row that sees no key gets a gradient of 0 and gives none"""
-    check_kernels(t, draw(t, 29, 16, causal=True), 16, 16)
+    check_kernels(t, draw_problem(t, 29, 16, causal=True), 16, 16)
 
 
 @exercise.property(
@@ -753,11 +738,11 @@ def rows_that_see_nothing(t: Trial) -> None:
 )
 def extreme_scores(t: Trial) -> None:
     """scores of -200, and hidden ones of +200, do no harm"""
-    hidden = draw(t, 16, 32, causal=True)
+    hidden = draw_problem(t, 16, 32, causal=True)
     q, k = with_scores_along(hidden.q, hidden.k, torch.tensor([0.0] * 24 + [200.0] * 8))
     q[:, :, 8:, -1] = 0.0  # rows 8 to 15, which see those last keys, have common scores
     check_kernels(t, replace(hidden, q=q, k=k), 16, 32)
-    low = draw(t, 16, 21)
+    low = draw_problem(t, 16, 21)
     q, k = with_scores_along(low.q, low.k, ramp(21, -200, -195))
     q[:, :, ::2, -1] = 0.0  # every other row has common scores
     check_kernels(t, replace(low, q=q, k=k), 16, 32)
@@ -772,7 +757,7 @@ def extreme_scores(t: Trial) -> None:
 )
 def grouped_heads(t: Trial) -> None:
     """dK and dV gather from all query heads that share a KV head"""
-    check_kernels(t, draw(t, 13, 12, q_heads=4, kv_heads=2), 16, 16)
+    check_kernels(t, draw_problem(t, 13, 12, heads=4, kv_heads=2), 16, 16)
 
 
 @exercise.property(
@@ -784,7 +769,7 @@ def grouped_heads(t: Trial) -> None:
 )
 def half_precision(t: Trial) -> None:
     """float16 inputs: float16 gradients, summed in float32"""
-    check_kernels(t, draw(t, 20, 20, dtype=torch.float16, causal=True), 32, 32)
+    check_kernels(t, draw_problem(t, 20, 20, dtype=torch.float16, causal=True), 32, 32)
     large = sums_that_rise_and_fall(t)
     t.check(query_gradient, *large.for_one_kernel(64, 32))
     t.check(key_value_gradients, *large.for_one_kernel(32, 64))
@@ -793,7 +778,7 @@ def half_precision(t: Trial) -> None:
 
 def sums_that_rise_and_fall(t: Trial) -> Problem:
     """Partial sums of dQ and dK reach 240,000, and are taken back: the second half of the keys, and of the rows, is opposite."""
-    problem = draw(t, 64, 64, dim=4, v_dim=16, dtype=torch.float16)
+    problem = draw_problem(t, 64, 64, dim=4, v_dim=16, dtype=torch.float16)
     sign = ramp(64, -1, 1).sign()
     for x in (problem.q, problem.k):  # all scores are about equal, all weights about 1 / 64
         x *= 0.1
@@ -804,7 +789,7 @@ def sums_that_rise_and_fall(t: Trial) -> Problem:
 
 def values_that_rise_and_fall(t: Trial) -> Problem:
     """The same for dV: with a single key P is 1, and 32 rows of dO are 96,000."""
-    problem = draw(t, 64, 1, v_dim=16, dtype=torch.float16)
+    problem = draw_problem(t, 64, 1, v_dim=16, dtype=torch.float16)
     problem.grad_out[...] += 3000 * ramp(64, -1, 1).sign()[:, None].half()
     return problem
 
@@ -818,7 +803,7 @@ def values_that_rise_and_fall(t: Trial) -> Problem:
 )
 def all_together(t: Trial) -> None:
     """the three kernels together give the gradients of the forward, and change none of its tensors"""
-    problem = draw(t, 40, 32, batch=2, causal=True, scale=0.3)
+    problem = draw_problem(t, 40, 32, batch=2, causal=True, scale=0.3)
     t.check_inputs_untouched(attention_backward, *problem.for_all(64, 32))
 
 
@@ -832,7 +817,7 @@ def all_together(t: Trial) -> None:
 def memory(t: Trial) -> None:
     """no tensor and no tile grows with Sq * Sk"""
     rows, keys, block_q, block_k, dim = 64, 260, 64, 128, 32
-    problem = draw(t, rows, keys, dim=dim, v_dim=dim)
+    problem = draw_problem(t, rows, keys, dim=dim, v_dim=dim)
     meter = t.check_tiled(attention_backward, *problem.for_all(block_q, block_k), largest=(rows + keys) * dim).meter
     largest_block = meter.get("largest_block")
     if not meter.get("launches"):
@@ -856,6 +841,6 @@ def memory(t: Trial) -> None:
 )
 def compiles_for_gpus(t: Trial) -> None:
     """the kernels compile for GPUs, sm_80 and sm_90, and multiply float32 in float32"""
-    problem = draw(t, 21, 37, v_dim=16, causal=True, scale=0.3)
+    problem = draw_problem(t, 21, 37, v_dim=16, causal=True, scale=0.3)
     t.check(attention_backward, *problem.for_all(16, 16))  # who fails anyway is told so at less expense
     expect_compiled(t, NO_KERNEL, "attention_backward", *problem.for_all(16, 16))

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from flashlib import reference
+from flashlib.course.exercises.drawing import draw
 from flashlib.course.exercises.formula import Dense, formula_mistakes
+from flashlib.course.exercises.mistakes import ASSUMES_CONTIGUOUS, HEADS_MODULO, KV_REPEATED
 from flashlib.course.exercises.online_softmax import attention64
 from flashlib.course.exercises.pieces import (
     FOLD_MISTAKES,
+    NO_PIECES,
     combine64,
     fold_budget,
     from_largest,
@@ -89,12 +92,6 @@ OVERFLOW_DECIDED = Misconception(
     "round: nobody can know. NaN says so.",
     "What is inf / inf?",
 )
-COMBINE_OF_NOTHING = Misconception(
-    "combine-of-nothing",
-    "There may be no piece at all. Attention over no keys is 0, with an lse of -inf.",
-    "outs.shape[1:] is the shape of the answer, however many pieces there are.",
-)
-
 combine = Target(
     "combine",
     oracle=combine64,
@@ -190,7 +187,7 @@ def combine_of_empty_pieces(t: Trial) -> None:
     t.check(
         combine_of_nothing,
         *nothing,
-        if_it_raises=COMBINE_OF_NOTHING,
+        if_it_raises=NO_PIECES,
         but_not_on=(torch.zeros(1, 4, 3), torch.zeros(1, 4)),
     )
 
@@ -462,7 +459,6 @@ class DecodeMistake:
         ranges: of the keys, from length, number of splits and block.
         visible: the keys of a request, from all lengths, its index and the capacity.
         kv_head: which KV head query head h looks at, from h, the heads of a group and the KV heads.
-        scale: from D and the scale that was given.
         piece_lse: of a split, from its scores [Hq, n], n >= 1.
         empty: out and lse of a split without keys.
         merged: the results of all splits, outs [P, Hq, Dv] and lses [P, Hq], combined; it is also told their numbers of keys.
@@ -471,7 +467,6 @@ class DecodeMistake:
     ranges: Callable[[int, int, int], Ranges] = even_ranges
     visible: Callable[[list[int], int, int], int] = lambda lengths, request, capacity: lengths[request]
     kv_head: Callable[[Tensor, int, int], Tensor] = lambda h, group, kv_heads: h // group
-    scale: Callable[[int, float | None], float] = lambda dim, scale: dim**-0.5 if scale is None else scale
     piece_lse: Callable[[Tensor], Tensor] = lambda scores: scores.logsumexp(-1)
     empty: tuple[float, float] = (0.0, -math.inf)
     merged: Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]] = lambda outs, lses, counts: combine64(
@@ -501,7 +496,7 @@ class DecodeMistake:
         if start >= min(stop, k.shape[1]):
             out, lse = self.empty
             return q.new_full((len(q), v.shape[-1]), out), q.new_full((len(q),), lse)
-        scores = torch.einsum("hd,hnd->hn", q, k[heads, start:stop]) * self.scale(q.shape[-1], scale)
+        scores = torch.einsum("hd,hnd->hn", q, k[heads, start:stop]) * (q.shape[-1] ** -0.5 if scale is None else scale)
         out = torch.einsum("hn,hnd->hd", torch.softmax(scores, -1), v[heads, start:stop])
         return out, self.piece_lse(scores)
 
@@ -617,24 +612,7 @@ DECODE_MISTAKES = (
         "If scores were multiplied by log2(e), in which base is their log-sum-exp?",
         DecodeMistake(piece_lse=lambda scores: scores.logsumexp(-1) / math.log(2)),
     ),
-    Misconception(
-        "heads-modulo",
-        "Query head h looked at KV head h % Hkv. Heads of a group lie next to each other: it is h // G.",
-        "With 4 query heads and 2 KV heads, which query heads look at KV head 0?",
-        DecodeMistake(kv_head=lambda h, group, kv_heads: h % kv_heads),
-    ),
-    Misconception(
-        "missing-scale",
-        "The scores were not scaled. Without 1 / sqrt(D) they grow with the head dimension, and softmax saturates.",
-        "What should scale be if the caller gave none? Is it used?",
-        DecodeMistake(scale=lambda dim, scale: 1.0),
-    ),
-    Misconception(
-        "scale-ignored",
-        "The scale that the caller gave was not used: the answer is the one for 1 / sqrt(D).",
-        "When is the default taken? Only when the caller gave none.",
-        DecodeMistake(scale=lambda dim, scale: dim**-0.5),
-    ),
+    replace(HEADS_MODULO, model=DecodeMistake(kv_head=lambda h, group, kv_heads: h % kv_heads)),
     *(of_splits(mistake) for mistake in COMBINE_MISTAKES),
 )
 
@@ -656,8 +634,6 @@ FORMULA_MISTAKES = formula_mistakes(
     as_dense,
     of_one_query,
     leave=(
-        "missing-scale",
-        "scale-ignored",
         "wrong-axis",
         "masked-after-softmax",
         "causal-sees-the-next",
@@ -681,12 +657,6 @@ NOT_SPLIT = Misconception(
     "program for each split.",
     "Make the scores from a slice of k, inside the loop over the splits.",
 )
-KV_REPEATED = Misconception(
-    "kv-repeated",
-    "K or V was in memory once for each query head. Reading the cache is all that decoding costs, and that made it several times "
-    "as much.",
-    "The query heads of a group all multiply the same matrix: they can be the rows of one.",
-)
 READ_TOO_OFTEN = Misconception(
     "cache-read-too-often",
     "Keys or values were read more than once. Reading the cache is all that decoding costs.",
@@ -698,12 +668,6 @@ PADDING_READ = Misconception(
     "work.",
     "Slice the cache of a request by its own length, before anything is computed.",
 )
-ASSUMES_CONTIGUOUS = Misconception(
-    "assumes-contiguous",
-    "Your code needs inputs that lie in memory in the order of their axes. A transposed tensor does not.",
-    "view works on contiguous memory only. Do you need to change the shape at all?",
-)
-
 decode = Target(
     "split_decode",
     oracle=exact_decoding,
@@ -713,20 +677,15 @@ decode = Target(
 )
 
 
-def draw(
-    t: Trial, batch: int, q_heads: int, kv_heads: int, capacity: int, *, dim: int = 8, v_dim: int = 5
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [batch, q_heads, dim], k [batch, kv_heads, capacity, dim], v [batch, kv_heads, capacity, v_dim]."""
-    return (
-        2 * t.randn(batch, q_heads, dim),
-        t.randn(batch, kv_heads, capacity, dim),
-        t.randn(batch, kv_heads, capacity, v_dim),
-    )
+def draw_step(t: Trial, capacity: int, **sizes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A token's q ``[batch, heads, dim]``, whose scores are far enough apart to matter, and a cache of k and v ``[batch, kv_heads, capacity, ..]``."""
+    q, k, v = draw(t, 1, capacity, **{"batch": 2, "kv_heads": 2, "dim": 8, "v_dim": 5, **sizes})
+    return 2 * q[:, :, 0], k, v
 
 
 def along(t: Trial, profile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A batch of 2 with 4 query heads and 2 KV heads, whose scaled scores follow the profile."""
-    q, k, v = draw(t, 2, 4, 2, len(profile))
+    q, k, v = draw_step(t, len(profile), heads=4)
     q, k = with_scores_along(q[:, :, None], k, profile)
     return q[:, :, 0], k, v
 
@@ -740,9 +699,14 @@ def along(t: Trial, profile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 )
 def decoding_agrees_with_float64(t: Trial) -> None:
     """split_decode gives what attention over the whole cache gives, for any number of splits"""
-    for sizes, num_splits, block in (((2, 6, 2, 26), 3, 4), ((2, 4, 4, 30), 1, 5), ((1, 6, 3, 37), 3, 8)):
-        t.check(decode, *draw(t, *sizes), torch.full((sizes[0],), sizes[3]), num_splits, block)
-    q, k, v = draw(t, 2, 6, 2, 53)
+    for batch, heads, kv_heads, length, num_splits, block in (
+        (2, 6, 2, 26, 3, 4),
+        (2, 4, 4, 30, 1, 5),
+        (1, 6, 3, 37, 3, 8),
+    ):
+        step = draw_step(t, length, batch=batch, heads=heads, kv_heads=kv_heads)
+        t.check(decode, *step, torch.full((batch,), length), num_splits, block)
+    q, k, v = draw_step(t, 53, heads=6)
     for num_splits in (2, 5, 7):
         t.check(decode, q, k, v, torch.tensor([53, 53]), num_splits, 4)
 
@@ -757,7 +721,7 @@ def decoding_agrees_with_float64(t: Trial) -> None:
 def decoding_of_ragged_lengths(t: Trial) -> None:
     """split_decode sees lengths[b] keys of request b, and nothing that lies behind them"""
     lengths = torch.tensor([t.integer(26, 29), t.integer(21, 24), t.integer(36, 38)])
-    q, k, v = draw(t, 3, 6, 2, 40)
+    q, k, v = draw_step(t, 40, batch=3, heads=6)
     t.check(decode, q, k, v, lengths, 3, 5)
     k, v = (torch.stack([with_poisoned_tail(x[b], int(lengths[b])) for b in range(3)]) for x in (k, v))
     answers = t.expect_tuple(t.call("split_decode", q, k, v, lengths, 3, 5), "out", "lse")
@@ -775,7 +739,7 @@ def decoding_of_ragged_lengths(t: Trial) -> None:
 )
 def decoding_with_empty_splits(t: Trial) -> None:
     """split_decode with more splits than blocks, and with requests that have no key yet"""
-    q, k, v = draw(t, 3, 4, 2, 24)
+    q, k, v = draw_step(t, 24, batch=3, heads=4)
     for lengths, num_splits, block in (([3, 7, 20], 5, 4), ([1, 2, 3], 6, 1), ([9, 0, 20], 3, 8), ([0, 5, 0], 9, 16)):
         arguments = q, k, v, torch.tensor(lengths), num_splits, block
         t.check(decode, *arguments, if_it_raises=EMPTY_SPLIT_RAISES, but_not_on=(q, k, v, torch.tensor([24] * 3), 2, 4))
@@ -797,14 +761,14 @@ def decoding_when_one_split_outweighs(t: Trial) -> None:
 @exercise.property(points=1, hints=["The caller's scale replaces the default; it does not multiply it."])
 def decoding_with_a_given_scale(t: Trial) -> None:
     """split_decode uses the scale it is given"""
-    t.check(decode, *draw(t, 2, 4, 2, 23), torch.tensor([19, 18]), 3, 4, scale=float(t.uniform(0.6, 0.9, 1)))
-    t.check(decode, *draw(t, 2, 4, 2, 23), torch.tensor([19, 18]), 3, 4, 0.1)
+    t.check(decode, *draw_step(t, 23, heads=4), torch.tensor([19, 18]), 3, 4, scale=float(t.uniform(0.6, 0.9, 1)))
+    t.check(decode, *draw_step(t, 23, heads=4), torch.tensor([19, 18]), 3, 4, 0.1)
 
 
 @exercise.property(points=1, hints=["x[...] = and names that end in _ write into the caller's memory."])
 def decoding_leaves_its_inputs_alone(t: Trial) -> None:
     """split_decode changes none of its inputs, and reads them in any memory layout"""
-    q, k, v = draw(t, 2, 4, 2, 25)
+    q, k, v = draw_step(t, 25, heads=4)
     lengths = torch.tensor([23, 11])
     t.check_inputs_untouched(decode, q, k, v, lengths, 3, 4)
     strided = q, *(transposed_in_poison(x) for x in (k, v)), lengths, 3, 4
@@ -832,14 +796,16 @@ BLOCK_IGNORED = Misconception(
 )
 def every_split_works_alone(t: Trial) -> None:
     """split_decode makes no tensor larger than what one split needs"""
-    t.check(decode, *draw(t, 1, 4, 2, 26), torch.tensor([26]), 3, 4)  # who fails anyway is told so at less expense
+    t.check(
+        decode, *draw_step(t, 26, batch=1, heads=4), torch.tensor([26]), 3, 4
+    )  # who fails anyway is told so at less expense
     heads, length, splits, block, dim = 8, 65_000, 64, 64, 4
     longest = math.ceil(math.ceil(length / block) / splits) * block
-    q, k, v = draw(t, 1, heads, heads, length, dim=dim, v_dim=dim)
+    q, k, v = draw_step(t, length, batch=1, heads=heads, kv_heads=heads, dim=dim, v_dim=dim)
     _check_largest(t, NOT_SPLIT, q, k, v, torch.tensor([length]), splits, block, largest=2 * heads * longest * dim)
-    q, k, v = draw(t, 1, heads, 1, 2048, dim=16, v_dim=16)
+    q, k, v = draw_step(t, 2048, batch=1, heads=heads, kv_heads=1, dim=16, v_dim=16)
     _check_largest(t, KV_REPEATED, q, k, v, torch.tensor([2048]), 1, 64, largest=2 * k.numel())
-    q, k, v = draw(t, 1, 1, 1, 1024, dim=2, v_dim=2)
+    q, k, v = draw_step(t, 1024, batch=1, heads=1, kv_heads=1, dim=2, v_dim=2)
     lengths = torch.tensor([1024])
     t.expect_calls_to_grow("split_decode", (q, k, v, lengths, 2, 8), (q, k, v, lengths, 16, 8), SPLITS_IGNORED)
     # 1024 keys in blocks of 1000 are two blocks, so one of two splits gets 1000 keys, and not 512.
@@ -871,7 +837,7 @@ def _check_largest(t: Trial, mistake: Misconception, *args, largest: int) -> Non
 def every_key_is_read_once(t: Trial) -> None:
     """split_decode reads each visible key and value once, and nothing behind the lengths"""
     for capacity, lengths, mistake in ((60, [60, 60], READ_TOO_OFTEN), (64, [60, 30], PADDING_READ)):
-        q, k, v = draw(t, 2, 6, 2, capacity)
+        q, k, v = draw_step(t, capacity, heads=6)
         t.check(decode, q, k, v, torch.tensor(lengths), 4, 4)
         reply = t.ask("split_decode", (q, k, v, torch.tensor(lengths), 4, 4), meter={"k": k, "v": v})
         for name, x in (("k", k), ("v", v)):
@@ -889,7 +855,7 @@ def every_key_is_read_once(t: Trial) -> None:
 def see_reads_from_outside(t: Trial) -> None:
     """K and V are handed out piece by piece, with room for a split's keys of one head: the visible ones once, the others never."""
     batch, q_heads, kv_heads, capacity, dim, splits, block = 2, 6, 2, 8192, 64, 8, 64
-    q, k, v = draw(t, batch, q_heads, kv_heads, capacity, dim=dim, v_dim=dim)
+    q, k, v = draw_step(t, capacity, batch=batch, heads=q_heads, kv_heads=kv_heads, dim=dim, v_dim=dim)
     lengths = torch.tensor([capacity, 64 * t.integer(70, 90)])
     arguments, split = (q, k, v, lengths, splits, block), capacity // splits * dim * 4
     few = 2 * capacity // splits  # keys in splits of the same size, so that only what grows with their number is seen

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from flashlib import reference
 from flashlib.course.exercises.formula import Dense, formula_mistakes
+from flashlib.course.exercises.mistakes import HEADS_MODULO
 from flashlib.course.exercises.pieces import merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.findings import Failure
@@ -593,14 +594,12 @@ class PagedMistake:
         seen: how many tokens of request i are looked at, from all lengths, i, the page size and the table's width.
         tokens: a request's tokens, from memory, its row of the table and how many.
         kv_head: which KV head query head h looks at, of Hq and Hkv heads.
-        scale: of the scores, from D.
         by_page: every page by itself, and the mean of their outputs, weighted by `weigh` of their numbers of tokens.
     """
 
     seen: Callable[[list[int], int, int, int], int] = lambda lengths, i, page_size, width: lengths[i]
     tokens: Callable[[Tensor, Tensor, int], Tensor] = tokens_of
     kv_head: Callable[[int, int, int], int] = lambda h, q_heads, kv_heads: h // (q_heads // kv_heads)
-    scale: Callable[[int], float] = lambda dim: dim**-0.5
     by_page: bool = False
     weigh: Callable[[list[int]], list[float]] = lambda counts: [1.0] * len(counts)
 
@@ -615,7 +614,7 @@ class PagedMistake:
             size = page_size if self.by_page else max(seen, 1)
             for h in range(q.shape[1]):
                 kv_head = self.kv_head(h, q.shape[1], kv_heads)
-                scores = keys[kv_head] @ q[i, h].double() * self.scale(dim)
+                scores = keys[kv_head] @ q[i, h].double() * dim**-0.5
                 outs = [torch.softmax(scores[p : p + size], 0) @ values[kv_head, p : p + size] for p in pieces]
                 weights = torch.tensor(self.weigh([min(size, seen - p) for p in pieces]), dtype=torch.float64)
                 out[i, h] = weights / weights.sum() @ torch.stack(outs) if outs else 0.0
@@ -644,18 +643,7 @@ FREE_SLOTS_REACH_THE_OUTPUT = Misconception(
     "Do not compute with such slots at all: how many of a page's slots are the request's?",
 )
 PAGED_MISTAKES = (
-    Misconception(
-        "missing-scale",
-        "The scores were not scaled by 1 / sqrt(D).",
-        "What is the variance of a dot product of two random vectors of length D?",
-        PagedMistake(scale=lambda dim: 1.0),
-    ),
-    Misconception(
-        "heads-modulo",
-        "Query head h looked at KV head h % Hkv. Heads of a group lie next to each other: it is h // G.",
-        "With 4 query heads and 2 KV heads, which query heads look at KV head 0?",
-        PagedMistake(kv_head=lambda h, q_heads, kv_heads: h % kv_heads),
-    ),
+    replace(HEADS_MODULO, model=PagedMistake(kv_head=lambda h, q_heads, kv_heads: h % kv_heads)),
     Misconception(
         "table-ignored",
         "The block table was not used: the pages of a request need not be 0, 1, 2, ...",
@@ -726,7 +714,7 @@ FORMULA_MISTAKES = formula_mistakes(
     as_dense,
     lambda out, lse: out[:, :, 0],
     leave=(
-        *("missing-scale", "scale-ignored", "wrong-axis", "masked-after-softmax", "newest-key-missed"),
+        *("scale-ignored", "wrong-axis", "masked-after-softmax", "newest-key-missed"),
         *("causal-sees-the-next", "accumulated-in-half"),
     ),
 )

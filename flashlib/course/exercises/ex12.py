@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from flashlib import reference
-from flashlib.course.exercises.ex03 import times_read
+from flashlib.course.exercises.drawing import draw
 from flashlib.course.exercises.formula import Dense, formula_mistakes
+from flashlib.course.exercises.mistakes import ASSUMES_CONTIGUOUS, MISSING_SCALE, NO_MAXIMUM, SCALED_TWICE
 from flashlib.course.exercises.pieces import combine64, merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_scores_along
@@ -353,18 +354,8 @@ MISTAKES = (
         )
         for pack_wrongly in (True, False)
     ),
-    Misconception(
-        "missing-scale",
-        "The scores were not scaled by 1 / sqrt(D).",
-        "What is the variance of a dot product of two random vectors of length D?",
-        mistaken(scale=1.0),
-    ),
-    Misconception(
-        "scaled-twice",
-        "The scores were scaled twice. (Dividing by D, not by its square root, comes to the same.)",
-        "Follow the scale from q to the scores. How often is it multiplied in?",
-        lambda q, *args, **kwargs: mistaken(scale=1 / q.shape[3])(q, *args, **kwargs),
-    ),
+    replace(MISSING_SCALE, model=mistaken(scale=1.0)),
+    replace(SCALED_TWICE, model=lambda q, *args, **kwargs: mistaken(scale=1 / q.shape[3])(q, *args, **kwargs)),
 )
 FORMULA_MISTAKES = formula_mistakes(
     as_dense,
@@ -372,12 +363,6 @@ FORMULA_MISTAKES = formula_mistakes(
     leave=("missing-scale", "scaled-twice", "scale-ignored", "accumulated-in-half", "summed-in-half"),
 )
 ALL_MISTAKES = (*MISTAKES, *FORMULA_MISTAKES)
-NO_MAXIMUM = Misconception(
-    "no-max-subtraction",
-    "Exponentials of scores overflowed, or all of a row's became 0, and the output is NaN. Only differences of scores count: take "
-    "the largest one out first.",
-    "What is exp(120) in float32? And the sum of a row whose scores are all -200?",
-)
 MEMORY_READ_AT_0 = Misconception(
     "memory-read-at-alpha-0",
     "With alpha = 0 the memory still had a say: it held NaN, and 0 * NaN is NaN. (log(0) is -inf; is that safe everywhere?)",
@@ -405,11 +390,6 @@ READ_AGAIN = Misconception(
     "The memory was read more than once. Reading it is what this costs: once, for all requests and queries together.",
     "Is there a loop over requests around your loop over chunks?",
 )
-ASSUMES_CONTIGUOUS = Misconception(
-    "assumes-contiguous",
-    "Your code needs inputs that lie in memory in the order of their axes. A transposed tensor does not.",
-    "view works on contiguous memory only. What does reshape do where it cannot make a view?",
-)
 
 
 def all_nan(q: Tensor, k: Tensor, v: Tensor, *others) -> Tensor:
@@ -426,17 +406,11 @@ inject_no_keys = replace(inject, misconceptions=(replace(EMPTY_MEMORY, model=all
 # ---------------------------------------------------------------------------------------------------------- properties
 
 
-def draw(
-    t: Trial, queries: int, keys: int, memory: int, *, batch: int = 2, heads: int = 3, dim: int = 8, v_dim: int = 5
-):
+def draw_with_memory(t: Trial, queries: int, keys: int, memory: int, **sizes: int) -> tuple[Tensor, ...]:
     """q, k, v, and a memory whose scores are spread enough that no two ways to weigh chunks agree."""
-    return (
-        t.randn(batch, heads, queries, dim),
-        t.randn(batch, heads, keys, dim),
-        t.randn(batch, heads, keys, v_dim),
-        2 * t.randn(heads, memory, dim, dtype=torch.float16),
-        t.randn(heads, memory, v_dim, dtype=torch.float16),
-    )
+    q, k, v = draw(t, queries, keys, **{"batch": 2, "heads": 3, "dim": 8, "v_dim": 5, **sizes})
+    k_memory, v_memory = (t.randn(k.shape[1], memory, x.shape[3], dtype=torch.float16) for x in (k, v))
+    return q, k, v, 2 * k_memory, v_memory
 
 
 @exercise.property(
@@ -448,9 +422,9 @@ def draw(
 )
 def one_softmax(t: Trial) -> None:
     """alpha = 1 is attention over memory and own keys together, in both modes"""
-    t.check(inject, *draw(t, 4, 6, 12), 4)
-    t.check(inject, *draw(t, 5, 5, 12, batch=3, heads=2, dim=16), 3, 1.0, "gate")
-    t.check(inject, *draw(t, 3, 7, 9, v_dim=12), 9)
+    t.check(inject, *draw_with_memory(t, 4, 6, 12), 4)
+    t.check(inject, *draw_with_memory(t, 5, 5, 12, batch=3, heads=2, dim=16), 3, 1.0, "gate")
+    t.check(inject, *draw_with_memory(t, 3, 7, 9, v_dim=12), 9)
 
 
 @exercise.property(
@@ -462,7 +436,7 @@ def one_softmax(t: Trial) -> None:
 )
 def any_chunk_size(t: Trial) -> None:
     """the size of the chunks changes nothing: one key, one that does not divide M, more than all"""
-    arguments = draw(t, 4, 6, 23)
+    arguments = draw_with_memory(t, 4, 6, 23)
     for chunk_size in (5, 1, 22, 100):
         t.check(inject, *arguments, chunk_size)
 
@@ -477,7 +451,7 @@ def any_chunk_size(t: Trial) -> None:
 def blending(t: Trial) -> None:
     """blend mixes the outputs without and with the memory"""
     for alpha in t.uniform(0.3, 0.8, 2).tolist():
-        t.check(inject, *draw(t, 4, 6, 14), 4, alpha, "blend")
+        t.check(inject, *draw_with_memory(t, 4, 6, 14), 4, alpha, "blend")
 
 
 @exercise.property(
@@ -490,7 +464,7 @@ def blending(t: Trial) -> None:
 def gating(t: Trial) -> None:
     """gate multiplies the memory's exponentials, in the numerator and in the denominator"""
     for alpha in (*t.uniform(0.2, 0.7, 2).tolist(), 0.001):
-        t.check(inject, *draw(t, 4, 6, 14), 4, alpha, "gate")
+        t.check(inject, *draw_with_memory(t, 4, 6, 14), 4, alpha, "gate")
 
 
 @exercise.property(
@@ -499,7 +473,7 @@ def gating(t: Trial) -> None:
 )
 def nothing_injected(t: Trial) -> None:
     """alpha = 0 is attention without the memory, which is not read; a memory of no keys changes nothing"""
-    q, k, v, k_memory, v_memory = draw(t, 4, 6, 11)
+    q, k, v, k_memory, v_memory = draw_with_memory(t, 4, 6, 11)
     poison = torch.full_like(k_memory, torch.nan), torch.full_like(v_memory, torch.nan)
     nothing = k_memory[:, :0], v_memory[:, :0]
     for mode in ("blend", "gate"):
@@ -517,7 +491,7 @@ def nothing_injected(t: Trial) -> None:
 )
 def scores_far_apart(t: Trial) -> None:
     """right when chunks, and memory and own keys, differ by hundreds in their scores"""
-    q, k, v, k_memory, v_memory = draw(t, 4, 6, 20)
+    q, k, v, k_memory, v_memory = draw_with_memory(t, 4, 6, 20)
     for profile in (ramp(20, -60, 60), ramp(20, 110, -90), torch.full((20,), 120.0), torch.full((20,), -200.0)):
         whole_profile = torch.cat([profile, torch.zeros(6)])  # of the memory, and of the own keys
         keys = torch.cat([k_memory.float().expand(2, -1, -1, -1), k], 2)
@@ -536,7 +510,7 @@ def scores_far_apart(t: Trial) -> None:
 )
 def inputs_of_any_strides(t: Trial) -> None:
     """reads inputs of any strides right, and leaves them alone"""
-    q, k, v, k_memory, v_memory = draw(t, 4, 6, 11)
+    q, k, v, k_memory, v_memory = draw_with_memory(t, 4, 6, 11)
     arguments = (*(transposed_in_poison(x) for x in (q, k, v)), k_memory, v_memory, 4, 0.5)
     t.check(inject, *arguments, if_it_raises=ASSUMES_CONTIGUOUS, but_not_on=(q, k, v, k_memory, v_memory, 4, 0.5))
     t.check_inputs_untouched(inject, q, k, v, k_memory, v_memory, 4, 0.5, "gate")
@@ -552,8 +526,8 @@ def inputs_of_any_strides(t: Trial) -> None:
 def bounded_memory(t: Trial) -> None:
     """8192 keys take the room of one chunk, and are read once for all requests"""
     batch, heads, dim, chunk_size, length = 8, 2, 32, 256, 8192
-    t.check(inject, *draw(t, 2, 3, 9), 4)  # who fails anyway is told so at less expense
-    q, k, v, k_memory, v_memory = draw(t, 1, 2, length, batch=batch, heads=heads, dim=dim, v_dim=dim)
+    t.check(inject, *draw_with_memory(t, 2, 3, 9), 4)  # who fails anyway is told so at less expense
+    q, k, v, k_memory, v_memory = draw_with_memory(t, 1, 2, length, batch=batch, heads=heads, dim=dim, v_dim=dim)
     chunk = 2 * heads * chunk_size * dim * 4  # bytes of keys and values in float32
     scores = batch * heads * chunk_size * 4
     allowed = 2 * chunk + 8 * scores
@@ -566,7 +540,7 @@ def bounded_memory(t: Trial) -> None:
             mistake, got=f"{long:,} bytes alive at once", expected=f"at most {allowed:,}, with chunks of {chunk:,}"
         )
     for name, memory in (("k_memory", k_memory), ("v_memory", v_memory)):
-        times = times_read(reply.meter, name, memory)
+        times = reply.times_read(name, memory)
         if times > 1:
             t.fail_as(READ_AGAIN, got=f"{name} read {times:.3g} times", expected="once")
     answer = t.expect_tensor(reply.value, "out", v[:, :, :1].shape, torch.float32)
@@ -578,7 +552,7 @@ def bounded_memory(t: Trial) -> None:
 def see_memory_from_outside(t: Trial) -> None:
     """The memory is handed out piece by piece, with room for one chunk: once, and the process does not grow by a copy of it."""
     batch, heads, dim, chunk_size, length = 16, 2, 32, 4096, 1 << 16
-    q, k, v, k_memory, v_memory = draw(t, 1, 2, length, batch=batch, heads=heads, dim=dim, v_dim=dim)
+    q, k, v, k_memory, v_memory = draw_with_memory(t, 1, 2, length, batch=batch, heads=heads, dim=dim, v_dim=dim)
     arguments, chunk = (q, k, v, k_memory, v_memory, chunk_size), heads * chunk_size * dim * 2
     few = slice(0, 2 * chunk_size)  # the same chunks, so that only what grows with their number is seen
     first = q, k, v, k_memory[:, few].clone(), v_memory[:, few].clone(), chunk_size
@@ -594,9 +568,8 @@ def see_memory_from_outside(t: Trial) -> None:
     t.confirmed()
 
 
-def measured(t: Trial, q, k, v, k_memory, v_memory, chunk_size: int) -> tuple[Reply, float]:
+def measured(t: Trial, q, k, v, k_memory, v_memory, chunk_size: int) -> tuple[Reply, int]:
     """A call under the meter, and the most bytes that it had made and still held at one moment."""
     arguments = (q, k, v, k_memory, v_memory, chunk_size)
     reply = t.ask("inject_chunked", arguments, meter={"k_memory": k_memory, "v_memory": v_memory})
-    peak = reply.meter.get("peak_bytes") if isinstance(reply.meter, dict) else None
-    return reply, peak if isinstance(peak, int) else math.inf
+    return reply, reply.meter["peak_bytes"]

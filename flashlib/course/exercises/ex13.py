@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from flashlib import reference
-from flashlib.course.exercises.ex03 import times_read
+from flashlib.course.exercises.drawing import draw
 from flashlib.course.exercises.formula import Dense, formula_mistakes
+from flashlib.course.exercises.mistakes import ASSUMES_CONTIGUOUS, HEADS_MODULO, NO_MAXIMUM
 from flashlib.course.exercises.pieces import combine64, merged_budget
 from flashlib.course.grader.exercise import SDPA, Exercise, Misconception, Target
 from flashlib.course.grader.inputs import ramp, transposed_in_poison, with_poisoned_tail, with_scores_along
@@ -78,7 +79,6 @@ class PrefixMistake:
         prefix_last: the last key of a prefix that the queries i see, from i, Sq and P.
         own_last: the last own key that the queries i see, from i, lengths[b], Sq and S.
         member: which prefix a request has, from members and b.
-        scale: of the scores, from D.
     """
 
     merge: Callable[[Pieces], tuple[Tensor, Tensor]] = merged
@@ -86,7 +86,6 @@ class PrefixMistake:
     prefix_last: Callable[[Tensor, int, int], Tensor] = lambda i, q_len, length: i + length
     own_last: Callable[[Tensor, int, int, int], Tensor] = lambda i, length, q_len, kv_len: i + length - q_len
     member: Callable[[list[int], int], int] = lambda members, b: members[b]
-    scale: Callable[[int], float] = lambda dim: dim**-0.5
 
     def __call__(self, q, levels, k, v, lengths) -> tuple[Tensor, Tensor]:
         i, q_len, kv_len = torch.arange(q.shape[2]), q.shape[2], k.shape[2]
@@ -104,7 +103,7 @@ class PrefixMistake:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """Query i sees keys up to last[i]."""
         heads = [self.kv_head(h, len(q), len(k)) for h in range(len(q))]
-        scores = q.double() @ k[heads].double().mT * self.scale(q.shape[-1])
+        scores = q.double() @ k[heads].double().mT * q.shape[-1] ** -0.5
         hidden = torch.arange(k.shape[1]) > last[:, None]
         scores = scores.masked_fill(hidden, -torch.inf)
         seen = torch.where(hidden.all(0)[:, None], 0.0, v[heads].double())
@@ -269,24 +268,13 @@ MISTAKES = (
         "What does members[b] say?",
         PrefixMistake(member=lambda members, b: 0),
     ),
-    Misconception(
-        "heads-modulo",
-        "Query head h looked at KV head h % Hkv. Heads of a group lie next to each other: it is h // R.",
-        "With 4 query heads and 2 KV heads, which query heads look at KV head 0?",
-        PrefixMistake(kv_head=lambda h, q_heads, kv_heads: h % kv_heads),
-    ),
+    replace(HEADS_MODULO, model=PrefixMistake(kv_head=lambda h, q_heads, kv_heads: h % kv_heads)),
     Misconception(
         "rows-misplaced",
         "The results over a prefix went to other requests and heads: rows packed as [Hkv, n, ...] were taken for [n, Hkv, ...]. Of the "
         "same size, but in another order.",
         "In which order lie the rows that you gave to the matrix product? Undo just that.",
         rows_misplaced,
-    ),
-    Misconception(
-        "missing-scale",
-        "The scores were not scaled by 1 / sqrt(D).",
-        "What is the variance of a dot product of two random vectors of length D?",
-        PrefixMistake(scale=lambda dim: 1.0),
     ),
 )
 
@@ -307,18 +295,13 @@ def as_dense(q, levels, k, v, lengths) -> Dense:
 
 
 FORMULA_MISTAKES = formula_mistakes(
-    as_dense, leave=("missing-scale", "scale-ignored", "accumulated-in-half", "summed-in-half", "newest-key-missed")
+    as_dense, leave=("scale-ignored", "accumulated-in-half", "summed-in-half", "newest-key-missed")
 )
 ALL_MISTAKES = (*MISTAKES, *FORMULA_MISTAKES)
 PADDING_READ = Misconception(
     "padding-read",
     "What lies behind a request's length reached the result: it held NaN, and 0 * NaN is NaN.",
     "A weight of 0 does not hide a value. How can a value be kept out of a sum without multiplying it?",
-)
-NO_MAXIMUM = Misconception(
-    "no-max-subtraction",
-    "Exponentials of scores overflowed, and the output is NaN. Only differences of scores count: take the largest one out first.",
-    "What is exp(120) in float32?",
 )
 PREFIX_READ_AGAIN = Misconception(
     "prefix-read-per-request",
@@ -330,11 +313,6 @@ PREFIX_COPIED = Misconception(
     "A prefix was copied. Concatenation does so, and so do repeat_interleave, indexing by a list, and matmul where it has to "
     "broadcast an operand over a batch axis.",
     "Whose rows could be stacked, so that the prefix need not be repeated?",
-)
-ASSUMES_CONTIGUOUS = Misconception(
-    "assumes-contiguous",
-    "Your code needs inputs that lie in memory in the order of their axes. A transposed tensor does not.",
-    "view works on contiguous memory only. What does reshape do where it cannot make a view?",
 )
 
 
@@ -382,11 +360,8 @@ def draw_level(t: Trial, sizes: Sizes, prefixes: int, tokens: int, members: Sequ
 
 def draw_own(t: Trial, sizes: Sizes, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, and own keys and values with room for so many tokens."""
-    return (
-        t.randn(sizes.batch, sizes.q_heads, sizes.q_len, sizes.dim),
-        t.randn(sizes.batch, sizes.kv_heads, tokens, sizes.dim),
-        t.randn(sizes.batch, sizes.kv_heads, tokens, sizes.v_dim),
-    )
+    heads = {"heads": sizes.q_heads, "kv_heads": sizes.kv_heads}
+    return draw(t, sizes.q_len, tokens, batch=sizes.batch, **heads, dim=sizes.dim, v_dim=sizes.v_dim)
 
 
 def full(sizes: Sizes, tokens: int) -> Tensor:
@@ -514,17 +489,16 @@ def read_once(t: Trial) -> None:
         "k_prefix of level 1": levels[1][0],
     }
     reply = t.ask("shared_prefix_attention", arguments, meter=prefixes)
-    meter = reply.meter if isinstance(reply.meter, dict) else {}
     t.judge(forward, reply.value, *arguments)
     scores = sizes.batch * sizes.q_heads * 1024 * 4
-    allowed, peak = 5 * scores, meter.get("peak_bytes")
-    if not isinstance(peak, int) or peak > allowed:
+    allowed, peak = 5 * scores, reply.meter["peak_bytes"]
+    if peak > allowed:
         keys = levels[0][0].nbytes
         t.fail_as(
             PREFIX_COPIED, got=f"{peak} bytes alive at once", expected=f"at most {allowed}; the keys alone have {keys}"
         )
     for name, x in prefixes.items():
-        times = times_read(meter, name, x)
+        times = reply.times_read(name, x)
         if times > 1:
             t.fail_as(PREFIX_READ_AGAIN, got=f"{name} read {times:.3g} times", expected="once")
     see_prefix_from_outside(t)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashlib.course.exercises.mistakes import CAUSAL_SEES_THE_NEXT, EXP2_FOR_EXP, MISSING_SCALE, SCALED_TWICE
 from flashlib.course.exercises.online_softmax import State, attention64, finish, run, step
 from flashlib.course.grader.exercise import Misconception
 
@@ -123,71 +124,68 @@ def rounding_sums(*, l_too: bool, acc_too: bool, dtype: torch.dtype | None) -> C
 
 
 _SUMS = ((True, True), (True, False), (False, True))
-_MISTAKES: tuple[tuple[str, str, str, tuple[Callable[[Dense], Out], ...]], ...] = (
+_MISTAKES: tuple[tuple[Misconception, tuple[Callable[[Dense], Out], ...]], ...] = (
+    (MISSING_SCALE, (with_scale(lambda dense: 1.0),)),
+    (SCALED_TWICE, (with_scale(lambda dense: dense.scale**2),)),
     (
-        "missing-scale",
-        "The scores were not scaled. Without 1 / sqrt(D) they grow with the head dimension, and softmax saturates.",
-        "What is the variance of a dot product of two random vectors of length D? What should scale be if the caller gave none?",
-        (with_scale(lambda dense: 1.0),),
-    ),
-    (
-        "scaled-twice",
-        "The scores were scaled twice. (Dividing by D, not by its square root, comes to the same.)",
-        "Follow the scale from q to the scores. How often is it multiplied in?",
-        (with_scale(lambda dense: dense.scale**2),),
-    ),
-    (
-        "scale-ignored",
-        "The scale that the caller gave was not used: the answer is the one for 1 / sqrt(D).",
-        "When is the default taken? Only when the caller gave none.",
+        Misconception(
+            "scale-ignored",
+            "The scale that the caller gave was not used: the answer is the one for 1 / sqrt(D).",
+            "When is the default taken? Only when the caller gave none.",
+        ),
         (with_scale(lambda dense: dense.q.shape[-1] ** -0.5),),
     ),
     (
-        "exp2-for-exp",
-        "2 was raised to the scores, not e: a softmax that is too flat.",
-        "e^x = 2^(x * c). What is c? Or which function of torch has the base e?",
+        EXP2_FOR_EXP,
         (in_base_2,),
     ),
     (
-        "wrong-axis",
-        "The softmax ran over the queries, not over the keys.",
-        "The weights of one query over all keys sum to 1. Which axis of the scores holds the keys?",
+        Misconception(
+            "wrong-axis",
+            "The softmax ran over the queries, not over the keys.",
+            "The weights of one query over all keys sum to 1. Which axis of the scores holds the keys?",
+        ),
         (over_queries,),
     ),
     (
-        "masked-after-softmax",
-        "The mask was applied to the weights after the softmax. They were divided by a sum that counts hidden keys, too.",
-        "What do the weights of a query sum to, once its hidden keys are set to 0?",
+        Misconception(
+            "masked-after-softmax",
+            "The mask was applied to the weights after the softmax. They were divided by a sum that counts hidden keys, too.",
+            "What do the weights of a query sum to, once its hidden keys are set to 0?",
+        ),
         (masked_afterwards,),
     ),
     (
-        "newest-key-missed",
-        "The last key that a query sees was left out. A token sees itself.",
-        "How many keys does the first token of a text see?",
+        Misconception(
+            "newest-key-missed",
+            "The last key that a query sees was left out. A token sees itself.",
+            "How many keys does the first token of a text see?",
+        ),
         (without_newest,),
     ),
+    (CAUSAL_SEES_THE_NEXT, (seeing_the_next,)),
     (
-        "causal-sees-the-next",
-        "The causal mask is one too wide: each query sees one key of its future.",
-        "Write the mask of a 3 x 3 example down and compare it with the first row.",
-        (seeing_the_next,),
-    ),
-    (
-        "accumulated-in-half",
-        "l or acc was kept in 16 bits. float16 ends at 65504 and has eleven bits: a sum of many weights does not fit.",
-        "With which dtype do your running sums start, and with which do they come out of the loop?",
+        Misconception(
+            "accumulated-in-half",
+            "l or acc was kept in 16 bits. float16 ends at 65504 and has eleven bits: a sum of many weights does not fit.",
+            "With which dtype do your running sums start, and with which do they come out of the loop?",
+        ),
         tuple(rounding_sums(l_too=l_too, acc_too=acc_too, dtype=None) for l_too, acc_too in _SUMS),
     ),
     (
-        "scaled-by-another-size",
-        "The scores were scaled by one over the root of another size than the head dimension of q and k.",
-        "Write the shapes of q, k and v down, and find D among the axes. Which one does your scale take?",
+        Misconception(
+            "scaled-by-another-size",
+            "The scores were scaled by one over the root of another size than the head dimension of q and k.",
+            "Write the shapes of q, k and v down, and find D among the axes. Which one does your scale take?",
+        ),
         tuple(scaled_by_size(number) for number in range(5)),
     ),
     (
-        "summed-in-half",
-        "l or acc was kept in float16 even for float32 inputs: eleven bits of a sum are too few.",
-        "Which dtype do your running sums have after the first tile, if q is float32?",
+        Misconception(
+            "summed-in-half",
+            "l or acc was kept in float16 even for float32 inputs: eleven bits of a sum are too few.",
+            "Which dtype do your running sums have after the first tile, if q is float32?",
+        ),
         tuple(rounding_sums(l_too=l_too, acc_too=acc_too, dtype=torch.float16) for l_too, acc_too in _SUMS),
     ),
 )
@@ -211,8 +209,8 @@ def formula_mistakes(
         return lambda *args, **kwargs: answer(*model(view(*args, **kwargs)))
 
     return tuple(
-        Misconception(slug, says, hint, of(model))
-        for slug, says, hint, models in _MISTAKES
-        if slug not in leave
+        replace(mistake, model=of(model))
+        for mistake, models in _MISTAKES
+        if mistake.slug not in leave
         for model in models
     )

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flashlib.course.exercises.mistakes import EXP2_FOR_EXP
 from flashlib.course.grader.exercise import Misconception
 
 State = tuple[Tensor, Tensor, Tensor]  # m, l, acc
@@ -312,12 +313,7 @@ LOOP_MISTAKES = (
         with_keys(lambda count, block: slice(0, (count - 1) // block * block)),
     ),
     *(
-        Misconception(
-            "exp2-for-exp",
-            "2 was raised to the scores, not e: a softmax that is too flat.",
-            "e^x = 2^(x * c). What is c? Or which function of torch has the base e?",
-            partial(in_base_2, lse_of=lse_of),
-        )
+        replace(EXP2_FOR_EXP, model=partial(in_base_2, lse_of=lse_of))
         for lse_of in (lambda m, l: m + l.log(), lambda m, l: m + l.log2())
     ),
 )

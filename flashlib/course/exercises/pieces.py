@@ -211,6 +211,11 @@ PIECE_MISTAKES = (
         with_piece_lse(lambda x: finite(x.amax(0)) + from_largest(x).sum(0).log2()),
     ),
 )
+NO_PIECES = Misconception(
+    "no-pieces",
+    "There may be no piece at all. Attention over no keys is 0, with an lse of -inf.",
+    "Which piece changes nothing when it is merged? outs.shape[1:] is the shape of the answer, however many pieces there are.",
+)
 
 
 def one_after_the_other(mistake: Misconception, *, identity_first: bool) -> Misconception:

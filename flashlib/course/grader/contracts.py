@@ -110,6 +110,15 @@ def read_table(text: str) -> dict[str, list[Promise]]:
     return table
 
 
+def checks_against(exercise: str) -> dict[str, set[str]]:
+    """For each wrong solution in the table, the checks that are named with it."""
+    found: dict[str, set[str]] = {}
+    for one in read_table(TABLE.read_text()).get(exercise, []):
+        for wrong in one.wrong:
+            found.setdefault(wrong, set()).update(one.checks)
+    return found
+
+
 def problems(exercise: str, graded: Sequence[Row]) -> list[str]:
     """What is not as the table says, given a kill matrix of the exercise."""
     promises = read_table(TABLE.read_text()).get(exercise, [])

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -86,6 +86,7 @@ def grade(
     seed: int | None = None,
     hints: int = 1,
     results: Results | None = None,
+    checks: Collection[str] | None = None,
 ) -> Report:
     """Check every property of `exercise`.
 
@@ -93,9 +94,10 @@ def grade(
         seed: of the inputs; fresh if None.
         hints: how many hints the report shows for each failed property.
         results: what was computed for other submissions, and need not be again if they had the same seed.
+        checks: names of the properties to check; all if None.
 
     Returns:
-        A report with one result for each property. Where a check itself is broken, its property is failed with the
+        A report with one result for each property that was checked. Where a check itself is broken, its property is failed with the
         diagnosis `GRADER_ERROR`.
 
     Raises:
@@ -106,7 +108,8 @@ def grade(
     began, cpu = time.monotonic(), time.thread_time()
     try:
         with _one_thread:
-            outcomes = tuple(run.result(prop) for prop in exercise.properties)
+            chosen = [prop for prop in exercise.properties if checks is None or prop.name in checks]
+            outcomes = tuple(run.result(prop) for prop in chosen)
     finally:
         run.process.end()
         run.compiler.end()
@@ -176,7 +179,7 @@ class _Run:
             return Result(prop.name, prop.title, prop.points, finding)
         trial = Trial(prop.name, self.seed, self.process, self.results, self.compiler)
         finding = self._try(prop, trial)
-        return Result(prop.name, prop.title, prop.points, finding, trial.own_word)
+        return Result(prop.name, prop.title, prop.points, finding, trial.own_word, trial.apart)
 
     def _out_of_time(self) -> Finding | None:
         if time.monotonic() < self.deadline:

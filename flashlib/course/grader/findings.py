@@ -52,6 +52,7 @@ class Result:
     Attributes:
         own_word: it rests on what the student's process says of itself, such as a count of the bytes that it read. Code that
             reaches into its own process can make that up, so an instructor is told ("unverified").
+        apart: it took a process of its own, to see from outside what that holds and reads, or what a compiler makes of a kernel.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Result:
     points: int
     finding: Finding | None
     own_word: bool = False
+    apart: bool = False
 
     @property
     def passed(self) -> bool:

@@ -27,6 +27,8 @@ _MODULES = {
     *(
         "threading",
         "_thread",
+        "concurrent",
+        "asyncio",
         "cffi",
         "numba",
         "cython",
@@ -103,6 +105,8 @@ _ATTRIBUTES = {
         "map_",
         "frombuffer",
         "load_inline",
+        "fork",
+        "_disable_current_modes",
     ),
 }
 LONGEST = 40  # findings told

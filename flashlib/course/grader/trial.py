@@ -84,6 +84,7 @@ class Trial:
         self.tried = ""
         self.answered = ""  # the last answer, in a line; "" before the first
         self.own_word = False  # whether it rests on what the student's process counted itself
+        self.apart = False  # whether it took a process of its own
         self._process, self._compiler = process, compiler
         self._results = results
 
@@ -189,6 +190,7 @@ class Trial:
         Raises:
             Failure: no usable answer, or `copied`.
         """
+        self.apart = True
         self._process.end()
         child = self._process.child(metered=False)
         if not child.hands_out:
@@ -250,6 +252,7 @@ class Trial:
         Raises:
             Failure: `"compile-error"`, at the line of the kernel that the compiler refuses; or no usable answer.
         """
+        self.apart = True
         self.tried = f"{describe_call(function, args, kwargs)}, compiled for sm_80 and sm_90"
         try:
             return self._compiler.child(metered=False).call(function, args, kwargs).compiled or {}
@@ -344,6 +347,7 @@ class Trial:
         Raises:
             Failure: as `check`; or `"untiled"`.
         """
+        self.apart = True
         self._process.end()
         own_word, loaded = self.own_word, 0
         if memory is not None:

@@ -20,7 +20,7 @@ from flashlib.interop.flash_attn.kv_cache import flash_attn_combine, flash_attn_
 from flashlib.interop.flash_attn.pages import Pages, check_indices, decode, forward_only
 from flashlib.masks import Mask, Varlen, Window
 from flashlib.reference import naive_attention
-from flashlib.routes import find_route, packed_key, related_route
+from flashlib.routes import find_route, keep_packed_route, packed_key, related_route
 from flashlib.spec import AttentionSpec
 from flashlib.values import may_read
 
@@ -327,10 +327,18 @@ def _packed_again(
     ):
         return None
     config = _config(options, (q, k, v), packed=True)
+    said = ([*ends], options.window_size, options.softmax_scale, options.softcap, config)
+    own_key, given = packed_key(q, k, v, *said)
+    own = find_route(own_key)
+    if own is not None:
+        return own(q, k, v, given)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    key, given = packed_key(q, k, v, [*ends], options.window_size, options.softmax_scale, options.softcap, config)
+    key, given = packed_key(q, k, v, *said)
     route = find_route(key) or related_route(key, q, k, v, given)
-    return None if route is None else route(q, k, v, given)[0].transpose(0, 1).contiguous()
+    if route is None:
+        return None
+    keep_packed_route(own_key, route)
+    return route(q, k, v, given)[0].transpose(0, 1).contiguous()
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences, options: Options) -> Result:

@@ -91,7 +91,8 @@ static void visit(Softmax& softmax, float* s, const Panel& rows, const Scoring& 
   for (int half = 0; half < 2; half++) {
     // Of a row that has seen nothing yet the largest is -inf, and -inf - (-inf) is NaN: count from 0 there.
     const vec top = choose(below(all(-INF), largest[half]), largest[half], zero()), from = sub(zero(), mul(base_2, top));
-    shrink[half] = exp2(fma(load(softmax.largest + half * LANES), base_2, from));
+    // Both products rounded: where the largest stays, the exponent is 0 and not what one rounding left, which would add up over the tiles.
+    shrink[half] = exp2(add(mul(base_2, load(softmax.largest + half * LANES)), from));
     const vec sum = Form::weigh(s + half * LANES, count, base_2, from);
     store(softmax.sum + half * LANES, fma(load(softmax.sum + half * LANES), shrink[half], sum));
     store(softmax.largest + half * LANES, largest[half]);

@@ -481,7 +481,8 @@ def _kind(error: BaseException, file: str) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         if frames and _is_own(frames[-1], file):
             return "not-implemented"
-    if isinstance(error, SyntaxError) and os.path.dirname(error.filename or "") == os.path.dirname(file):
+    # Of a file that Python cannot read at all (UTF-16, say) a SyntaxError names no file.
+    if isinstance(error, SyntaxError) and os.path.dirname(error.filename or file) == os.path.dirname(file):
         return "syntax"
     return "exception"
 

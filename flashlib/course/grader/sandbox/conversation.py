@@ -48,6 +48,7 @@ class Child:
     base_memory: int = 0  # resident, before any of the student's code ran
     _printed: bytes = b""
     _printed_bytes: int = 0
+    _silent: bool = False  # whether nothing can print to it any more
     _incoming: bytearray = field(default_factory=bytearray)
     _handles: int = 0
     _group: cgroup.ControlGroup | None = None
@@ -300,7 +301,8 @@ class Child:
             if remaining <= 0:
                 raise StudentError("timeout", "No answer within the time limit; the process was stopped.")
             poll = select.poll()
-            poll.register(self.output_pipe, select.POLLIN)
+            if not self._silent:  # a pipe that nobody can write to is always ready
+                poll.register(self.output_pipe, select.POLLIN)
             poll.register(self.channel, select.POLLOUT if writing else select.POLLIN)
             if self._handout is not None:
                 poll.register(self._faults, select.POLLIN)
@@ -324,7 +326,7 @@ class Child:
             except BlockingIOError:
                 return
             if not chunk:
-                time.sleep(0.001)  # all writers are gone; the channel will say so
+                self._silent = True  # all writers are gone; the channel will say so
                 return
             self._printed += chunk[: OUTPUT_KEPT - len(self._printed)]
             self._printed_bytes += len(chunk)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from flashlib.course.grader.sandbox.confine import MIB
 from flashlib.course.grader.sandbox.handout import Seen
 
@@ -70,6 +72,10 @@ class Reply:
     seconds: float
     compiled: dict[str, list[tuple[str, str]]] | None = None
     seen: Seen | None = None
+
+    def times_read(self, name: str, x: torch.Tensor) -> float:
+        """How often the meter saw all of the metered tensor `x` read. `seen.times` says it of a guarded one."""
+        return self.meter["bytes_read"].get(name, 0) / x.nbytes
 
 
 @dataclass(frozen=True)

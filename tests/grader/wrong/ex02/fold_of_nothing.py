@@ -1,4 +1,4 @@
-# diagnosis: fold-of-nothing
+# diagnosis: no-pieces
 import torch
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-# diagnosis: exp2-without-log2e
+# diagnosis: exp2-for-exp
 import math
 
 import torch

@@ -1,4 +1,4 @@
-# diagnosis: combine-of-nothing
+# diagnosis: no-pieces
 import torch
 from torch import Tensor
 

@@ -39,7 +39,6 @@ __all__ = [
     "Unmasked",
     "Varlen",
     "Window",
-    "band_of",
 ]
 
 # Tokens. No tensor is that long, so a window that reaches so far has no end: as None. What remains of a band leaves room in the int32

@@ -106,7 +106,8 @@ def parallel_attention(
     link = link_of(mesh)
     scores: dict[str, Any] = {"scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
     if link.size == 1:
-        _check_choice(method, layout, mesh, backend)
+        if (method, layout, backend) != ("auto", "contiguous", "auto"):  # a call of one rank costs no more than it must
+            _check_choice(method, layout, mesh, backend)
         return attention(q, k, v, mask=mask, causal=causal, **scores, return_lse=return_lse, backend=backend)
     with link.call("parallel_attention"):
         call = _Call.agreed(q, k, v, mesh, link, method, layout, mask, causal, scores, return_lse, backend)
@@ -199,7 +200,7 @@ def _check_choice(method: str, layout: str, mesh: DeviceMesh, backend: str) -> t
         raise ValueError(
             f"backend must be 'auto' or one of {', '.join(ENGINES)}, whose results can be merged; got {backend!r}"
         )
-    shape = tuple(mesh.mesh.shape)
+    shape = tuple(mesh.shape)
     expected = {"hybrid": (2,), "auto": (1, 2)}.get(method, (1,))
     if len(shape) not in expected:
         raise ValueError(
@@ -221,7 +222,7 @@ def _checked_rule(mask: Mask | None, causal: bool) -> Mask:
 def _chosen(method: str, mesh: DeviceMesh, spec: AttentionSpec, ranks: int) -> str:
     if method != "auto":
         return method
-    if mesh.mesh.dim() == 2:
+    if len(mesh.shape) == 2:
         return "hybrid"
     if spec.q_heads < ranks:
         return "ring"
@@ -234,7 +235,7 @@ def _chosen(method: str, mesh: DeviceMesh, spec: AttentionSpec, ranks: int) -> s
 def _members(method: str, mesh: DeviceMesh, link: Link) -> tuple[list[int], list[int]]:
     """The places of this rank's ring and of its team, each of which has it."""
     if method == "hybrid":
-        teams = mesh.mesh.shape[1]
+        teams = mesh.shape[1]
         mine = link.rank % teams
         first = link.rank - mine
         return list(range(mine, link.size, teams)), list(range(first, first + teams))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 import torch.distributed as dist
@@ -384,6 +384,8 @@ def nbytes(shapes: Sequence[Shape]) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
 
 
+# By mesh, with the default process group of its time: to ask a mesh for its ranks takes as long as a small kernel.
+_known: WeakKeyDictionary[DeviceMesh, tuple[Any, Link]] = WeakKeyDictionary()
 # By the default process group, with which they end, and by ranks.
 _links: WeakKeyDictionary[Any, dict[tuple[int, ...], Link]] = WeakKeyDictionary()
 
@@ -412,12 +414,16 @@ def link_of(mesh: DeviceMesh) -> Link:
         ValueError: this rank is not part of it.
         ParallelError: some rank cannot be reached.
     """
+    known = _known.get(mesh) if isinstance(mesh, DeviceMesh) else None
+    if known is not None and not known[1].closed and dist.is_initialized() and known[0]() is dist.group.WORLD:
+        return known[1]
     place_of(mesh)
     ranks = tuple(mesh.mesh.flatten().tolist())
     links = _links.setdefault(dist.group.WORLD, {})
     link = links.get(ranks)
     if link is None or link.closed:
         link = links[ranks] = Link(mesh, 0 if link is None else link.generation + 1)
+    _known[mesh] = (ref(dist.group.WORLD), link)
     return link
 
 

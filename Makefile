@@ -44,9 +44,10 @@ install: $(STAMP) ## Build .venv and install flashlib with everything the course
 weights: install ## Bring the weights of SmolLM2-135M (98 MB, once per user)
 	@$(BIN)/flashlib weights
 
-lab: install ## Open the course in JupyterLab, at chapter 00
+lab: install ## Open the course in JupyterLab, at chapter 00, in a copy of your own (my_course/), which updates are merged into
+	@$(BIN)/python -m flashlib.course.workspace
 	@$(BIN)/flashlib weights || echo "== The lab opens all the same; cells that run the model will show this message again."
-	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/my_course/notebooks/00_start_here.ipynb \
 	  $(LAB_ROOT) $(LAB_FLAGS)
 
 test: weights ## Run every check: lint, tests, notebooks. All three run; any failure fails the whole
@@ -91,7 +92,7 @@ coverage: install ## Run the tests, and print for each file of the library how m
 nbcheck: install ## Execute every notebook and compare every output with the committed one
 	@echo "== Notebooks: nbval"
 	$(REPRODUCIBLE) PYTHONPATH=tests/notebooks $(BIN)/python -m pytest -q -p notebook_report --nbval --nbval-current-env \
-	  --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 60 -n 2 --dist loadscope notebooks
+	  --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 60 -n 2 --dist loadscope notebooks/answers
 
 format: install ## Format code and notebooks, and apply safe fixes
 	$(BIN)/ruff check --fix
@@ -100,9 +101,10 @@ format: install ## Format code and notebooks, and apply safe fixes
 exercises: install ## Write exercises/ from the solutions
 	$(BIN)/python -m flashlib.course.stubs
 
-notebooks: install ## Execute every notebook in place, for its outputs to be committed
-	$(REPRODUCIBLE) $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+notebooks: install ## Execute every chapter into notebooks/answers, and leave in notebooks/ what readers open: no output but the questions
+	$(REPRODUCIBLE) $(BIN)/jupyter nbconvert --to notebook --execute --output-dir notebooks/answers \
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=60 $(NOTEBOOKS)
+	$(BIN)/python -m flashlib.course.editions
 
 pins: install ## Write constraints.txt for what pyproject.toml asks; UPGRADE=--upgrade takes newer versions
 	$(BIN)/python -m pip install --quiet uv

@@ -19,8 +19,8 @@ NOTEBOOKS = sorted(path.name for path in (REPOSITORY / "notebooks").glob("*.ipyn
 
 
 @cache
-def _notebook(name: str) -> dict:
-    return json.loads((REPOSITORY / "notebooks" / name).read_text(encoding="utf-8"))
+def _notebook(name: str, folder: str = "notebooks") -> dict:
+    return json.loads((REPOSITORY / folder / name).read_text(encoding="utf-8"))
 
 
 def prose(name: str) -> str:
@@ -36,7 +36,7 @@ def printed(name: str, pattern: str) -> tuple[str, ...]:
     Raises:
         ValueError: nothing there matches.
     """
-    for cell in _notebook(name)["cells"]:
+    for cell in _notebook(name, "notebooks/answers")["cells"]:
         for output in cell.get("outputs", []):
             text = "".join(output.get("text") or output.get("data", {}).get("text/plain", []))
             if found := re.search(pattern, text):

@@ -25,7 +25,7 @@ LAB_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install weights lab test test-bits test-long test-gpu sanitize-gpu lint unit coverage nbcheck format exercises notebooks pins clean
+.PHONY: help install weights lab test test-bits test-long test-gpu sanitize-gpu lint unit coverage nbcheck browser format exercises notebooks pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,8 +50,8 @@ lab: install ## Open the course in JupyterLab, at chapter 00, in a copy of your 
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/my_course/notebooks/00_start_here.ipynb \
 	  $(LAB_ROOT) $(LAB_FLAGS)
 
-test: weights ## Run every check: lint, tests, notebooks. All three run; any failure fails the whole
-	@$(MAKE) --no-print-directory --keep-going lint unit nbcheck
+test: weights ## Run every check: lint, tests, notebooks, chapters in a browser. All of them run; any failure fails the whole
+	@$(MAKE) --no-print-directory --keep-going lint unit nbcheck browser
 
 test-bits: install ## Repeat the tests of numbers and grades with the last bits of other machines
 	@for bits in $(BITS); do echo "== Tests with other last bits: $$bits"; \
@@ -93,6 +93,10 @@ nbcheck: install ## Execute every notebook and compare every output with the com
 	@echo "== Notebooks: nbval"
 	$(REPRODUCIBLE) PYTHONPATH=tests/notebooks $(BIN)/python -m pytest -q -p notebook_report --nbval --nbval-current-env \
 	  --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 60 -n 2 --dist loadscope notebooks/answers
+
+browser: install ## Read, answer and write in chapters in headless Chromium. Without a browser: reported as not run
+	@echo "== Chapters in a browser: playwright"
+	$(BIN)/python -m pytest -q -m browser -p no:xdist tests/browser
 
 format: install ## Format code and notebooks, and apply safe fixes
 	$(BIN)/ruff check --fix

@@ -268,7 +268,7 @@ def test_an_unknown_question_is_named():
         question("01-nothing")
     with pytest.raises(ValueError, match="chapter '77' asks nothing"):
         question("77-nothing")
-    assert questions_of("77") == {} and list(questions_of("02"))[0] == "02-exp-overflow"
+    assert questions_of("77") == {} and next(iter(questions_of("02"))) == "02-exp-overflow"
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,50 @@ def _stages() -> Mapping[str, int]:
     return {"used": round(_number(used) / 1024), "most": int(_number(most) / 1024), "more": int(kib) + stage}
 
 
+def _by_peer(name: str) -> list[dict[str, float]]:
+    """Milliseconds by peer, for each cell of a record of decoding."""
+    cells: dict[tuple, dict[str, float]] = {}
+    for row in load_record(name).rows:
+        if row["ms"]:
+            cells.setdefault((row["batch"], row["length"]), {})[row["peer"]] = row["ms"]
+    return list(cells.values())
+
+
+def _pages() -> Mapping[str, float]:
+    found: dict[str, float] = {}
+    for size in (16, 256):
+        costs = [cell[f"flashlib_page_{size}"] / cell["flashlib"] - 1 for cell in _by_peer("h200/paged_decode")]
+        found |= {f"least_{size}": min(costs), f"most_{size}": max(costs)}
+    return found
+
+
+def _ragged() -> Mapping[str, float]:
+    (cell,) = _by_peer("h200/ragged_decode")
+    return {"ours": cell["flashlib"], "pages": cell["flashlib_page_16"], "padded": cell["torch_sdpa_cudnn"]}
+
+
+def _chunked() -> Mapping[str, float]:
+    rows = {row["peer"]: row for row in load_record("h200/chunked_injection").rows}
+    chunked = [row for name, row in rows.items() if name.startswith("inject_chunked")]
+    more = [row["peak_bytes"] / 2**20 for row in chunked]
+    times = [row["ms"] for row in chunked]
+    return {
+        "least": min(times), "most": max(times), "whole": rows["inject"]["ms"], "less": min(more), "much": max(more),
+        "all": rows["inject"]["peak_bytes"] / 2**20,
+    }  # fmt: skip
+
+
+def _prefix() -> Mapping[str, float]:
+    (cell,) = _by_peer("h200/shared_prefix")
+    return {"shared": cell["flashlib_prefix"], "apart": cell["flashlib"]}
+
+
+def _naive_times() -> Mapping[str, float]:
+    *steps, _ = load_record("h200/attention_steps").select(tokens=16384)
+    (whole,) = load_record("h200/memory_wall").select(backend="reference", tokens=16384)
+    return {"steps": sum(row["ms"] for row in steps), "whole": whole["ms"]}
+
+
 def _h200() -> Mapping[str, float]:
     from flashlib.cost import device
 
@@ -100,6 +144,11 @@ def _h200() -> Mapping[str, float]:
 STATEMENTS = (
     Statement("notebooks/01_naive_attention.ipynb", "The report shows more than {gb} GB moved, for {mb} MB that anybody wanted.", _moved, "cells of the chapter"),
     Statement("notebooks/01_naive_attention.ipynb", "a cache of {mib} MiB, in which tiles stay", lambda: {"mib": printed("01_naive_attention.ipynb", r"moved, with (\d+) MiB of cache")[0]}, "a cell of the chapter"),
+    Statement("notebooks/01_naive_attention.ipynb", "The steps sum to {steps:.1f} ms, and the table before had {whole:.1f} ms for the same length.", _naive_times, "h200/attention_steps and h200/memory_wall"),
+    Statement("notebooks/13_paged_caches.ipynb", "Pages of 16 tokens cost {least_16:.0%} to {most_16:.0%} of the time, pages of 256 tokens {least_256:.0%} to {most_256:.0%}.", _pages, "h200/paged_decode"),
+    Statement("notebooks/13_paged_caches.ipynb", "Each request's own tokens were read in {ours:.3f} ms, in {pages:.3f} ms from pages of 16. cuDNN, which is given the padded batch, took {padded:.2f} ms.", _ragged, "h200/ragged_decode"),
+    Statement("notebooks/14_injection_and_prefixes.ipynb", "In chunks it took {least:.0f} to {most:.0f} ms, at once {whole:.0f}. What a call needs beside the memory was {less:.0f} to {much:.0f} MiB in chunks, and {all:.0f} MiB at once.", _chunked, "h200/chunked_injection"),
+    Statement("notebooks/14_injection_and_prefixes.ipynb", "One decode step of all 64 requests took {shared:.3f} ms with the prefix shared, and {apart:.2f} ms from a cache for each.", _prefix, "h200/shared_prefix"),
     Statement("notebooks/03_tiling.ipynb", "At the right end $M$ is nearly $Nd$ ({whole} KiB), where theorem 2 ends.", _tile_machines, "counted"),
     Statement("notebooks/03_tiling.ipynb", "Our machine has its {machine} KiB, which tiles of 64 x 64 fill.", _tile_machines, "counted"),
     Statement("notebooks/03_tiling.ipynb", "the formula holds: to {short} at 4,096 tokens, to {long:.0%} at 16,384.", _traffic, "h200/attention_traffic"),

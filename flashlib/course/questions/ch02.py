@@ -8,14 +8,14 @@ QUESTIONS = (
         "From which score on is exp(score) infinite in half precision (fp16)?",
         default=65504,
         within=1.2,
-        reason="The logarithm of the largest number is the limit, and log 65,504 is 11.09.",
+        reason="The logarithm of the largest number is the limit, and log 65,504 is 11.09. In bfloat16, which has the range of float32, it would be 88.7.",
     ),
     Question(
         "02-rescales",
         "The row below comes in 8 blocks of 32 scores. In how many of them does the running maximum rise?",
         default=8,
         within=1.0,
-        reason="The more one has seen, the rarer a new maximum: the n-th block has it 1 time in n.",
+        reason="The more one has seen, the rarer a new maximum. In a shuffled row the n-th block would have it 1 time in n, {expected:.1f} of 8 on average. This row is not shuffled: its large scores come late.",
     ),
     Question(
         "02-start-at-zero",

@@ -25,6 +25,13 @@ QUESTIONS = (
         reason="Row i of scores.T is column i of scores. The kernel asks for both strides, and so reads exactly that.",
     ),
     Question(
+        "06-sectors-of-a-column",
+        "The kernel reads scores.T in place of scores: the same 262,144 bytes. How many times as many sectors does that take?",
+        default=1,
+        within=1.05,
+        reason="The entries of a column lie 1,024 bytes apart: each is alone in its sector, where eight neighbors of a row share one.",
+    ),
+    Question(
         "06-causal-bytes",
         "Which fraction of the dense kernel's bytes does the causal one move, reads and writes together?",
         default=0.5,

@@ -22,6 +22,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 from flashlib.course.display import Table, format_number, show, table, widgets_run
 from flashlib.course.questions import Question, question
 
+_LATE_SECONDS = 2.0
 _RIGHT, _WRONG, _NEUTRAL = "#009E73", "#D55E00", "#0072B2"
 _settled_here: dict[str, dict[str, Any]] = {}  # what a session without a reader has settled; never written to disk
 _drafts: dict[str, str] = {}  # what a reader has typed and not recorded: Shift+Enter in the box runs the cell that asks
@@ -257,6 +259,7 @@ class _AnswerControl:
         import ipywidgets as widgets
 
         self._prediction, asked = prediction, prediction.question
+        self._entered_at = float("-inf")
         self.message = widgets.HTML()
         if asked.choices is not None:
             self.buttons = {choice: _button(chr(ord("A") + i), choice) for i, choice in enumerate(asked.choices)}
@@ -278,7 +281,7 @@ class _AnswerControl:
                 shown, description="Your prediction", placeholder="a number", style=style, layout=wide
             )
             self.control.observe(self._typed, names="value")
-            self.control.on_msg(lambda _, content, __: content.get("event") == "submit" and self._record_number())
+            self.control.on_msg(lambda _, content, __: self._entered(content))
             self.buttons = {"": _button("Record", "Record this prediction", "auto")}
             self.buttons[""].on_click(lambda _: self._record_number())
             row = widgets.HBox(
@@ -306,6 +309,14 @@ class _AnswerControl:
 
     def _typed(self, change: dict[str, Any]) -> None:
         _drafts[self._prediction.question.id] = change["new"]
+        if time.monotonic() - self._entered_at < _LATE_SECONDS:
+            self._record_number()
+
+    def _entered(self, content: dict[str, Any]) -> None:
+        """Enter was pressed. It may overtake the last characters that were typed, while the kernel is busy with those before."""
+        if content.get("event") == "submit":
+            self._entered_at = time.monotonic()
+            self._record_number()
 
     def _record_number(self) -> None:
         try:

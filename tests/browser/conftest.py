@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from flashlib.course.workspace import COPY, PARTS, REPOSITORY, bring_up_to_date
 
@@ -107,3 +108,20 @@ def _wait(lab: Lab, process: subprocess.Popen[bytes], log: Path) -> None:
         except requests.RequestException:
             time.sleep(0.3)
     pytest.fail(f"JupyterLab did not answer; it said:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: str) -> Iterator[Browser]:
+    """Chromium, headless."""
+    with sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A window of a laptop's size."""
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    yield page
+    page.close()

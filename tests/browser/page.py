@@ -71,14 +71,14 @@ class Chapter:
             f"source => {{ {_NOTEBOOK} notebook.activeCell.model.sharedModel.setSource(source); }}", source
         )
 
-    def beside(self, text: str) -> str:
-        """All the text in the window once the cell that holds `text` is at its top, without that cell's own."""
+    def beside(self, text: str) -> list[str]:
+        """The texts of the cells in the window once the one that holds `text` is at its top, without that one's own."""
         self.select(text)
         self.page.wait_for_timeout(100)
         return self.page.evaluate(
             """() => [...document.querySelectorAll('.jp-Notebook .jp-Cell:not(.jp-mod-active)')]
                 .filter(cell => { const box = cell.getBoundingClientRect(); return box.bottom > 0 && box.top < innerHeight; })
-                .map(cell => cell.innerText).join('\\n')"""
+                .map(cell => cell.innerText)"""
         )
 
 

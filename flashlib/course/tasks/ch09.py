@@ -47,6 +47,17 @@ TASKS = (
         lines=1,
     ),
     Task(
+        "09-query-and-key",
+        "query_and_key_gradients",
+        query_and_key_gradients,
+        (
+            Wrong("the scale is missing", "S is sigma Q K^T; what becomes of sigma?", lambda ds, q, k, c: (ds @ k, ds.mT @ q)),
+            Wrong("dK is not from the transposed dS", "Key j gathers from all rows: column j of dS.", lambda ds, q, k, c: (c * ds @ k, c * ds @ q)),
+            Wrong("queries and keys are swapped", "dQ is made of keys, dK of queries.", lambda ds, q, k, c: (c * ds @ q, c * ds.mT @ k)),
+        ),
+        lambda g: [(_random(g, n, n), _random(g, n, 4), _random(g, n, 4), 0.5) for n in (3, 6)],
+    ),
+    Task(
         "09-delta",
         "delta_of",
         delta_of,
@@ -69,16 +80,5 @@ TASKS = (
         ),
         lambda g: [(s := _random(g, n, n), torch.logsumexp(s, -1)) for n in (3, 6)],
         lines=1,
-    ),
-    Task(
-        "09-query-and-key",
-        "query_and_key_gradients",
-        query_and_key_gradients,
-        (
-            Wrong("the scale is missing", "S is sigma Q K^T; what becomes of sigma?", lambda ds, q, k, c: (ds @ k, ds.mT @ q)),
-            Wrong("dK is not from the transposed dS", "Key j gathers from all rows: column j of dS.", lambda ds, q, k, c: (c * ds @ k, c * ds @ q)),
-            Wrong("queries and keys are swapped", "dQ is made of keys, dK of queries.", lambda ds, q, k, c: (c * ds @ q, c * ds.mT @ k)),
-        ),
-        lambda g: [(_random(g, n, n), _random(g, n, 4), _random(g, n, 4), 0.5) for n in (3, 6)],
     ),
 )  # fmt: skip

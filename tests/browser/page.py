@@ -25,6 +25,15 @@ class Chapter:
         page.wait_for_selector(".jp-Notebook .jp-Cell")
         page.wait_for_function(_LOADED)
 
+    def turn_to(self, path: str) -> None:
+        """Open another notebook in the same window, without a kernel."""
+        self.page.evaluate(
+            """async path => { await window.jupyterapp.commands.execute('docmanager:open', {path, factory: 'Notebook', kernelPreference: {shouldStart: false}}); }""",
+            path,
+        )
+        opened = f"path => {{ const widget = window.jupyterapp.shell.currentWidget; return widget?.context?.path === path && ({_LOADED})(); }}"
+        self.page.wait_for_function(opened, arg=path)
+
     def use(self, theme: str) -> None:
         """Switch to the "light" or the "dark" theme."""
         name = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}[theme]

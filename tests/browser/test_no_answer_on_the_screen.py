@@ -58,13 +58,20 @@ def test_what_gives_an_answer_away_is_noticed() -> None:
     assert gives_away(choice, "not at all, no", [both, "So not at all, no."]) == ["So not at all, no."]
 
 
+@pytest.fixture(scope="module")
+def window(lab, browser):
+    """One window for all chapters, which run no cell."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    yield Chapter(page, lab.url(f"notebooks/{CHAPTERS[0]}"))
+    page.close()
+
+
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_no_answer_stands_beside_its_question(lab, page, name):
+def test_no_answer_stands_beside_its_question(window, name):
     asked, told = questions_of(name[:2]), answers(name)
     assert len(told) == len(asked), "each question is settled, and its verdict shown"
-    page.set_viewport_size({"width": 1280, "height": 900})
-    chapter = Chapter(page, lab.url(f"notebooks/{name}"))
+    window.turn_to(f"notebooks/{name}")
     for question, answer in zip(asked.values(), told, strict=True):
-        cells = chapter.beside(f'predict("{question.id}")')
+        cells = window.beside(f'predict("{question.id}")')
         assert len(cells) >= 2
         assert not gives_away(question, answer, cells), question.id

@@ -104,7 +104,12 @@ def is_device_code(name: str) -> bool:
 
 def makes_launches(name: str) -> bool:
     """Whether a file says no more of a GPU's work than which launches it is made of."""
-    return name.startswith("launch/") or name in ("backends/triton.py", "inference/decode.py", "kernels/inspect.py")
+    return name.startswith("launch/") or name in (
+        "backends/triton.py",
+        "inference/decode.py",
+        "inference/decode_problem.py",
+        "kernels/inspect.py",
+    )
 
 
 def changed_besides_kernels(record: Record, before: Read, now: Read = source_text) -> list[str]:

@@ -16,7 +16,7 @@ from flashlib.masks import Mask
 from flashlib.nested import is_nested, nested_attention
 from flashlib.packing import AlignedPack, sequences_of
 from flashlib.partial import merge_sinks
-from flashlib.routes import find_route, new_route, route_key
+from flashlib.routes import find_route, new_route, related_route, route_key
 from flashlib.spec import AttentionSpec
 
 __all__ = ["attention"]
@@ -84,7 +84,7 @@ def attention(
     if not torch.compiler.is_compiling() and sinks is None and not dropout_p:
         chosen_config = current_config() if config is None else config
         key, given = route_key(q, k, v, mask, causal, scale, softcap, alibi_slopes, return_lse, backend, chosen_config)
-        route = find_route(key)
+        route = find_route(key) or related_route(key, q, k, v, given)
         if route is not None:
             return route(q, k, v, given)
     if is_nested(q, k, v):

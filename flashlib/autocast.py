@@ -18,7 +18,9 @@ __all__ = ["autocast_active", "autocast_inputs", "autocast_off"]
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast hands them to PyTorch's SDPA; as they are where it is off. What is no floating tensor passes through."""
-    return tuple(_cast(x) if isinstance(x, Tensor) else x for x in tensors)
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
+    return tuple([_cast(x) if isinstance(x, Tensor) else x for x in tensors])
 
 
 def _cast(x: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flashlib import backends
+from flashlib.launch import packets
 from flashlib.launch.cpu.library import library, why_missing
+from flashlib.launch.rules import why_not_planned
+from flashlib.launch.start import TRITON_INSTALLED
 
 PACKAGES = ("flashlib", "torch", "triton", "numpy", "transformers", "jupyterlab", "flash-attn", "flash-attn-3")
 # Vector and matrix instructions that attention kernels use, as PyTorch names them (x86 first, then ARM).
@@ -43,6 +46,7 @@ class Report:
         system: Python and operating system.
         cpu_features: those of :data:`CPU_FEATURES` that this processor has.
         cpu_kernels: the instructions for which our own kernels for processors were compiled, or None; ``backends`` says why.
+        launches: how our kernels for GPUs are launched, or why that takes longer than it might; None without a GPU.
         memory: bytes of main memory.
         driver: version of the NVIDIA driver; None where there is none.
         packages: installed version by name; None if not installed.
@@ -57,6 +61,7 @@ class Report:
     torch_threads: int
     cpu_features: tuple[str, ...]
     cpu_kernels: str | None
+    launches: str | None
     memory: int
     gpus: tuple[GPU, ...]
     driver: str | None
@@ -84,6 +89,7 @@ def examine(weights: Path | None) -> Report:
         torch_threads=torch.get_num_threads(),
         cpu_features=tuple(name for name in CPU_FEATURES if capabilities.get(name)),
         cpu_kernels=None if why_missing() else library().variant.name,
+        launches=_launches(),
         memory=psutil.virtual_memory().total,
         gpus=_gpus(),
         driver=_driver(),
@@ -118,6 +124,8 @@ def _machine_table(report: Report) -> Table:
     table.add_row("Memory", f"{report.memory / 2**30:.1f} GiB")
     for gpu in report.gpus:
         table.add_row("GPU", f"{gpu.name}, capability {gpu.capability}, {gpu.memory / 2**30:.1f} GiB")
+    if report.launches:
+        table.add_row("Kernel launches", report.launches)
     if not report.gpus:
         table.add_row("GPU", "none that PyTorch can use; Part I of the course needs none")
     table.add_row("NVIDIA driver", report.driver or "none found")
@@ -140,6 +148,16 @@ def _backend_table(report: Report) -> Table:
 def _gpus() -> tuple[GPU, ...]:
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return tuple(GPU(gpu.name, f"{gpu.major}.{gpu.minor}", gpu.total_memory) for gpu in properties)
+
+
+def _launches() -> str | None:
+    if not torch.cuda.is_available() or not TRITON_INSTALLED:
+        return None
+    return (
+        packets.why_missing()
+        or why_not_planned(torch.device("cuda", torch.cuda.current_device()))
+        or "by our own launcher"
+    )
 
 
 def _driver() -> str | None:

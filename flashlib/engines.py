@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashlib.autocast import autocast_off
 from flashlib.launch.engines import Engine, name_of, no_second_derivative
-from flashlib.launch.folding import folded, folded_numbers
+from flashlib.launch.folding import folded, folded_numbers, restored_numbers, saved_numbers
 from flashlib.spec import AttentionSpec
 from flashlib.values import has_data
 
@@ -48,9 +48,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         q, k, v, ctx.engine, *numbers = inputs
-        ctx.tensors_at = [at for at, x in enumerate(numbers) if isinstance(x, Tensor)]
-        ctx.numbers = [None if isinstance(x, Tensor) else x for x in numbers]
-        tensors = (q, k, v, *output, *(numbers[at] for at in ctx.tensors_at))
+        tensors = (q, k, v, *output, *saved_numbers(ctx, numbers))
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
@@ -122,10 +120,7 @@ _FORWARD_MODE = "the backends 'tiled', 'reference' and 'torch_sdpa_math' have on
 
 def _restored(ctx) -> tuple:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
-    numbers = list(ctx.numbers)
-    for at, tensor in zip(ctx.tensors_at, tensors, strict=True):
-        numbers[at] = tensor
-    return q, k, v, out, lse, numbers
+    return q, k, v, out, lse, restored_numbers(ctx, tensors)
 
 
 def refuse_second_derivative(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:

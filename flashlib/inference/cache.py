@@ -68,8 +68,10 @@ class KVCache:
         check_dtype(dtype)
         self.key_buffer = torch.empty(batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
         self.value_buffer = torch.empty(batch, kv_heads, capacity, v_head_dim, dtype=dtype, device=device)
-        # On the CPU whatever the device: a slice needs its length there, and asking a GPU for it would stall the GPU.
-        self._lengths = torch.zeros(batch, dtype=torch.int64, device="cpu")
+        # On the CPU whatever the device: a slice needs its length there, and asking a GPU for it would stall the GPU. One number while all
+        # requests hold as many tokens, as in most programs: a step of decoding takes longer to add up tensors than to write.
+        self._common: int | None = 0
+        self._each: Tensor | None = None
 
     def __repr__(self) -> str:
         batch, kv_heads, capacity, head_dim = self.key_buffer.shape
@@ -87,14 +89,25 @@ class KVCache:
         return self._lengths.clone()
 
     @property
+    def _lengths(self) -> Tensor:
+        if self._each is None:
+            return torch.full((self.batch,), self._common or 0, dtype=torch.int64, device="cpu")
+        return self._each
+
+    @_lengths.setter
+    def _lengths(self, lengths: Tensor) -> None:
+        is_uniform = not len(lengths) or bool((lengths == lengths[0]).all())
+        self._common, self._each = (int(lengths[0]) if len(lengths) else 0, None) if is_uniform else (None, lengths)
+
+    @property
     def max_length(self) -> int:
         """How many tokens the longest request holds."""
-        return int(self._lengths.max()) if self.batch else 0
+        return int(self._lengths.max()) if self._common is None else self._common
 
     @property
     def is_uniform(self) -> bool:
         """Whether all requests hold equally many tokens."""
-        return bool((self._lengths == self.max_length).all())
+        return self._common is not None
 
     @property
     def keys(self) -> Tensor:
@@ -146,23 +159,28 @@ class KVCache:
             In each case nothing was written.
         """
         check_new_tokens(k, v, self.batch, self.key_buffer, self.value_buffer)
-        new = checked_counts(counts, self.batch, k.shape[2], "S")
-        ends = self._lengths + new
-        if (ends > self.capacity).any():
-            request = int((ends > self.capacity).nonzero()[0])
-            raise CacheFullError(
-                f"the cache is full: request {request} holds {int(self._lengths[request])} tokens and {int(new[request])} "
-                f"more do not fit into its capacity of {self.capacity}"
-            )
-        if self.is_uniform and counts is None:
-            filled = slice(self.max_length, self.max_length + k.shape[2])
-            self.key_buffer[:, :, filled] = k
-            self.value_buffer[:, :, filled] = v
-        else:
-            for request, (start, end) in enumerate(zip(self._lengths.tolist(), ends.tolist(), strict=True)):
-                self.key_buffer[request, :, start:end] = k[request, :, : end - start]
-                self.value_buffer[request, :, start:end] = v[request, :, : end - start]
+        if counts is None and self._common is not None:
+            start, end = self._common, self._common + k.shape[2]
+            if end > self.capacity and self.batch:
+                self._refuse(0, start, end)
+            self.key_buffer[:, :, start:end] = k
+            self.value_buffer[:, :, start:end] = v
+            self._common = end if self.batch else 0
+            return
+        ends = self._lengths + checked_counts(counts, self.batch, k.shape[2], "S")
+        places = [*enumerate(zip(self._lengths.tolist(), ends.tolist(), strict=True))]
+        for request, (start, end) in places:
+            if end > self.capacity:
+                self._refuse(request, start, end)
+        for request, (start, end) in places:
+            self.key_buffer[request, :, start:end] = k[request, :, : end - start]
+            self.value_buffer[request, :, start:end] = v[request, :, : end - start]
         self._lengths = ends
+
+    def _refuse(self, request: int, start: int, end: int) -> None:
+        raise CacheFullError(
+            f"the cache is full: request {request} holds {start} tokens and {end - start} more do not fit into its capacity of {self.capacity}"
+        )
 
     def truncate(self, lengths: int | Tensor | Sequence[int]) -> None:
         """Forget every token from position ``lengths`` on (one int for all requests, or integers ``[B]``).

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashlib.inference.decode import Problem, run_torch, run_triton
+from flashlib.inference.decode_problem import Problem, run_torch, run_triton
 from flashlib.launch.engines import TiledEngine
 from flashlib.launch.operators import attention_backward
 from flashlib.tiled import Tiling

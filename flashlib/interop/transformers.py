@@ -173,15 +173,17 @@ def attention_forward(
     """
     if isinstance(kwargs.get("cache"), PagedAttentionCache) and kwargs.get("block_table") is None:
         key, value = kwargs.pop("cache").update(key, value, module.layer_idx, kwargs)
-    for argument, meaning in _UNSUPPORTED.items():
-        given = kwargs.get(argument)
-        if given is not None and given is not False:
+    for argument in kwargs:
+        if argument in _UNSUPPORTED and kwargs[argument] is not None and kwargs[argument] is not False:
             raise ValueError(
-                f"{argument} ({meaning}) is not supported by flashlib.attention; use attn_implementation='eager'"
+                f"{argument} ({_UNSUPPORTED[argument]}) is not supported by flashlib.attention; use attn_implementation='eager'"
             )
     query, key, value = autocast_inputs(query, key, value)
-    asked = {"dropout_p": dropout or None, "sinks": s_aux}
-    options = {option: wanted for option, wanted in asked.items() if wanted is not None}
+    options: dict[str, Any] = {}
+    if dropout:
+        options["dropout_p"] = dropout
+    if s_aux is not None:
+        options["sinks"] = s_aux
     for option in options:
         if option not in takes:
             raise ValueError(

@@ -314,9 +314,21 @@ class DkdvSchedule:
     stride_interval: base_value
     stride_blank: base_value
     stride_range: base_value
-    kv_heads: base_value
-    group_size: base_value
+    kv_heads: base_value  # each counted ``parts`` times
+    parts: base_value  # programs that share the query heads of a KV head
+    group_size: base_value  # query heads of one program
+    heads_together: base_value
     unseeing: base_value  # rows at the beginning that see nothing and are not in the tensors
+    IN_PARTS: constexpr
+
+
+@bundle
+class DkdvParts:
+    """Where a program writes in fp32, if others work on the same keys."""
+
+    p_dk: base_value
+    p_dv: base_value
+    IN_PARTS: constexpr
 
 
 @bundle

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from flashlib.launch.counters import counters
 from flashlib.launch.options import blocks, checked_channels, padded, readable, strides
 from flashlib.launch.plans import plan_for
+from flashlib.launch.recipes import computed, settled
 from flashlib.launch.splits import LEAST_MERGED_IN_KERNEL, MOST_PROGRAMS, fewest_waves, longest_split
 from flashlib.launch.start import Launch
 from flashlib.launch.tiles import TileConfig, capability_of, multiprocessors
@@ -98,7 +99,8 @@ class DecodeOptions:
         elif not num_splits:
             tiles = tiles_for(q, v)
             pairs = q.shape[0] * k.shape[1] * blocks(q.shape[1] // k.shape[1] * q.shape[2], tiles.block_m)
-            fewest = fewest_waves(pairs, visible, multiprocessors(q.device), tiles.block_n)
+            tiles_of_keys = max(blocks(visible, tiles.block_n), 1)
+            fewest = computed(fewest_waves, pairs, tiles_of_keys, multiprocessors(q.device))
             small_pages = block_table is not None and k.shape[2] % tiles.block_n != 0
             num_splits = max(fewest, blocks(visible, longest_split(small_pages=small_pages)))
         if num_splits > MOST_PROGRAMS:
@@ -120,7 +122,7 @@ class DecodeOptions:
         others = iter(tensors)
         names = ("lengths", "block_table")
         changed: dict[str, Any] = {name: next(others) for name in names if getattr(self, name) is not None}
-        return replace(self, **changed)
+        return replace(self, **changed) if changed else self
 
     def key(self) -> tuple:
         """Everything but the :meth:`tensors`, of which it says which there are."""
@@ -128,6 +130,23 @@ class DecodeOptions:
             self.lengths is None, self.block_table is None, self.left, self.right, self.scale, self.softcap, self.num_splits,
             self.split_size, self.merge_in_kernel, self.precision, self.fewest_splits,
         )  # fmt: skip
+
+    NUMBERS: ClassVar = ("left", "right", "scale", "softcap", "num_splits", "split_size", "fewest_splits")
+
+    def kind(self) -> tuple:
+        """The :meth:`key` without the numbers, of which it says which there are."""
+        return (
+            self.lengths is None, self.block_table is None, self.left is None, self.right is None, self.split_size is None,
+            self.fewest_splits is None, self.merge_in_kernel, self.precision,
+        )  # fmt: skip
+
+    def numbers_by_name(self) -> dict[str, float]:
+        """Those of :attr:`NUMBERS` that there are."""
+        return {name: number for name in self.NUMBERS if (number := getattr(self, name)) is not None}
+
+    def with_numbers(self, numbers: Mapping[str, Any]) -> DecodeOptions:
+        """The same with others."""
+        return replace(self, **numbers)
 
 
 def launch_decode(q: Tensor, k: Tensor, v: Tensor, options: DecodeOptions) -> tuple[Tensor, Tensor]:
@@ -193,13 +212,13 @@ def _decode_launches(
     splits_kept = options.num_splits if options.num_splits > 1 or not options.merge_in_kernel else 0
     partial_out = q.new_empty((splits_kept, *out.shape), dtype=torch.float32)
     partial_lse = q.new_empty((splits_kept, *lse.shape), dtype=torch.float32)
-    merge_rows = min(LEAST_ROWS, 1 << (rows - 1).bit_length())
+    merge_rows = settled(_power_of_two, rows, LEAST_ROWS)
     block_d, block_dv = padded(head_dim), padded(v_head_dim)
     arguments = {
         "p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_partial_out": partial_out, "p_partial_lse": partial_lse,
         "p_arrivals": counters(q, batch * kv_heads * row_blocks) if options.merge_in_kernel else None,
         "p_lengths": options.lengths, "p_table": table, "stride_table": 0 if table is None else table.stride(0),
-        "n_pages": None if table is None else len(k),
+        "n_pages": None if table is None else k.shape[0],
         **strides(q=q, k=k, v=v),
         "q_heads": q_heads, "q_len": q_len, "row_blocks": row_blocks, "n_rows": batch * q_heads * q_len, "capacity": capacity,
         "fewest_splits": options.fewest_splits or options.num_splits,
@@ -232,7 +251,9 @@ def deeper(tiles: TileConfig, programs: int, split_size: int, device: torch.devi
 
 def tile_in_pages(page_size: int, block_n: int, split_size: int | None) -> int:
     """How tiles of ``block_n`` keys lie in pages. Those of a split follow one another from where it begins."""
-    step = block_n if split_size is None else math.gcd(block_n, split_size)  # every tile begins at a multiple of this
+    step = (
+        block_n if split_size is None else settled(math.gcd, block_n, split_size)
+    )  # every tile begins at a multiple of this
     if page_size % block_n == 0 and step == block_n:
         return IN_A_PAGE
     return OF_PAGES if block_n % page_size == 0 and step % page_size == 0 else ACROSS_PAGES
@@ -305,12 +326,18 @@ def decode_tiles(rows: int, dtype: torch.dtype, head_dim: int, capability: int) 
     """
     width = next(width for width in (64, 128, 256) if head_dim <= width)
     tiles = DECODE_FP32 if dtype == torch.float32 else DECODE_TABLE[8 if capability < 9 else 9][width]
-    return replace(tiles, block_m=min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), tiles.block_m))
+    return replace(tiles, block_m=max(LEAST_ROWS, _power_of_two(rows, tiles.block_m)))
 
 
 def tiles_for(q: Tensor, v: Tensor) -> TileConfig:
     """:func:`decode_tiles` of these queries, and values (or pages of values)."""
-    return _tiles(q.shape[1] // v.shape[1] * q.shape[2], q.dtype, max(q.shape[3], v.shape[3]), q.device)
+    rows = q.shape[1] // v.shape[1] * q.shape[2]
+    return settled(_tiles, rows, q.dtype, max(q.shape[3], v.shape[3]), q.device)
+
+
+def _power_of_two(number: int, most: int) -> int:
+    """The next power of two, at most ``most``."""
+    return min(most, 1 << (number - 1).bit_length())
 
 
 @cache

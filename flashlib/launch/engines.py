@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -90,9 +90,18 @@ class TritonEngine:
         return empty_results(q, v)
 
     def _options(self, numbers):
-        from flashlib.launch.options import KernelOptions
+        if any(isinstance(x, Tensor) for x in numbers):
+            return _options_of(*numbers, self.precision, self.autotune)
+        return _same_options(*numbers, self.precision, self.autotune)
 
-        return KernelOptions.from_numbers(*numbers, self.precision, self.autotune)
+
+def _options_of(*numbers_and_settings):
+    from flashlib.launch.options import KernelOptions
+
+    return KernelOptions.from_numbers(*numbers_and_settings)
+
+
+_same_options = lru_cache(maxsize=256)(_options_of)
 
 
 @dataclass(frozen=True)

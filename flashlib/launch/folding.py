@@ -1,10 +1,13 @@
-"""What ``vmap`` does to a call of ours: the mapped dimension becomes part of the batch."""
+"""What ``vmap`` does to a call of ours: the mapped dimension becomes part of the batch. And what autograd keeps of its numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
-__all__ = ["folded", "folded_numbers"]
+__all__ = ["folded", "folded_numbers", "restored_numbers", "saved_numbers"]
 
 
 def folded(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -31,3 +34,18 @@ def folded_numbers(size: int, batch: int, in_dims: tuple[int | None, ...], numbe
             x = x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)
         together.append(x)
     return [*together, seed]
+
+
+def saved_numbers(ctx: Any, numbers: Sequence) -> list[Tensor]:
+    """Those of ``numbers`` that are tensors, for ``ctx.save_for_backward``; ``ctx`` is told the others."""
+    ctx.tensors_at = [at for at, x in enumerate(numbers) if isinstance(x, Tensor)]
+    ctx.numbers = [None if isinstance(x, Tensor) else x for x in numbers]
+    return [numbers[at] for at in ctx.tensors_at]
+
+
+def restored_numbers(ctx: Any, tensors: Sequence[Tensor]) -> list:
+    """The numbers again, from what :func:`saved_numbers` gave and left."""
+    numbers = list(ctx.numbers)
+    for at, tensor in zip(ctx.tensors_at, tensors, strict=True):
+        numbers[at] = tensor
+    return numbers

@@ -9,10 +9,10 @@ allocator and no dispatcher is asked.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 __all__ = ["Form", "Memory", "NotPlannable"]
 
@@ -35,8 +35,8 @@ class Memory:
     device: torch.device
     made: list[Form] = field(default_factory=list)
 
-    def input(self, x: Tensor) -> Form:
-        return self._add(tuple(x.shape), tuple(x.stride()), x.dtype)
+    def input(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Form:
+        return self._add(tuple(shape), tuple(strides), dtype)
 
     def _add(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, counts: bool = False) -> Form:
         form = Form(self, len(self.made), 0, shape, strides, dtype, counts)
@@ -47,7 +47,8 @@ class Memory:
 class Form:
     """Shape, strides, dtype and device of a tensor that begins ``offset`` bytes into place number ``source`` of a :class:`Memory`.
 
-    Every place begins at a multiple of 16 bytes. ``is_counters``: the place holds zeros, and is left so.
+    Every place begins at a multiple of 16 bytes. ``is_counters``: the place holds zeros, and is left so. Its numbers may be
+    symbols (:mod:`flashlib.launch.recipes`). Slices of it begin and end at numbers of at least 0.
     """
 
     __slots__ = ("_strides", "dtype", "is_counters", "memory", "offset", "shape", "source")
@@ -85,11 +86,8 @@ class Form:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def new_empty(self, *shape, dtype: torch.dtype | None = None) -> Form:
-        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
         return self.memory._add(shape, _contiguous(shape), dtype or self.dtype)
 
     def new_counters(self, count: int) -> Form:
@@ -132,7 +130,8 @@ class Form:
             if isinstance(at, int):
                 offset += at * stride * self.dtype.itemsize
                 continue
-            begin, end, _ = at.indices(size)
+            begin = 0 if at.start is None else min(at.start, size)
+            end = size if at.stop is None else min(at.stop, size)
             offset += begin * stride * self.dtype.itemsize
             shape.append(max(0, end - begin))
             strides.append(stride)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from flashlib.launch.options import (
     strides,
 )
 from flashlib.launch.plain import BackwardTensors, row_ranges_launch
+from flashlib.launch.recipes import computed
 from flashlib.launch.start import Launch, TileMap
 from flashlib.launch.tiles import (
     HOPPER,
@@ -46,12 +48,20 @@ HOPPER_CACHE = 8 << 20  # bytes of K and V that heads worked on together may tak
 # where K and V of 16k keys take 8 MiB a head: 4 heads together, as this gives, or 8 ran causal attention of 16k keys at 639 or 626
 # TFLOP/s, packed causal sequences of 1k at 377 or 352, and ragged ones at 545 or 568.
 HOPPER_SPREAD = 3.5
+BACKWARD_SPREAD = 2  # the same for programs of the backward, which work on one block each
+# Of dK and dV, on an H200: pairs of a row and a key, times channels of both, that a multiprocessor gets through in a nanosecond; bytes
+# that all of them together write and read again; and what one more launch costs.
+PAIR_CHANNELS_PER_NS, PART_BYTES_PER_NS, SUM_NS = 1200, 3500, 3000
+PARTS = (2, 3, 4, 5, 7, 8)  # into which a group's query heads may be cut
+MOST_PART_WAVES = 8  # of programs that write parts: each of 128 KiB at head_dim 128
+SUMMED_KEYS = 16  # that a program of hopper_sum_parts adds up
 PREPARE_CHUNK = 1024  # rows that hopper_prepare looks at together
 
 
 def hopper_runs(q: Tensor, k: Tensor, v: Tensor, options: KernelOptions) -> bool:
     """Whether the warp-specialised kernel takes a problem: on a Hopper GPU, 16-bit, and within the rules of its copy engine."""
-    return takes(options, q, k, v) and len(seen_range(q.shape[2], k.shape[2], options)) > 0
+    first, last = seen_range(q.shape[2], k.shape[2], options)
+    return takes(options, q, k, v) and first < last
 
 
 def takes(options: KernelOptions, *tensors: Tensor) -> bool:
@@ -69,7 +79,8 @@ def takes(options: KernelOptions, *tensors: Tensor) -> bool:
 
 def keys_per_row(q_len: int, kv_len: int, options: KernelOptions) -> int:
     """About how many keys a row sees under a band; all of them under row intervals, which are not looked at."""
-    seen = len(seen_range(q_len, kv_len, options))
+    first, last = seen_range(q_len, kv_len, options)
+    seen = max(0, last - first)
     if options.right is not None and options.left is None:
         return seen - min(q_len, seen) // 2
     return seen if options.left is None else min(seen, options.left + 1 + (options.right or 0))
@@ -80,17 +91,17 @@ def copy_engine_reads(x: Tensor) -> bool:
     return x.stride(3) == 1 and begins_at_16_bytes(x)
 
 
-def seen_range(q_len: int, kv_len: int, options: KernelOptions) -> range:
-    """The keys that some row sees under a band; all of them under row intervals."""
+def seen_range(q_len: int, kv_len: int, options: KernelOptions) -> tuple[int, int]:
+    """The first key that some row sees under a band, and one past the last; all of them under row intervals."""
     offset = kv_len - q_len
     first = 0 if options.left is None else max(0, offset - options.left)
     last = kv_len if options.right is None else min(kv_len, q_len + offset + options.right)
-    return range(first, last)
+    return first, last
 
 
-def only_seen(x: Tensor, seen: range) -> Tensor:
-    """Of keys, or values, those in a range."""
-    return x if len(seen) == x.shape[2] else x[:, :, seen.start : seen.stop]
+def only_seen(x: Tensor, first: int, last: int) -> Tensor:
+    """Of keys, or values, those from the first to before the last."""
+    return x if last - first == x.shape[2] else x[:, :, first:last]
 
 
 def hopper_launches(
@@ -106,8 +117,8 @@ def hopper_launches(
     batch, q_heads, q_len, head_dim = q.shape
     seen = seen_range(q_len, k.shape[2], options)
     tiles = tiles or hopper_tiles(max(head_dim, v.shape[3]), keys_per_row(q_len, k.shape[2], options), options)
-    offset = k.shape[2] - q_len - seen.start
-    k, v = (only_seen(x, seen) for x in (k, v))
+    offset = k.shape[2] - q_len - seen[0]
+    k, v = (only_seen(x, *seen) for x in (k, v))
     out, lse = empty_results(q, v)
     arguments = options.arguments(q, k, v)
     for name in ("head_dim", "CHECK_D", "PRECISION", "p_offsets", "stride_offset", *dropout_arguments(0.0, None)):
@@ -129,7 +140,7 @@ def hopper_launches(
         **{"p_tiles": prepared["tiles"], "stride_tiles": row_blocks if batch_stride(prepared["tiles"]) else 0},
         **{"p_blanked": prepared["flags"], "stride_blanked": batch_stride(prepared["flags"])},
         **strides(o=out),
-        **{"heads": heads, "q_heads": q_heads, "heads_together": heads_together(heads, row_blocks, programs, bytes_per_head, spread)},
+        **{"heads": heads, "q_heads": q_heads, "heads_together": computed(heads_together, heads, row_blocks, programs, bytes_per_head, spread)},
         **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "CHECK_DV": v.shape[3] != block_dv},
         **{"BLOCK_N": tiles.block_n, "CONSUMERS": tiles.consumers, "STAGES": tiles.num_stages},
         **{"CONSUMER_REGISTERS": tiles.registers},
@@ -160,6 +171,51 @@ def heads_together(heads: int, row_blocks: int, programs: int, bytes_per_head: f
         if rest == 0 or rest >= least:
             break
     return together
+
+
+def backward_heads_together(
+    heads: int, blocks_each: int, units: int, bytes_per_head: float, options: KernelOptions
+) -> int:
+    """The same for the backward: one after another where all blocks have the same work, so that a head's programs run at one time.
+
+    Otherwise the last heads' longest blocks would come last of all, with nothing beside them.
+    """
+    if options.mask_kind != INTERVALS and options.right is None:
+        return 1
+    return computed(
+        heads_together, heads, blocks_each, min(units, heads * blocks_each), bytes_per_head, BACKWARD_SPREAD
+    )
+
+
+def group_parts(
+    q_len: int, kv_len: int, heads: int, group_size: int, channels: int, tiles: HopperBackwardTiles, units: int, options: KernelOptions
+) -> int:  # fmt: skip
+    """How many programs share the query heads of a KV head in dK and dV: 1 but where programs are few, for one of which all would wait.
+
+    Parts are written and read again in fp32, which must be less than what is gained.
+
+    Args:
+        heads: KV heads of all batch entries. channels: of keys and values together. units: multiprocessors.
+    """
+    programs = blocks(kv_len, tiles.block_n) * heads
+    rows = q_len if options.left is None else min(q_len, options.left + tiles.block_n + (options.right or 0))
+    longest = rows * tiles.block_n * group_size * channels // PAIR_CHANNELS_PER_NS
+    pairs = q_len * keys_per_row(q_len, kv_len, options)
+    mean = pairs * group_size * heads * channels // (PAIR_CHANNELS_PER_NS * units)
+    unequal = options.mask_kind == INTERVALS or options.right is not None
+    best, least_ns = 1, dkdv_ns(programs, 1, longest, mean, units, unequal)
+    for parts in PARTS:
+        if group_size % parts == 0 and programs * parts <= MOST_PART_WAVES * units:
+            moved = 2 * 4 * programs * parts * tiles.block_n * channels // PART_BYTES_PER_NS
+            ns = dkdv_ns(programs, parts, longest, mean, units, unequal) + moved + SUM_NS
+            if ns < least_ns:
+                best, least_ns = parts, ns
+    return best
+
+
+def dkdv_ns(programs: int, parts: int, longest: int, mean: int, units: int, unequal: bool) -> int:
+    """About how long dK and dV take. Programs of unequal work fill one another's gaps; equal ones run in so many waves."""
+    return max(longest // parts, mean) if unequal else blocks(programs * parts, units) * longest // parts
 
 
 NOTHING_PREPARED = {"tiles": None, "flags": None, "blanked": None}
@@ -206,9 +262,13 @@ def hopper_backward_runs(tensors: BackwardTensors, options: KernelOptions) -> bo
 
 
 def hopper_dkdv_launches(
-    tensors: BackwardTensors, options: KernelOptions, tiles: HopperBackwardTiles | None = None
-) -> list[Launch]:
-    """The launches of the warp-specialised dK and dV: one, or under row intervals two.
+    tensors: BackwardTensors, options: KernelOptions, tiles: HopperBackwardTiles | None = None,
+    *, together: int | None = None, parts: int | None = None,
+) -> list[Launch]:  # fmt: skip
+    """The launches of the warp-specialised dK and dV: one, under row intervals two more, and one more where parts are added up.
+
+    Args:
+        together, parts: instead of :func:`backward_heads_together` and :func:`group_parts`.
 
     It multiplies whole tiles of Q and dO by weights, and a weight of 0 does not hide a NaN. So rows that see nothing must not
     be given to it: under a band they are the first ones, and under row intervals a kernel blanks them in copies of their tiles.
@@ -231,9 +291,23 @@ def hopper_dkdv_launches(
         q, grad_out = q[:, :, unseeing:], grad_out[:, :, unseeing:]
     shared = options.arguments(q, tensors.k, tensors.v)
     block_d, block_dv = (max(64, shared[name]) for name in ("BLOCK_D", "BLOCK_DV"))
-    taken = ("p_start", "p_stop", "p_slopes", "stride_interval", "stride_slope", "group_size", "kv_len", "left", "right", "scale",
-             "softcap", "MASK", "HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "ALIBI")  # fmt: skip
+    heads, group_size, units = batch * kv_heads, shared["group_size"], multiprocessors(q.device)
+    parts = parts or group_parts(q_len, kv_len, heads, group_size, block_d + block_dv, tiles, units, options)
+    key_blocks = blocks(kv_len, tiles.block_n)
+    bytes_per_head = q_len * (q.shape[3] + v_head_dim) * q.element_size() * group_size // parts
+    together = together or backward_heads_together(heads * parts, key_blocks, units, bytes_per_head, options)
+    partial: dict[str, Any] = dict.fromkeys(("dk", "dv"))
+    if parts > 1:
+        shape = (batch, kv_heads * parts, key_blocks * tiles.block_n)
+        partial = {
+            "dk": q.new_empty(*shape, block_d, dtype=torch.float32),
+            "dv": q.new_empty(*shape, block_dv, dtype=torch.float32),
+        }
+    taken = ("p_start", "p_stop", "p_slopes", "stride_interval", "stride_slope", "kv_len", "left", "right", "scale", "softcap",
+             "MASK", "HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "ALIBI")  # fmt: skip
     arguments = {name: shared[name] for name in taken} | {"q_len": q_len, "offset": kv_len - q_len}
+    arguments |= {"parts": parts, "group_size": group_size // parts, "heads_together": together, "IN_PARTS": parts > 1}
+    arguments |= {"p_dk_parts": partial["dk"], "p_dv_parts": partial["dv"]}
     # What one unit of a score tile is worth as a power of 2. Computed there, it would take a register, and none is left.
     arguments["unit"] = (options.softcap or options.scale) * math.log2(math.e)
     arguments |= {
@@ -244,16 +318,35 @@ def hopper_dkdv_launches(
         **{"desc_k": tile_descriptor(tensors.k, HOPPER_ROWS, block_d), "desc_rows": row_descriptor(tensors.rows, tiles.block_m)},
         **{"desc_v": tile_descriptor(tensors.v, HOPPER_ROWS, block_dv)},
         **{"desc_dk": tile_descriptor(tensors.dk, HOPPER_ROWS, block_d), "desc_dv": tile_descriptor(tensors.dv, HOPPER_ROWS, block_dv)},
-        **{"p_ranges": ranges, "stride_range": batch_stride(ranges), "kv_heads": kv_heads, "unseeing": unseeing},
+        **{"p_ranges": ranges, "stride_range": batch_stride(ranges), "kv_heads": kv_heads * parts, "unseeing": unseeing},
         **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_M": tiles.block_m, "CONSUMERS": tiles.consumers},
         **{"STAGES": tiles.num_stages, "CONSUMER_REGISTERS": tiles.registers},
     }  # fmt: skip
-    grid = (blocks(kv_len, tiles.block_n) * batch * kv_heads,)
-    return [*launches, Launch(hopper_dkdv, grid, arguments, tiles)]
+    launches.append(Launch(hopper_dkdv, (key_blocks * heads * parts,), arguments, tiles))
+    return (
+        launches if parts == 1 else [*launches, sum_parts_launch(tensors, partial["dk"], partial["dv"], parts, tiles)]
+    )
+
+
+def sum_parts_launch(
+    tensors: BackwardTensors, dk_parts: Tensor, dv_parts: Tensor, parts: int, tiles: HopperBackwardTiles
+) -> Launch:
+    """The launch that adds up what ``parts`` programs have come to for each block of keys."""
+    from flashlib.kernels.hopper.parts import hopper_sum_parts
+
+    batch, kv_heads, kv_len, head_dim = tensors.dk.shape
+    arguments = {
+        **{"p_dk_parts": dk_parts, "p_dv_parts": dv_parts, "p_dk": tensors.dk, "p_dv": tensors.dv},
+        **strides(dk=tensors.dk, dv=tensors.dv),
+        **{"kv_heads": kv_heads, "parts": parts, "kv_len": kv_len, "head_dim": head_dim, "v_head_dim": tensors.dv.shape[3]},
+        **{"PADDED": tiles.block_n, "CHECK_D": checked_channels(tensors.dk), "CHECK_DV": checked_channels(tensors.dv)},
+        **{"BLOCK_D": dk_parts.shape[3], "BLOCK_DV": dv_parts.shape[3], "BLOCK_N": SUMMED_KEYS},
+    }  # fmt: skip
+    return Launch(hopper_sum_parts, (blocks(kv_len, SUMMED_KEYS) * batch * kv_heads,), arguments)
 
 
 def hopper_dq_launches(
-    tensors: BackwardTensors, options: KernelOptions, tiles: HopperTiles | None = None
+    tensors: BackwardTensors, options: KernelOptions, tiles: HopperTiles | None = None, *, together: int | None = None
 ) -> list[Launch]:
     """The launches of the warp-specialised dQ: one, or under row intervals two.
 
@@ -265,11 +358,11 @@ def hopper_dq_launches(
     batch, q_heads, q_len, _ = q.shape
     tiles = tiles or HOPPER_DQ
     seen = seen_range(q_len, tensors.k.shape[2], options)
-    if not seen:  # zero keys cannot be described to the copy engine
+    if seen[0] >= seen[1]:  # zero keys cannot be described to the copy engine
         tensors.dq.zero_()
         return []
-    offset = tensors.k.shape[2] - q_len - seen.start
-    k, v = (only_seen(x, seen) for x in (tensors.k, tensors.v))
+    offset = tensors.k.shape[2] - q_len - seen[0]
+    k, v = (only_seen(x, *seen) for x in (tensors.k, tensors.v))
     shared = options.arguments(q, k, v)
     block_d, block_dv = (max(64, shared[name]) for name in ("BLOCK_D", "BLOCK_DV"))
     launches, prepared = [], NOTHING_PREPARED
@@ -279,19 +372,27 @@ def hopper_dq_launches(
     blanked = k if prepared["blanked"] is None else prepared["blanked"]
     taken = ("p_start", "p_stop", "p_slopes", "stride_interval", "stride_slope", "group_size", "q_len", "kv_len", "left", "right",
              "scale", "softcap", "MASK", "HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "ALIBI")  # fmt: skip
-    arguments = {name: shared[name] for name in taken} | {"offset": offset, "q_heads": q_heads}
+    row_blocks, heads = blocks(q_len, tiles.block_m), batch * q_heads
+    bytes_per_head = k.shape[2] * (q.shape[3] + v.shape[3]) * k.element_size() / shared["group_size"]
+    together = together or backward_heads_together(
+        heads, row_blocks, multiprocessors(q.device), bytes_per_head, options
+    )
+    arguments = {name: shared[name] for name in taken} | {
+        "offset": offset,
+        "q_heads": q_heads,
+        "heads_together": together,
+    }
     arguments |= {
         **{"desc_q": tile_descriptor(q, HOPPER_ROWS, block_d), "desc_do": tile_descriptor(tensors.grad_out, HOPPER_ROWS, block_dv)},
         **{"desc_k": tile_descriptor(k, tiles.block_n, block_d), "desc_v": tile_descriptor(v, tiles.block_n, block_dv)},
         **{"desc_blanked": tile_descriptor(blanked, tiles.block_n, block_d), "desc_dq": tile_descriptor(tensors.dq, HOPPER_ROWS, block_d)},
         **{"p_lse": rows[0], "p_delta": rows[1], "stride_row": rows.shape[3], "p_tiles": prepared["tiles"]},
-        **{"stride_tiles": blocks(q_len, tiles.block_m) if batch_stride(prepared["tiles"]) else 0},
+        **{"stride_tiles": row_blocks if batch_stride(prepared["tiles"]) else 0},
         **{"p_blanked": prepared["flags"], "stride_blanked": batch_stride(prepared["flags"])},
         **{"BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_N": tiles.block_n, "CONSUMERS": tiles.consumers},
         **{"STAGES": tiles.num_stages, "CONSUMER_REGISTERS": tiles.registers},
     }  # fmt: skip
-    grid = (blocks(q_len, tiles.block_m) * batch * q_heads,)
-    return [*launches, Launch(hopper_dq, grid, arguments, tiles)]
+    return [*launches, Launch(hopper_dq, (row_blocks * heads,), arguments, tiles)]
 
 
 NOTHING_BLANK = {"flags": None, "q": None, "do": None}

@@ -3,18 +3,21 @@
 An operator has a schema of plain types, a fake version that only says what comes out (so that a compiler can trace through
 it), a gradient, which is another operator, and a rule for ``vmap``. Which engine computes it is an argument: its ``str``.
 
-They are registered with :class:`torch.library.Library`: called by compiled code, those of ``torch.library.custom_op`` take some 8 us longer.
+``attention_forward`` and ``attention_backward`` are differentiable, and are what is called. What they call, ``forward_pass`` and ``backward_pass``,
+knows nothing of gradients: a compiler finds it below them, and the code that it makes calls the engine without asking, each time, whether
+there is something to differentiate.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashlib.launch.engines import engine_named, name_of, no_second_derivative
-from flashlib.launch.folding import folded, folded_numbers
+from flashlib.launch.folding import folded, folded_numbers, restored_numbers, saved_numbers
 
 __all__ = ["attention_backward", "attention_forward"]
 
@@ -24,16 +27,19 @@ _NUMBERS = (
     "float dropout_p, Tensor? dropout_seed, str engine"
 )  # :meth:`flashlib.AttentionSpec.numbers`
 _LIBRARY = torch.library.Library("flashlib", "FRAGMENT")
-_LIBRARY.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_NUMBERS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
+_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_NUMBERS}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, "
+    f"{_NUMBERS}) -> (Tensor, Tensor, Tensor)"
 )
-_LIBRARY.define(
-    "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, "
-    f"{_NUMBERS}) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+for _name, _schema in {
+    "attention_forward": _FORWARD, "forward_pass": _FORWARD, "attention_backward": _BACKWARD, "backward_pass": _BACKWARD,
+}.items():  # fmt: skip
+    _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
 attention_forward = torch.ops.flashlib.attention_forward.default
 attention_backward = torch.ops.flashlib.attention_backward.default
+_forward_pass = torch.ops.flashlib.forward_pass.default
+_backward_pass = torch.ops.flashlib.backward_pass.default
 
 
 def _forward(q, k, v, *numbers_and_engine):
@@ -48,50 +54,76 @@ def _backward(q, k, v, out, lse, grad_out, grad_lse, *numbers_and_engine):
     return engine_named(engine).backward(q, k, v, out, lse, grad_out, grad_lse, numbers)
 
 
-_LIBRARY.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("forward_pass", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("backward_pass", _backward, "CompositeExplicitAutograd")
+# Where autograd is off altogether, as in inference mode.
+_LIBRARY.impl("attention_forward", lambda *arguments: _forward_pass(*arguments), "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_backward", lambda *arguments: _backward_pass(*arguments), "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("flashlib::attention_forward", lib=_LIBRARY)
-def _(q, k, v, *numbers_and_engine):
+def _fake_forward(q, k, v, *numbers_and_engine):
     return engine_named(numbers_and_engine[-1]).empty_results(q, v)
 
 
-@torch.library.register_fake("flashlib::attention_backward", lib=_LIBRARY)
-def _(q, k, v, out, lse, grad_out, grad_lse, *numbers_and_engine):
+def _fake_backward(q, k, v, out, lse, grad_out, grad_lse, *numbers_and_engine):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output):
-    q, k, v, *numbers, ctx.engine = inputs
-    ctx.save_for_backward(q, k, v, *output, *(x for x in numbers if isinstance(x, Tensor)))
-    ctx.numbers = [None if isinstance(x, Tensor) else x for x in numbers]
-    ctx.tensors_at = [at for at, x in enumerate(numbers) if isinstance(x, Tensor)]
-    ctx.set_materialize_grads(False)
+for _name, _fake in {
+    "attention_forward": _fake_forward, "forward_pass": _fake_forward, "attention_backward": _fake_backward, "backward_pass": _fake_backward,
+}.items():  # fmt: skip
+    torch.library.register_fake(f"flashlib::{_name}", _fake, lib=_LIBRARY)
 
 
-def _gradient(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, *tensors = ctx.saved_tensors
-    numbers = list(ctx.numbers)
-    for at, tensor in zip(ctx.tensors_at, tensors, strict=True):
-        numbers[at] = tensor
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    gradients = attention_backward(q, k, v, out, lse, grad_out, grad_lse, *numbers, ctx.engine)
-    return *gradients, *(None for _ in numbers), None
+def _is_differentiated(tensors) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
-torch.library.register_autograd("flashlib::attention_forward", _gradient, setup_context=_save, lib=_LIBRARY)
+class _Forward(torch.autograd.Function):
+    """``attention_forward`` of what is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, *numbers_and_engine):
+        out, lse = _forward_pass(q, k, v, *numbers_and_engine)
+        *numbers, ctx.engine = numbers_and_engine
+        ctx.save_for_backward(q, k, v, out, lse, *saved_numbers(ctx, numbers))
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out, grad_lse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        numbers = restored_numbers(ctx, tensors)
+        nothing = (None,) * (len(numbers) + 1)
+        if grad_out is None and grad_lse is None:
+            return None, None, None, *nothing
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        return *attention_backward(q, k, v, out, lse, grad_out, grad_lse, *numbers, ctx.engine), *nothing
 
 
-def _keep_engine(ctx, inputs, output):
-    ctx.engine, ctx.count = inputs[-1], len(inputs)
+class _Backward(torch.autograd.Function):
+    """``attention_backward`` of what is differentiated: it refuses to be, where somebody asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments):
+        ctx.engine = arguments[-1]
+        return _backward_pass(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_):
+        raise no_second_derivative(name_of(engine_named(ctx.engine)))
 
 
-def _refuse(ctx, *_):
-    raise no_second_derivative(name_of(engine_named(ctx.engine)))
+def _differentiable_forward(*arguments):
+    return _Forward.apply(*arguments) if _is_differentiated(arguments[:3]) else _forward_pass(*arguments)
 
 
-torch.library.register_autograd("flashlib::attention_backward", _refuse, setup_context=_keep_engine, lib=_LIBRARY)
+def _differentiable_backward(*arguments):
+    return _Backward.apply(*arguments) if _is_differentiated(arguments[:7]) else _backward_pass(*arguments)
+
+
+_LIBRARY.impl("attention_forward", _differentiable_forward, "Autograd")
+_LIBRARY.impl("attention_backward", _differentiable_backward, "Autograd")
 
 
 @partial(torch.library.register_vmap, "flashlib::attention_forward", lib=_LIBRARY)

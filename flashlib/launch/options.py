@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from flashlib.dropout import threshold
+from flashlib.launch.recipes import settled
 from flashlib.launch.start import interpreting
 from flashlib.spec import AttentionSpec
 
@@ -85,7 +86,7 @@ class KernelOptions:
         others = iter(tensors)
         names = ("start", "stop", "alibi_slopes", "row_offsets", "dropout_seed")
         changed: dict[str, Any] = {name: next(others) for name in names if getattr(self, name) is not None}
-        return replace(self, **changed)
+        return replace(self, **changed) if changed else self
 
     def numbers(self) -> tuple:
         """As :meth:`flashlib.AttentionSpec.numbers`."""
@@ -100,6 +101,23 @@ class KernelOptions:
             self.start is None, self.left, self.right, self.alibi_slopes is None, self.row_offsets is None, self.scale, self.softcap,
             self.dropout_p, self.precision, self.autotune,
         )  # fmt: skip
+
+    NUMBERS: ClassVar = ("left", "right", "scale", "softcap")  # of which launches follow as they follow from lengths
+
+    def kind(self) -> tuple:
+        """The :meth:`key` without the numbers, of which it says which there are."""
+        return (
+            self.start is None, self.left is None, self.right is None, self.alibi_slopes is None, self.row_offsets is None,
+            self.dropout_p, self.precision, self.autotune,
+        )  # fmt: skip
+
+    def numbers_by_name(self) -> dict[str, float]:
+        """Those of :attr:`NUMBERS` that there are."""
+        return {name: number for name in self.NUMBERS if (number := getattr(self, name)) is not None}
+
+    def with_numbers(self, numbers: Mapping[str, Any]) -> KernelOptions:
+        """The same with others."""
+        return replace(self, **numbers)
 
     @property
     def mask_kind(self) -> int:
@@ -219,10 +237,10 @@ def checked_channels(*tensors: Tensor) -> int:
     first = tensors[0]
     pointers = [x.data_ptr() for x in tensors]
     found = [step for x in tensors for step in steps(x)]
-    if first.shape[3] == padded(first.shape[3]) and math.gcd(*pointers, *found) % 16 == 0:
+    if first.shape[3] == padded(first.shape[3]) and not any(number % 16 for number in (*pointers, *found)):
         return 0
     begins = (pointer // first.element_size() for pointer in pointers)
-    return math.gcd(16 // first.element_size(), first.shape[3], *begins, *found)
+    return settled(math.gcd, 16 // first.element_size(), first.shape[3], *begins, *found)
 
 
 def blocks(length: int, block: int) -> int:
@@ -254,7 +272,10 @@ def aligned(x: Tensor) -> Tensor:
 
 def begins_at_16_bytes(x: Tensor) -> bool:
     """Whether every row begins at a multiple of 16 bytes, the step of a thread's widest load and of Hopper's copy engine."""
-    bits = x.data_ptr()
-    for step in steps(x):
-        bits |= step * x.element_size()
-    return bits % 16 == 0
+    if x.data_ptr() % 16:
+        return False
+    numbers_in_16_bytes = 16 // x.element_size()
+    batch, head, row, _ = x.stride()
+    if not (batch % numbers_in_16_bytes or head % numbers_in_16_bytes or row % numbers_in_16_bytes):
+        return True
+    return not any(step % numbers_in_16_bytes for step in steps(x))

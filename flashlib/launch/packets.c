@@ -4,12 +4,17 @@
    call to the next: pointers, and the addresses inside of tensor maps. start() copies the image to its own stack, writes the addresses there, and
    launches; the packet itself never changes, so that any number of threads may start it at once.
 
+   What must be known of a tensor is asked by DLPack's exchange of C functions, which PyTorch offers: a tenth of a microsecond for shape, strides,
+   type, device and address together. describe() makes the key of a class of calls of it, and run() the addresses.
+
    The driver is opened when it is first needed: where there is none, packets can be made, and started into a list (record()).
 
-   Sources: CUDA driver API, cuLaunchKernelEx, cuTensorMapEncodeTiled, cuTensorMapReplaceAddress, cuFuncGetParamInfo. */
+   Sources: CUDA driver API, cuLaunchKernelEx, cuTensorMapEncodeTiled, cuTensorMapReplaceAddress, cuFuncGetParamInfo; DLPack 1.3,
+   DLPackExchangeAPI. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <ATen/dlpack.h>
 #include <cuda.h>
 #include <dlfcn.h>
 #include <string.h>
@@ -17,6 +22,9 @@
 #define MAP_BYTES sizeof(CUtensorMap)
 #define MOST_IMAGE_BYTES 4096  /* what a kernel's parameters may take */
 #define MOST_PARAMETERS 256
+#define MOST_ADDRESSES 64
+#define MOST_DESCRIBED 12 /* tensors */
+#define MOST_DIMS 8
 
 typedef CUresult (*launch_t)(const CUlaunchConfig *, CUfunction, void **, void **);
 typedef CUresult (*encode_t)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
@@ -179,25 +187,132 @@ static int launch(Packet *packet, const unsigned long long *address, unsigned lo
 }
 
 /* start(packets, stream, addresses): launches all of them in order; an address is an int. */
-static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-  unsigned long long address[64];
-  if (count != 3 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[2])) {
-    return PyErr_Format(PyExc_TypeError, "start takes a tuple of packets, a stream and a tuple of addresses");
-  }
+static PyObject *start_packets(PyObject *packets, const unsigned long long *address, Py_ssize_t sources, unsigned long long stream) {
   if (!recorder && open_driver()) return NULL;
-  unsigned long long stream = PyLong_AsUnsignedLongLong(args[1]);
-  Py_ssize_t sources = PyTuple_GET_SIZE(args[2]), packets = PyTuple_GET_SIZE(args[0]);
-  if (sources > 64) return PyErr_Format(PyExc_ValueError, "at most 64 addresses; got %zd", sources);
-  for (Py_ssize_t i = 0; i < sources; i++) address[i] = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(args[2], i));
-  if (PyErr_Occurred()) return NULL;
-  for (Py_ssize_t i = 0; i < packets; i++) {
-    PyObject *packet = PyTuple_GET_ITEM(args[0], i);
+  Py_ssize_t count = PyTuple_GET_SIZE(packets);
+  for (Py_ssize_t i = 0; i < count; i++) {
+    PyObject *packet = PyTuple_GET_ITEM(packets, i);
     if (!PyObject_TypeCheck(packet, &PacketType)) return PyErr_Format(PyExc_TypeError, "not a packet");
     for (int s = 0; s < ((Packet *)packet)->slots; s++)
       if (((Packet *)packet)->slot[s].source >= sources) return PyErr_Format(PyExc_ValueError, "an address is missing");
     if (launch((Packet *)packet, address, stream)) return NULL;
   }
   Py_RETURN_NONE;
+}
+
+/* start(packets, stream, addresses) */
+static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  unsigned long long address[MOST_ADDRESSES];
+  if (count != 3 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[2])) {
+    return PyErr_Format(PyExc_TypeError, "start takes a tuple of packets, a stream and a tuple of addresses");
+  }
+  unsigned long long stream = PyLong_AsUnsignedLongLong(args[1]);
+  Py_ssize_t sources = PyTuple_GET_SIZE(args[2]);
+  if (sources > MOST_ADDRESSES) return PyErr_Format(PyExc_ValueError, "at most %d addresses; got %zd", MOST_ADDRESSES, sources);
+  for (Py_ssize_t i = 0; i < sources; i++) address[i] = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(args[2], i));
+  if (PyErr_Occurred()) return NULL;
+  return start_packets(args[0], address, sources, stream);
+}
+
+static struct {
+  DLPackDLTensorFromPyObjectNoSync look;
+  PyObject *empty_strided, *keywords;
+} torch;
+
+/* use_torch(torch.Tensor.__dlpack_c_exchange_api__, torch.empty_strided): before describe() and run(). */
+static PyObject *use_torch(PyObject *self, PyObject *args) {
+  PyObject *capsule, *empty_strided;
+  if (!PyArg_ParseTuple(args, "OO", &capsule, &empty_strided)) return NULL;
+  const DLPackExchangeAPI *api = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+  if (!api) return NULL;
+  if (api->header.version.major != DLPACK_MAJOR_VERSION || !api->dltensor_from_py_object_no_sync) {
+    return PyErr_Format(PyExc_RuntimeError, "this PyTorch exchanges tensors by version %u of DLPack; expected %d", api->header.version.major,
+                        DLPACK_MAJOR_VERSION);
+  }
+  PyObject *keywords = Py_BuildValue("(ss)", "dtype", "device");
+  if (!keywords) return NULL;
+  torch.keywords = keywords;
+  torch.empty_strided = Py_NewRef(empty_strided);
+  torch.look = api->dltensor_from_py_object_no_sync;
+  Py_RETURN_NONE;
+}
+
+static unsigned long long address_of(const DLTensor *x) { return (unsigned long long)(uintptr_t)x->data + x->byte_offset; }
+
+/* describe(tensors, n): shapes, strides, types and devices of a tuple of tensors, as bytes, of the first n without their last size but one, the
+   length of [B, H, S, D], and without strides; None where one has none of these, as a sparse one, or does not begin at a multiple of 16 bytes. */
+static PyObject *describe(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+  int64_t found[MOST_DESCRIBED * (3 + 2 * MOST_DIMS)];
+  if (nargs != 2 || !torch.look || !PyTuple_Check(args[0])) {
+    return PyErr_Format(PyExc_TypeError, "describe takes a tuple and a number, after use_torch");
+  }
+  PyObject *tensors = args[0];
+  Py_ssize_t count = PyTuple_GET_SIZE(tensors), without = PyLong_AsSsize_t(args[1]);
+  if (PyErr_Occurred()) return NULL;
+  if (count > MOST_DESCRIBED) Py_RETURN_NONE;
+  int64_t *at = found;
+  for (Py_ssize_t i = 0; i < count; i++) {
+    DLTensor x;
+    if (torch.look(PyTuple_GET_ITEM(tensors, i), &x)) {
+      PyErr_Clear(); /* whoever checks the arguments says what is wrong with it */
+      Py_RETURN_NONE;
+    }
+    if (address_of(&x) & 15 || x.ndim > MOST_DIMS) Py_RETURN_NONE;
+    *at++ = (int64_t)x.device.device_type << 32 | (uint32_t)x.device.device_id;
+    *at++ = (int64_t)x.dtype.code << 32 | x.dtype.bits << 16 | x.dtype.lanes;
+    *at++ = x.ndim;
+    memcpy(at, x.shape, x.ndim * sizeof *at), at += x.ndim;
+    if (i < without) {
+      if (x.ndim > 1) at[-2] = 0;
+      continue;
+    }
+    memcpy(at, x.strides, x.ndim * sizeof *at), at += x.ndim;
+  }
+  return PyBytes_FromStringAndSize((char *)found, (char *)at - (char *)found);
+}
+
+/* run(packets, results, stream, inputs, wanted, unread, scratch, counters): start packets, whose addresses are those of the inputs, of the results, and
+   the last two. Results are (shape, strides, dtype, device); the first so many wanted ones are allocated and returned in a list, the others
+   have the address `unread`. */
+static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  if (count != 8 || !torch.look || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1]) || !PyTuple_Check(args[3])) {
+    return PyErr_Format(PyExc_TypeError, "run takes packets, results, a stream, inputs, and four numbers, after use_torch");
+  }
+  unsigned long long address[MOST_ADDRESSES], stream = PyLong_AsUnsignedLongLong(args[2]);
+  Py_ssize_t inputs = PyTuple_GET_SIZE(args[3]), results = PyTuple_GET_SIZE(args[1]), wanted = PyLong_AsSsize_t(args[4]);
+  unsigned long long unread = PyLong_AsUnsignedLongLong(args[5]), scratch = PyLong_AsUnsignedLongLong(args[6]);
+  unsigned long long counters = PyLong_AsUnsignedLongLong(args[7]);
+  if (PyErr_Occurred()) return NULL;
+  if (inputs + results + 2 > MOST_ADDRESSES || wanted > results) return PyErr_Format(PyExc_ValueError, "too many tensors");
+  DLTensor x;
+  Py_ssize_t at = 0;
+  for (Py_ssize_t i = 0; i < inputs; i++) {
+    if (torch.look(PyTuple_GET_ITEM(args[3], i), &x)) return NULL;
+    address[at++] = address_of(&x);
+  }
+  PyObject *made = PyList_New(wanted);
+  if (!made) return NULL;
+  for (Py_ssize_t i = 0; i < results; i++) {
+    if (i >= wanted) {
+      address[at++] = unread;
+      continue;
+    }
+    PyObject *form = PyTuple_GET_ITEM(args[1], i);
+    PyObject *result = PyObject_Vectorcall(torch.empty_strided, ((PyTupleObject *)form)->ob_item, 2, torch.keywords);
+    if (!result) goto failed;
+    PyList_SET_ITEM(made, i, result);
+    if (torch.look(result, &x)) goto failed;
+    address[at++] = address_of(&x);
+  }
+  address[at++] = scratch;
+  address[at++] = counters;
+  PyObject *started = start_packets(args[0], address, at, stream);
+  if (!started) goto failed;
+  Py_DECREF(started);
+  return made;
+failed:
+  Py_DECREF(made);
+  return NULL;
 }
 
 /* encode(element_type, element_bytes, swizzle, shape, strides, block): a tensor map of any address. Innermost dimension last; strides in elements. */
@@ -258,6 +373,9 @@ static PyObject *record(PyObject *self, PyObject *list) {
 }
 
 static PyMethodDef methods[] = {
+    {"use_torch", use_torch, METH_VARARGS, "use_torch(exchange, empty_strided)"},
+    {"describe", (PyCFunction)(void (*)(void))describe, METH_FASTCALL, "describe(tensors, n) -> bytes or None"},
+    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "run(packets, results, stream, inputs, wanted, unread, scratch, counters) -> list"},
     {"start", (PyCFunction)(void (*)(void))start, METH_FASTCALL, "start(packets, stream, addresses)"},
     {"encode", encode, METH_VARARGS, "encode(element_type, element_bytes, swizzle, shape, strides, block) -> bytes"},
     {"parameter_sizes", parameter_sizes, METH_O, "parameter_sizes(function) -> list of bytes per parameter"},

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from flashlib.launch.forms import Form, NotPlannable
+from flashlib.launch.recipes import Symbol, computed, number_type, plain, recording
 from flashlib.launch.start import Launch, TileMap
 
 __all__ = ["Places", "library", "packet", "why_missing"]
@@ -37,8 +38,12 @@ def _library() -> tuple[ModuleType | None, str | None]:
         from triton.runtime.build import compile_module_from_src
 
         source = Path(__file__).with_suffix(".c").read_text()
-        headers = Path(triton.__file__).parent / "backends/nvidia/include"
-        return compile_module_from_src(source, "flashlib_packets", include_dirs=[str(headers)], libraries=["dl"]), None
+        headers = Path(triton.__file__).parent / "backends/nvidia/include", Path(torch.__file__).parent / "include"
+        compiled = compile_module_from_src(
+            source, "flashlib_packets", include_dirs=[*map(str, headers)], libraries=["dl"]
+        )
+        compiled.use_torch(torch.Tensor.__dlpack_c_exchange_api__, torch.empty_strided)
+        return compiled, None
     except (
         Exception
     ) as error:  # no compiler, no headers, a cache that cannot be written: whatever it is, Triton's launcher remains
@@ -46,7 +51,7 @@ def _library() -> tuple[ModuleType | None, str | None]:
 
 
 def library() -> ModuleType | None:
-    """``packets.c`` as a Python module: ``Packet``, ``start``, ``encode``, ``parameter_sizes``, ``record``. None where it cannot be had."""
+    """``packets.c`` as a Python module: ``Packet``, ``start``, ``run``, ``describe``, ``encode`` and others. None where it cannot be had."""
     return _library()[0]
 
 
@@ -78,14 +83,17 @@ def packet(launch: Launch, places: Places) -> Any:
         NotPlannable: the kernel does not take its parameters as this module lays them out.
     """
     code = _compiled(launch)
-    arguments, values, slots, maps = launch.arguments, [], [], []
+    arguments = launch.arguments
+    values: list[Any] = []
+    slots: list[tuple] = []
+    maps: list[tuple] = []
     at, behind_maps = 0, MAP_BYTES * len(code.maps)
     for name, kind in code.parameters:
         x = arguments[name]
         if kind == "map":
             index, offset = places[x.base.source]
             slots.append((index, at, offset + x.base.offset, True))
-            maps.append(_tensor_map(code.maps[at // MAP_BYTES], x))
+            maps.append((x.shape, x.strides))
             values += x.shape
             values += x.strides
             at += MAP_BYTES
@@ -95,14 +103,22 @@ def packet(launch: Launch, places: Places) -> Any:
             values.append(0)
         else:
             values.append(x)
-    image = b"".join(maps) + code.values.pack(*values, 0, 0)
     grid = launch.grid if len(launch.grid) == 3 else (*launch.grid, 1, 1)[:3]
-    return needed().Packet(code.function, grid, code.threads, code.shared, image, code.offsets, tuple(slots))
+    return computed(_packed, code, grid, maps, values, tuple(slots))
 
 
-def _tensor_map(meta: tuple, x: TileMap) -> bytes:
-    element_type, element_bytes, swizzle, block = meta
-    return needed().encode(element_type, element_bytes, swizzle, x.shape, x.strides, block)
+def _packed(code: Code, grid: tuple, maps: list[tuple], values: list, slots: tuple) -> Any:
+    """A packet, from shapes and strides of tensor maps and what follows behind them in the image."""
+    compiled = needed()
+    image = code.values.pack(*values, 0, 0)
+    if maps:
+        encode = compiled.encode
+        encoded = [
+            encode(element_type, element_bytes, swizzle, shape, strides, block)
+            for (element_type, element_bytes, swizzle, block), (shape, strides) in zip(code.maps, maps, strict=True)
+        ]
+        image = b"".join([*encoded, image])
+    return compiled.Packet(code.function, grid, code.threads, code.shared, image, code.offsets, slots)
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,8 @@ def _compiled(launch: Launch) -> Code:
     )
     code = _codes.get(key)
     if code is None:
+        if recording():
+            raise NotPlannable(f"{launch.name} is not compiled for such sizes", is_final=False)
         try:
             code = compile_code(launch)
         except NotPlannable as why_not:
@@ -156,13 +174,15 @@ def kinds(launch: Launch) -> list:
     for name, role in _roles(launch.kernel):
         x = arguments[name]
         kind = type(x)
+        if kind is Symbol:
+            kind = number_type(x)
         if role == CONSTANT or x is None:
-            found.append(x)
+            found.append(plain(x))
         elif kind is int:
             wide = not -0x80000000 <= x <= 0x7FFFFFFF
-            found.append(wide if role == PLAIN else (wide, x % 16 == 0, x == 1))
+            found.append(wide if role == PLAIN else (wide, bool(x % 16 == 0), bool(x == 1)))
         elif kind is Form:
-            found.append((x.dtype, x.offset % 16 == 0))
+            found.append((x.dtype, bool(x.offset % 16 == 0)))
         elif kind is TileMap:
             found.append((x.base.dtype, x.block, x.swizzle))
         else:

@@ -6,19 +6,31 @@ launch; PyTorch's operators, of which :meth:`flashlib.masks.Mask.intervals` take
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from flashlib.launch import packets
+from flashlib.launch.forms import Memory, NotPlannable
 from flashlib.launch.options import KernelOptions, blocks
 from flashlib.launch.run import best_forward_launches
 from flashlib.launch.start import Launch
 from flashlib.masks import NO_LIMIT, Intersection, KeyLengths, Mask, Varlen, Window
 
-__all__ = ["Rule", "RuledOptions", "rule_launch", "rule_of", "ruled_forward_launches", "ruled_launches_kept"]
+__all__ = [
+    "Rule",
+    "RuledOptions",
+    "packed_rule",
+    "rule_launch",
+    "rule_of",
+    "ruled_forward_launches",
+    "ruled_launches_kept",
+    "why_not_planned",
+]
 
 ROWS = 128  # that a program of the kernel lays out
 ENDS_AT_ONCE = 64
@@ -93,6 +105,12 @@ def _rule_of(mask: Mask, causal: bool) -> tuple[Rule, list[Tensor]] | None:
 _CAUSAL = Band(None, 0, FROM_THE_END)
 
 
+@lru_cache(maxsize=256)
+def packed_rule(left: int | None, right: int | None) -> Rule:
+    """The rule of packed sequences under a window that is aligned in each: that of ``packed & Window(left, right, packed)``."""
+    return Rule(False, True, () if left is None and right is None else (Band(left, right, IN_SEQUENCE),))
+
+
 @dataclass(frozen=True)
 class RuledOptions:
     """:class:`flashlib.launch.options.KernelOptions` whose intervals are still to be laid out by a rule."""
@@ -110,6 +128,15 @@ class RuledOptions:
 
     def key(self) -> tuple:
         return (self.rule, *self.options.key())
+
+    def kind(self) -> tuple:
+        return (self.rule, *self.options.kind())
+
+    def numbers_by_name(self) -> dict[str, float]:
+        return self.options.numbers_by_name()
+
+    def with_numbers(self, numbers: Mapping[str, Any]) -> RuledOptions:
+        return replace(self, options=self.options.with_numbers(numbers))
 
 
 def fits(rule: Rule, tensors: list[Tensor], q_len: int, kv_len: int) -> bool:
@@ -135,7 +162,7 @@ def rule_launch(q: Tensor, k: Tensor, ruled: RuledOptions) -> tuple[Launch, Tens
         **{"p_start": start, "p_stop": stop, "p_lengths": lengths, "p_ends_q": ends_q, "p_ends_k": ends_k},
         **{
             "stride_length": 0 if lengths is None else lengths.stride(0),
-            "n_ends": 0 if ends_q is None else len(ends_q),
+            "n_ends": 0 if ends_q is None else ends_q.shape[0],
         },
         **{
             "q_len": q_len,
@@ -161,6 +188,22 @@ def rule_launch(q: Tensor, k: Tensor, ruled: RuledOptions) -> tuple[Launch, Tens
             f"HAS_RIGHT_{side.upper()}": band.right is not None,
         }
     return Launch(row_intervals, (entries * blocks(q_len, ROWS),), arguments), start, stop
+
+
+def why_not_planned(device: torch.device) -> str | None:
+    """What a small kernel, compiled for ``device``, has against being launched by plan; None if nothing."""
+    if packets.library() is None:
+        return packets.why_missing()
+    memory = Memory(device)
+    q, lengths = memory.input((1, 1, 16, 16), (256, 256, 16, 1), torch.float16), memory.input((1,), (1,), torch.int64)
+    options = KernelOptions(None, None, None, None, None, None, 1.0, 0.0)
+    given: Any = (lengths,)
+    launch, _, _ = rule_launch(cast(Any, q), cast(Any, q), RuledOptions(options, Rule(True, False, ()), given))
+    try:
+        packets.packet(launch, packets.Places({form.source: (form.source, 0) for form in memory.made}))
+    except NotPlannable as why_not:
+        return f"by Triton's own launcher, which takes longer: {why_not}"
+    return None
 
 
 def ruled_forward_launches(

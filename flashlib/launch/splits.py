@@ -29,14 +29,13 @@ LEAST_MERGED_IN_KERNEL = 1024
 
 
 @cache
-def fewest_waves(pairs: int, max_length: int, sm_count: int, block_n: int) -> int:
+def fewest_waves(pairs: int, tiles: int, sm_count: int) -> int:
     """The number of splits with the shortest total, and of equals the smallest.
 
     Args:
         pairs: programs for each split: requests times KV heads times blocks of rows.
-        max_length: keys that are cut. block_n: of a tile. sm_count: multiprocessors.
+        tiles: of keys, at least 1, that are cut. sm_count: multiprocessors.
     """
-    tiles = max(blocks(max_length, block_n), 1)
 
     def tile_times(splits: int) -> int:
         return blocks(pairs * splits, sm_count) * (blocks(tiles, splits) + SPLIT_COST)

@@ -57,12 +57,16 @@ class TileMap:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid and its arguments by name."""
+    """A kernel, its grid and its arguments by name.
+
+    ``overlaps``: its programs may begin as soon as all of the launch before have, which they do not depend on, and which they wait for.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     tiles: TileConfig | HopperTiles | HopperBackwardTiles | None = None
+    overlaps: bool = False
 
     @property
     def name(self) -> str:
@@ -72,7 +76,9 @@ class Launch:
     def compile_options(self) -> dict[str, int]:
         if self.tiles is None:
             return {}
-        return {"num_warps": self.tiles.num_warps, "num_stages": self.tiles.num_stages}
+        options = {"num_warps": self.tiles.num_warps, "num_stages": self.tiles.num_stages}
+        options |= {"launch_pdl": True} if self.overlaps else {}
+        return options | ({"maxnreg": 128} if getattr(self.tiles, "consumers", 2) == 1 else {})
 
     @property
     def triton_arguments(self) -> dict[str, Any]:

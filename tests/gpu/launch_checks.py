@@ -2,7 +2,8 @@
 
 python tests/gpu/launch_checks.py --workers 14 --out results
 
-Each class of problem is computed without plans, then as the call that makes its plan, then by the plan that is there.
+Each class of problem is computed without plans, then as the call that makes its plan, then by the plan that is there; then with other lengths at
+every call, planned by recipe.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import random
 import sys
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -132,9 +133,9 @@ def check_class(job: tuple[int, int]) -> dict:
     launched = []
     start = plans.Plan.start_on
 
-    def noted(plan, stream, tensors):
+    def noted(plan, *arguments):
         launched.append(plan)
-        return start(plan, stream, tensors)
+        return start(plan, *arguments)
 
     for number in range(4):
         inputs, options = subject.inputs(seed + number)
@@ -146,8 +147,35 @@ def check_class(job: tuple[int, int]) -> dict:
             failed.append(f"call {number} differs")
         if len(launched) != 3 * (number + 1):
             failed.append(f"call {number}: {len(launched)} plans were started, expected {3 * (number + 1)}")
-    failed += in_a_graph(subject, seed) + on_streams(subject, seed)
+    failed += in_a_graph(subject, seed) + on_streams(subject, seed) + with_other_lengths(subject, seed)
     return {"check": subject.name, "failed": failed, "plans": len({id(plan) for plan in launched})}
+
+
+def with_other_lengths(subject: Class, seed: int, calls: int = 24) -> list[str]:
+    """What failed where each call has lengths of its own."""
+    rng, failed, by_recipe = random.Random(seed), [], 0
+    found = plans._by_recipe
+
+    def counted(*arguments):
+        nonlocal by_recipe
+        plan = found(*arguments)
+        by_recipe += plan is not None
+        return plan
+
+    for number in range(calls):
+        q_len = rng.randint(100, 800)
+        lengths = (q_len, q_len) if subject.lengths[0] == subject.lengths[1] else (q_len, rng.randint(100, 1200))
+        other = replace(subject, lengths=lengths)
+        inputs, options = other.inputs(seed + number)
+        with without_plans():
+            expected = both_ways(inputs, options, seed, subject.lse)
+        with mock.patch.object(plans, "_by_recipe", counted):
+            came = both_ways(inputs, options, seed, subject.lse)
+        if not all(torch.equal(a, b) for a, b in zip(expected, came, strict=True)):
+            failed.append(f"lengths {lengths} differ")
+    if by_recipe < calls:
+        failed.append(f"{by_recipe} plans of {3 * calls} were made by recipe")
+    return failed
 
 
 def in_a_graph(subject: Class, seed: int) -> list[str]:

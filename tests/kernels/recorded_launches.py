@@ -14,7 +14,7 @@ from unittest import mock
 
 from flashlib import routes
 from flashlib.backends import BACKENDS
-from flashlib.inference.decode import Problem
+from flashlib.inference.decode_problem import Problem
 from flashlib.launch import counters, hopper, packets, plans
 from flashlib.launch.start import Launch, TileMap
 
@@ -58,7 +58,7 @@ def recorded() -> Iterator[Recorder]:
 
     with ExitStack() as stack:
         for where, name, replacement in (
-            (routes, "_on_gpu", lambda x: True),
+            (routes, "on_gpu", lambda x: True),
             (plans, "PLANNED", "cpu"),
             (plans, "_current_device", lambda: None),
             (routes, "_current_device", lambda: -1),
@@ -67,8 +67,10 @@ def recorded() -> Iterator[Recorder]:
             (counters, "_capturing", lambda: False),
             (packets, "compile_code", compile_code),
             (packets, "_codes", {}),
+            (plans, "_recipes", {}),
             (plans, "_kept", plans._Kept()),
             (routes, "_routes", {}),
+            (routes, "_relatives", {}),
             (hopper, "GPU", "cpu"),
             (BACKENDS["triton"], "missing", lambda: None),
             (BACKENDS["triton"], "unsupported", lambda spec, config: None),

@@ -31,5 +31,10 @@ def test_what_is_prepared_for_the_hopper_kernels():
     assert interpreted("prepared.py", "--seed", str(seed), "--problems", "20") == "20 masks looked up\n"
 
 
+def test_parts_of_a_group_are_added_up():
+    seed = random.SystemRandom().getrandbits(40)
+    assert interpreted("summed_parts.py", "--seed", str(seed), "--problems", "20") == "20 sums of parts\n"
+
+
 def test_operators_hold_and_compile_without_a_break():
     assert interpreted("operators.py") == "operators hold\n"

@@ -5,8 +5,19 @@ from types import SimpleNamespace
 
 import torch
 
-from flashlib.launch.hopper import HOPPER_CACHE, heads_together
+from flashlib.launch.hopper import (
+    HOPPER_CACHE,
+    MOST_PART_WAVES,
+    group_parts,
+    heads_together,
+    hopper_dkdv_launches,
+    hopper_dq_launches,
+)
+from flashlib.launch.options import KernelOptions
+from flashlib.launch.plain import backward_launches
 from flashlib.launch.start import Launch
+from flashlib.launch.tiles import HOPPER_BACKWARD
+from flashlib.spec import AttentionSpec
 
 
 class Recorder:
@@ -58,3 +69,66 @@ def test_groups_of_heads_are_large_enough_and_the_last_one_is_no_small_rest():
         last = heads % together or together
         assert together == heads or last * row_blocks >= spread * 132, problem
         assert together == heads or (last + 1) * kilobytes * 1024 > HOPPER_CACHE, problem
+
+
+def hopper_backward(batch, q_heads, kv_heads, length, head_dim, causal, **dkdv):
+    """By name, the launches of a backward on a Hopper GPU with 132 multiprocessors, which need not be there."""
+    shapes = ((batch, heads, length, head_dim) for heads in (q_heads, kv_heads, kv_heads, q_heads))
+    q, k, v, out = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+    lse = torch.empty(batch, q_heads, length, device="meta")
+    options = KernelOptions.from_spec(AttentionSpec.from_tensors(q, k, v, causal=causal))
+    launches, _ = backward_launches(
+        q, k, v, out, lse, out, None, options,
+        dkdv=lambda tensors, options, _: hopper_dkdv_launches(tensors, options, **dkdv),
+        dq=lambda tensors, options, _: hopper_dq_launches(tensors, options),
+    )  # fmt: skip
+    return {launch.name: launch for launch in launches}
+
+
+def test_heads_go_together_in_the_backward_where_blocks_have_unequal_work():
+    for causal in (True, False):
+        launches = hopper_backward(16, 12, 12, 1024, 64, causal)
+        for name in ("hopper_dkdv", "hopper_dq"):
+            together = launches[name].arguments["heads_together"]
+            assert launches[name].grid == (16 * 12 * 8,)
+            # Two waves of programs at least, and not so many heads that each tile is read from memory again by every program.
+            assert 2 * 132 <= 8 * together < 4 * 132 if causal else together == 1
+
+
+def test_a_group_is_cut_into_parts_where_one_program_would_be_waited_for():
+    of_a_layer = hopper_backward(1, 32, 8, 2048, 128, True)
+    parts = of_a_layer["hopper_dkdv"].arguments["parts"]
+    assert parts > 1 and of_a_layer["hopper_dkdv"].grid == (16 * 8 * parts,)
+    assert of_a_layer["hopper_dkdv"].arguments["group_size"] * parts == 4
+    assert of_a_layer["hopper_sum_parts"].arguments["parts"] == parts
+    assert of_a_layer["hopper_sum_parts"].arguments["p_dk_parts"].shape == (1, 8 * parts, 2048, 128)
+    for problem in (
+        (1, 32, 8, 8192, 128, True),
+        (1, 64, 8, 4096, 128, True),
+        (1, 32, 8, 2048, 128, False),
+        (16, 12, 12, 1024, 64, True),
+    ):
+        launches = hopper_backward(*problem)
+        assert "hopper_sum_parts" not in launches, problem
+        assert (
+            launches["hopper_dkdv"].arguments["p_dk_parts"] is None
+            and not launches["hopper_dkdv"].arguments["IN_PARTS"]
+        )
+
+
+def test_parts_share_the_heads_of_a_group_evenly():
+    rng = random.Random()
+    for _ in range(1000):
+        q_len, kv_len, heads, group_size = (
+            rng.randint(1, 9000),
+            rng.randint(1, 9000),
+            rng.randint(1, 300),
+            rng.randint(1, 64),
+        )
+        width, left, right = rng.choice((64, 128)), rng.choice((None, 0, 1000)), rng.choice((None, 0, 50))
+        options = KernelOptions(None, None, left, right, None, None, 0.1, 0.0)
+        parts = group_parts(q_len, kv_len, heads, group_size, 2 * width, HOPPER_BACKWARD[width], 132, options)
+        problem = f"{q_len} rows, {kv_len} keys, {heads} heads of {group_size}, {left}, {right}: {parts}"
+        assert group_size % parts == 0, problem
+        blocks = -(-kv_len // HOPPER_BACKWARD[width].block_n) * heads
+        assert parts == 1 or blocks * parts <= MOST_PART_WAVES * 132, problem

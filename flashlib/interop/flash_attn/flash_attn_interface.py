@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashlib import routes
 from flashlib.attention import attention
 from flashlib.autocast import autocast_inputs, autocast_off
 from flashlib.backends import config_for
@@ -19,6 +20,7 @@ from flashlib.interop.flash_attn.kv_cache import flash_attn_combine, flash_attn_
 from flashlib.interop.flash_attn.pages import Pages, check_indices, decode, forward_only
 from flashlib.masks import Mask, Varlen, Window
 from flashlib.reference import naive_attention
+from flashlib.routes import find_route, packed_key, related_route
 from flashlib.spec import AttentionSpec
 from flashlib.values import may_read
 
@@ -33,6 +35,7 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
+PACKED_DIMS = 3  # [total, nheads, headdim]
 MOST_DECODED = 16  # queries of a sequence; with more, decoding would read its keys several times
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -185,6 +188,10 @@ def flash_attn_varlen_func(
     options = Options.checked(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
+    if block_table is None:
+        out = _packed_again(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), options)
+        if out is not None:
+            return out
     q, k, v = autocast_inputs(q, k, v)
     tokens = "total_k" if block_table is None else "num_blocks page_block_size"
     check_tensors(
@@ -219,7 +226,7 @@ def flash_attn_varlen_qkvpacked_func(
     (qkv,) = autocast_inputs(qkv)
     check_tensors(qkv=(qkv, "total 3 nheads headdim"))
     q, k, v = qkv.unbind(1)
-    return _packed(q, k, v, _Sequences.checked(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), options)
+    return _packed_between(q, k, v, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), options)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -247,9 +254,8 @@ def flash_attn_varlen_kvpacked_func(
     )
     q, kv = autocast_inputs(q, kv)
     check_tensors(q=(q, "total_q nheads headdim"), kv=(kv, "total_k 2 nheads_k headdim"))
-    sequences = _Sequences.checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     k, v = kv.unbind(1)
-    return _packed(q, k, v, sequences, options)
+    return _packed_between(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), options)
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Result:
@@ -295,6 +301,36 @@ def _longest(name: str, max_seqlen: int, ends: Tensor) -> int:
         longest = int(ends.diff().max())
         raise ValueError(f"{name} must be at least the length of the longest sequence, {longest}; got {max_seqlen}")
     return max_seqlen
+
+
+def _packed_between(
+    q: Tensor, k: Tensor, v: Tensor, ends: tuple[Tensor, Tensor], longest: tuple[int, int], options: Options
+) -> Result:
+    """:func:`_packed` between cumulative lengths of queries and of keys, the longest of which are told."""
+    out = _packed_again(q, k, v, ends, longest, options)
+    return _packed(q, k, v, _Sequences.checked(*ends, *longest), options) if out is None else out
+
+
+def _packed_again(
+    q: Tensor, k: Tensor, v: Tensor, ends: tuple[Tensor, Tensor], longest: tuple[int, int], options: Options
+) -> Tensor | None:
+    """What :func:`_packed` returns, if a call of the same class was checked before: then nothing is, and no mask is made. Else None."""
+    if (
+        torch.compiler.is_compiling()
+        or not isinstance(q, Tensor)
+        or not routes.on_gpu(q)
+        or not type(longest[0]) is type(longest[1]) is int
+        or options.alibi_slopes is not None
+        or options.dropout_p
+        or options.return_attn_probs
+        or not (isinstance(k, Tensor) and isinstance(v, Tensor) and q.dim() == k.dim() == v.dim() == PACKED_DIMS)
+    ):
+        return None
+    config = _config(options, (q, k, v), packed=True)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    key, given = packed_key(q, k, v, [*ends], options.window_size, options.softmax_scale, options.softcap, config)
+    route = find_route(key) or related_route(key, q, k, v, given)
+    return None if route is None else route(q, k, v, given)[0].transpose(0, 1).contiguous()
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences, options: Options) -> Result:

@@ -25,6 +25,19 @@ def of_entry(problem, i_b, stride_interval):
 
 
 @gluon.jit
+def place(block, blocks, heads, heads_together):
+    """Which block of rows, or of keys, comes when: ``(head, rank among the blocks of that head)``, most work first.
+
+    ``heads_together`` heads, as many as have room for what passes by in the cache between memory and multiprocessors, are worked on
+    together, and of all their blocks the longest come first.
+    """
+    before = block // (heads_together * blocks) * heads_together
+    rest = block % (heads_together * blocks)
+    together = gl.minimum(heads_together, heads - before)
+    return before + rest % together, rest // together
+
+
+@gluon.jit
 def key_tiles(i_b, rank, row_blocks, problem, p_tiles, stride_tiles, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Which block of rows this is, and which tiles of keys it needs: the first, how many, how many of the last are partial (all of
     them, if none is full), how many then are full.
@@ -57,6 +70,20 @@ def key_tiles(i_b, rank, row_blocks, problem, p_tiles, stride_tiles, BLOCK_M: gl
         full = full_last - full_first
         right_partial = first + n_tiles - full_last if full > 0 else n_tiles
     return i_m, first, n_tiles, right_partial, full
+
+
+@gluon.jit
+def let_the_next_begin():
+    """Once all programs have said so, those of the next launch may begin wherever there is room, if it was started to overlap this one."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_the_launch_before():
+    """Wait until all programs of the launch that this one overlaps are done, and what they wrote can be read."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

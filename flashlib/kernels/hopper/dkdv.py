@@ -15,31 +15,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashlib.kernels.bundles import DkdvRings, DkdvSchedule, DkdvTensors, HopperShape, Problem
+from flashlib.kernels.bundles import DkdvParts, DkdvRings, DkdvSchedule, DkdvTensors, HopperShape, Problem
 from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E, UNMASKED
-from flashlib.kernels.hopper.common import note, noted, of_entry
+from flashlib.kernels.hopper.common import let_the_next_begin, note, noted, of_entry, place
 
 KEYS = gl.constexpr(64)  # of one consumer: what one warpgroup's instruction takes
 # What the producer tells the consumers: places in shared memory.
-PLAN = gl.constexpr(4)
-BATCH_ENTRY, KV_HEAD, FULL, TILES = (gl.constexpr(place) for place in range(4))
+PLAN = gl.constexpr(5)
+BATCH_ENTRY, GROUP, FULL, TILES, OWN = (gl.constexpr(slot) for slot in range(5))
 warp_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until triton 3.6
 
 
 @gluon.jit(
     do_not_specialize=[
-        "stride_interval", "stride_blank", "stride_slope", "stride_range", "kv_heads", "group_size", "q_len", "kv_len",
-        "unseeing", "offset", "left", "right",
+        "stride_interval", "stride_blank", "stride_slope", "stride_range", "kv_heads", "parts", "group_size",
+        "heads_together", "q_len", "kv_len", "unseeing", "offset", "left", "right",
     ]
 )  # fmt: skip
 def hopper_dkdv(
     desc_q, desc_k, desc_v, desc_do, desc_blank_q, desc_blank_do, desc_rows, desc_dk, desc_dv, p_start, p_stop,
-    p_ranges, p_blank, p_slopes, stride_interval, stride_blank, stride_slope, stride_range, kv_heads, group_size, q_len,
-    kv_len, unseeing, offset, left, right, scale, softcap, unit, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    p_ranges, p_blank, p_slopes, p_dk_parts, p_dv_parts, stride_interval, stride_blank, stride_slope, stride_range,
+    kv_heads, parts, group_size, heads_together, q_len, kv_len, unseeing, offset, left, right, scale, softcap, unit,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, IN_PARTS: gl.constexpr,
 ):  # fmt: skip
-    """``64 * CONSUMERS`` keys of one KV head: every row of every query head of the group passes by, in a fixed order."""
+    """``64 * CONSUMERS`` keys of one KV head: every row of every query head of the group passes by, in a fixed order.
+
+    IN_PARTS: ``parts`` programs share the query heads of a KV head, ``group_size`` each. What they come to is written to
+    ``p_dk_parts`` and ``p_dv_parts``, fp32 ``[B, KV heads * parts, key blocks, 64 * CONSUMERS, BLOCK_D]`` and the same with
+    ``BLOCK_DV``; ``kv_heads`` counts each KV head ``parts`` times.
+    """
     smem_k = gl.allocate_shared_memory(desc_k.dtype, [CONSUMERS, 1, 1, KEYS, BLOCK_D], desc_k.layout)
     smem_v = gl.allocate_shared_memory(desc_v.dtype, [CONSUMERS, 1, 1, KEYS, BLOCK_DV], desc_v.layout)
     smem_q = gl.allocate_shared_memory(desc_q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], desc_q.layout)
@@ -73,21 +79,33 @@ def hopper_dkdv(
     )  # fmt: skip
     schedule = DkdvSchedule(
         p_ranges=p_ranges, p_blank=p_blank, stride_interval=stride_interval, stride_blank=stride_blank,
-        stride_range=stride_range, kv_heads=kv_heads, group_size=group_size, unseeing=unseeing,
+        stride_range=stride_range, kv_heads=kv_heads, parts=parts, group_size=group_size, heads_together=heads_together,
+        unseeing=unseeing, IN_PARTS=IN_PARTS,
     )  # fmt: skip
+    into = DkdvParts(p_dk=p_dk_parts, p_dv=p_dv_parts, IN_PARTS=IN_PARTS)
     tensors = DkdvTensors(
         q=desc_q, k=desc_k, v=desc_v, do=desc_do, blank_q=desc_blank_q, blank_do=desc_blank_do, rows=desc_rows,
         dk=desc_dk, dv=desc_dv
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (consume, (0, rings, p_slopes, stride_slope, group_size, unit, problem, shape)),
-            (consume, (1, rings, p_slopes, stride_slope, group_size, unit, problem, shape)),
-            (produce, (tensors, rings, schedule, problem, shape)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, 24],
-    )
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (0, rings, into, p_slopes, stride_slope, group_size, unit, problem, shape)),
+                (consume, (1, rings, into, p_slopes, stride_slope, group_size, unit, problem, shape)),
+                (produce, (tensors, rings, schedule, problem, shape)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (0, rings, into, p_slopes, stride_slope, group_size, unit, problem, shape)),
+                (produce, (tensors, rings, schedule, problem, shape)),
+            ],
+            [1],
+            [24],
+        )
 
 
 @gluon.jit
@@ -141,9 +159,13 @@ def produce(tensors, rings, schedule, problem, shape):
     CONSUMERS: gl.constexpr = shape.CONSUMERS
     BLOCK_M: gl.constexpr = shape.BLOCK
     BLOCK_N: gl.constexpr = KEYS * CONSUMERS
+    let_the_next_begin()
     key_blocks = (problem.kv_len + BLOCK_N - 1) // BLOCK_N
-    i_head, i_n = gl.program_id(0) // key_blocks, gl.program_id(0) % key_blocks
-    i_b, i_kv = i_head // schedule.kv_heads, i_head % schedule.kv_heads
+    heads = gl.num_programs(0) // key_blocks
+    i_head, i_n = place(gl.program_id(0), key_blocks, heads, schedule.heads_together)
+    # A group: the query heads of one KV head, or a part of them.
+    i_b, i_group = i_head // schedule.kv_heads, i_head % schedule.kv_heads
+    i_kv = i_group // schedule.parts if schedule.IN_PARTS else i_group
     n = i_n * BLOCK_N
     problem = of_entry(problem, i_b, schedule.stride_interval)
     p_ranges = schedule.p_ranges
@@ -151,16 +173,18 @@ def produce(tensors, rings, schedule, problem, shape):
         p_ranges += i_b * schedule.stride_range + i_n * 4
     first, full_first, n_full, n_tiles = row_tiles(n, problem, p_ranges, BLOCK_M, BLOCK_N)
     note(rings.plan, BATCH_ENTRY, i_b)
-    note(rings.plan, KV_HEAD, i_kv)
+    note(rings.plan, GROUP, i_group)
     note(rings.plan, FULL, n_full)
     note(rings.plan, TILES, n_tiles)
+    if schedule.IN_PARTS:
+        note(rings.plan, OWN, i_head * key_blocks + i_n)
     mbarrier.expect(rings.ready_kv, CONSUMERS * (tensors.k.block_type.nbytes + tensors.v.block_type.nbytes))
     for i in gl.static_range(CONSUMERS):
         tma.async_copy_global_to_shared(tensors.k, [i_b, i_kv, n + i * KEYS, 0], rings.ready_kv, rings.k.index(i))
         tma.async_copy_global_to_shared(tensors.v, [i_b, i_kv, n + i * KEYS, 0], rings.ready_kv, rings.v.index(i))
     for i in range(schedule.group_size * n_tiles):
-        i_h = i_kv * schedule.group_size + i // n_tiles
-        head = (i_b * schedule.kv_heads + i_kv) * schedule.group_size + i // n_tiles
+        i_h = i_group * schedule.group_size + i // n_tiles
+        head = i_head * schedule.group_size + i // n_tiles
         row = row_of(i % n_tiles, first, full_first, n_full, BLOCK_M, problem.HAS_LEFT or problem.MASK == INTERVALS)
         stage, phase = i % shape.STAGES, i // shape.STAGES & 1
         blank = 0
@@ -198,11 +222,12 @@ def produce(tensors, rings, schedule, problem, shape):
         tma.async_copy_global_to_shared(
             tensors.rows, [1, head, row], rings.ready_do.index(stage), rings.delta.index(stage)
         )
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.wait(rings.done.index(i), 0)
-        tma.async_copy_shared_to_global(tensors.dk, [i_b, i_kv, n + i * KEYS, 0], rings.k.index(i))
-        tma.async_copy_shared_to_global(tensors.dv, [i_b, i_kv, n + i * KEYS, 0], rings.v.index(i))
-    tma.store_wait(0)
+    if not schedule.IN_PARTS:
+        for i in gl.static_range(CONSUMERS):
+            mbarrier.wait(rings.done.index(i), 0)
+            tma.async_copy_shared_to_global(tensors.dk, [i_b, i_kv, n + i * KEYS, 0], rings.k.index(i))
+            tma.async_copy_shared_to_global(tensors.dv, [i_b, i_kv, n + i * KEYS, 0], rings.v.index(i))
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -228,7 +253,7 @@ def seen_keys(row, n, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def consume(which, rings, p_slopes, stride_slope, group_size, unit, problem, shape):
+def consume(which, rings, into, p_slopes, stride_slope, group_size, unit, problem, shape):
     """Four warps that compute dK and dV of 64 keys."""
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.BLOCK_D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shape.BLOCK_DV, 16])
@@ -239,7 +264,7 @@ def consume(which, rings, p_slopes, stride_slope, group_size, unit, problem, sha
     slope = 0.0
     mbarrier.wait(rings.ready_kv, 0)
     if problem.ALIBI:
-        p_slopes += noted(rings.plan, BATCH_ENTRY) * stride_slope + noted(rings.plan, KV_HEAD) * group_size
+        p_slopes += noted(rings.plan, BATCH_ENTRY) * stride_slope + noted(rings.plan, GROUP) * group_size
     before = 0  # tiles of the group's heads that have passed by
     while before < group_size * noted(rings.plan, TILES):
         if problem.ALIBI:
@@ -255,11 +280,25 @@ def consume(which, rings, p_slopes, stride_slope, group_size, unit, problem, sha
                 rings, unit, problem, shape, dk_layout, dv_layout, True,
             )  # fmt: skip
         before += noted(rings.plan, TILES)
-    # K and V are no longer needed: the gradients take their places, and the producer has them fetched from there.
-    k.store((b_dk * (problem.scale if problem.SOFTCAP else unit * LN_2)).to(rings.k.dtype))
-    v.store(b_dv.to(rings.v.dtype))
-    fence_async_shared()
-    mbarrier.arrive(rings.done.index(which), count=1)
+    b_dk *= problem.scale if problem.SOFTCAP else unit * LN_2
+    if into.IN_PARTS:  # in fp32, for which the places of K and V are too small
+        own = noted(rings.plan, OWN).to(gl.int64) * shape.CONSUMERS + which
+        store_part(into.p_dk + own * (KEYS * shape.BLOCK_D), b_dk, dk_layout)
+        store_part(into.p_dv + own * (KEYS * shape.BLOCK_DV), b_dv, dv_layout)
+    else:
+        # K and V are no longer needed: the gradients take their places, and the producer has them fetched from there.
+        k.store(b_dk.to(rings.k.dtype))
+        v.store(b_dv.to(rings.v.dtype))
+        fence_async_shared()
+        mbarrier.arrive(rings.done.index(which), count=1)
+
+
+@gluon.jit
+def store_part(p_part, b_part, layout: gl.constexpr):
+    """Write a whole tile to memory, as it lies in registers."""
+    o_n = gl.arange(0, b_part.shape[0], layout=gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, b_part.shape[1], layout=gl.SliceLayout(0, layout))
+    gl.store(p_part + o_n[:, None] * b_part.shape[1] + o_d[None, :], b_part)
 
 
 @gluon.jit

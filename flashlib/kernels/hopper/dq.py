@@ -16,25 +16,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashlib.kernels.bundles import DqBlock, DqRings, DqTensors, HopperShape, Problem
 from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
-from flashlib.kernels.hopper.common import ROWS, key_tiles, noted, of_entry, pack, unpack
+from flashlib.kernels.hopper.common import (
+    ROWS,
+    key_tiles,
+    noted,
+    of_entry,
+    pack,
+    place,
+    unpack,
+    wait_for_the_launch_before,
+)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "stride_interval", "stride_tiles", "stride_blanked", "stride_slope", "q_heads", "group_size", "q_len", "kv_len",
-        "offset", "left", "right",
+        "stride_interval", "stride_tiles", "stride_blanked", "stride_slope", "q_heads", "group_size", "heads_together",
+        "q_len", "kv_len", "offset", "left", "right",
     ]
 )  # fmt: skip
 def hopper_dq(
     desc_q, desc_k, desc_v, desc_blanked, desc_do, desc_dq, p_lse, p_delta, p_start, p_stop, p_tiles, p_blanked,
-    p_slopes, stride_row, stride_interval, stride_tiles, stride_blanked, stride_slope, q_heads, group_size, q_len,
-    kv_len, offset, left, right, scale, softcap, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, MASK: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    p_slopes, stride_row, stride_interval, stride_tiles, stride_blanked, stride_slope, q_heads, group_size,
+    heads_together, q_len, kv_len, offset, left, right, scale, softcap, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    MASK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     """``64 * CONSUMERS`` rows of one query head. Keys that none of all rows sees must not be given, or be zeros in ``desc_blanked``."""
     row_blocks = (q_len + ROWS * CONSUMERS - 1) // (ROWS * CONSUMERS)
-    i_head, rank = gl.program_id(0) // row_blocks, gl.program_id(0) % row_blocks
+    i_head, rank = place(gl.program_id(0), row_blocks, gl.num_programs(0) // row_blocks, heads_together)
     i_b, i_h = i_head // q_heads, i_head % q_heads
     problem = Problem(
         q_len=q_len, kv_len=kv_len, offset=offset, left=left, right=right, p_start=p_start, p_stop=p_stop, scale=scale,
@@ -78,15 +87,25 @@ def hopper_dq(
     )  # fmt: skip
     tensors = DqTensors(q=desc_q, do=desc_do, k=desc_k, v=desc_v, blanked=desc_blanked)
     block = DqBlock(row=row, first=first, n_tiles=n_tiles, right_partial=right_partial, full=full, i_b=i_b, i_h=i_h)
-    gl.warp_specialize(
-        [
-            (consume, (0, rings, desc_dq, p_lse, p_delta, problem, slope, block, shape)),
-            (consume, (1, rings, desc_dq, p_lse, p_delta, problem, slope, block, shape)),
-            (produce, (tensors, rings, p_blanked, stride_blanked, group_size, block, problem, shape)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, 24],
-    )
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (0, rings, desc_dq, p_lse, p_delta, problem, slope, block, shape)),
+                (consume, (1, rings, desc_dq, p_lse, p_delta, problem, slope, block, shape)),
+                (produce, (tensors, rings, p_blanked, stride_blanked, group_size, block, problem, shape)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (0, rings, desc_dq, p_lse, p_delta, problem, slope, block, shape)),
+                (produce, (tensors, rings, p_blanked, stride_blanked, group_size, block, problem, shape)),
+            ],
+            [1],
+            [24],
+        )
 
 
 @gluon.jit
@@ -122,6 +141,9 @@ def produce(tensors, rings, p_blanked, stride_blanked, group_size, block, proble
         tma.async_copy_global_to_shared(
             tensors.v, [i_b, i_kv, tile * shape.BLOCK, 0], rings.ready_v.index(stage), rings.v.index(stage)
         )
+    # What comes after this launch must find dK and dV there too.
+    if gl.program_id(0) == gl.num_programs(0) - 1:
+        wait_for_the_launch_before()
 
 
 @gluon.jit

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from flashlib.kernels.bundles import ForwardRings, ForwardTensors, HopperShape, PerHead, Problem, Schedule
 from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
-from flashlib.kernels.hopper.common import ROWS, key_tiles, note, noted, pack, unpack
+from flashlib.kernels.hopper.common import ROWS, key_tiles, note, noted, pack, place, unpack
 
 PLAN = gl.constexpr(7)  # numbers that the producer tells the consumers about each block of rows
 OWN = gl.constexpr(16)  # and four about each consumer's rows, if row intervals say what they see; a power of two
@@ -111,20 +111,6 @@ def hopper_forward(
 
 
 @gluon.jit
-def place(block, schedule):
-    """Which rows a block is: ``(batch entry, query head, rank among the blocks of rows of that head)``, most work first.
-
-    ``heads_together`` heads, as many as have room for their keys in the cache between memory and multiprocessors, are worked on
-    together, and of all their blocks the longest come first.
-    """
-    before = block // (schedule.heads_together * schedule.row_blocks) * schedule.heads_together
-    rest = block % (schedule.heads_together * schedule.row_blocks)
-    together = gl.minimum(schedule.heads_together, schedule.heads - before)
-    i_head = before + rest % together
-    return i_head // schedule.q_heads, i_head % schedule.q_heads, rest // together
-
-
-@gluon.jit
 def produce(tensors, rings, schedule, problem, shape):
     """The warp that moves data, and that asks for the next block: Q, then K and V as stages of the rings come free.
 
@@ -136,7 +122,8 @@ def produce(tensors, rings, schedule, problem, shape):
     block = gl.program_id(0)
     visited, done = 0, 0  # tiles of keys, and blocks of rows, so far
     while block < schedule.heads * schedule.row_blocks:
-        i_b, i_h, rank = place(block, schedule)
+        i_head, rank = place(block, schedule.row_blocks, schedule.heads, schedule.heads_together)
+        i_b, i_h = i_head // schedule.q_heads, i_head % schedule.q_heads
         i_m, first, n_tiles, right_partial, full = key_tiles(
             i_b, rank, schedule.row_blocks, problem, schedule.p_tiles, schedule.stride_tiles, ROWS * CONSUMERS, BLOCK_N
         )

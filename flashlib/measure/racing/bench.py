@@ -56,13 +56,14 @@ NOTES = (
     "Peers take turns in shuffled order. GPU time by device events around CUDA graphs, with enough input sets to miss the L2 "
     "cache; median of the rounds, 20th and 80th percentile. TFLOP/s by the papers' count: 4 B H S^2 D, half if causal, 2.5 times "
     "for the backward, visible pairs for windows. Masks are laid out and kernels compiled beforehand. Every result was within "
-    "the error budget against float64 on sampled rows."
+    "the error budget against float64 on sampled rows. eager_: the same calls from Python, one after another, by the clock."
 )
 DECODE_NOTES = (
     "Peers take turns in shuffled order. GPU time by device events around CUDA graphs, but for calls that read the host's memory, with "
     "enough input sets to miss the L2 cache; median of the rounds, 20th and 80th percentile. GB/s: bytes of K and V, each counted once, "
     "over the time. cache_bytes: of K and V as the peer holds them, which a memory has in the host's RAM; peak_bytes: the most that one "
-    "call needs beside them and its queries. Every result was within the error budget against float64 on sampled requests."
+    "call needs beside them and its queries. Every result was within the error budget against float64 on sampled requests. eager_: the same calls "
+    "from Python, one after another, by the clock."
 )
 CPU_NOTES = (
     "Peers take turns in shuffled order, at first untimed, on one set of inputs; median of the rounds, 20th and 80th percentile. {clock} "
@@ -236,7 +237,8 @@ def race(case: AnyCase, peers: Iterable[Peer], *, device: str, seconds: float, r
     """Check and time all peers on one case: one row for each, with its figures or the reason why there are none.
 
     Columns: the case's own; ``peer``, ``peer_dtype``; ``ms``, ``p20_ms``, ``p80_ms``, ``rounds``, ``tflops``; ``error`` and
-    ``budget`` by result; ``no_graph``; ``why_not``.
+    ``budget`` by result; ``no_graph``; ``why_not``. On a GPU also ``eager_ms`` and its rate: a program's calls, one after another from Python, by
+    the clock.
     """
     try:
         return _race(case, peers, torch.device(device), seconds, rng)
@@ -260,9 +262,15 @@ def _race(case: AnyCase, peers: Iterable[Peer], device: torch.device, seconds: f
         rows.append({**row, "why_not": obstacle})
     bursts = {name: contender.burst for name, contender in contenders.items()}
     timings = time_in_turns(bursts, device=device, budget_s=seconds, rng=rng, clock=_clock(device.type))
+    eager = {name: contender.eager for name, contender in contenders.items() if contender.eager}
+    waited = time_in_turns(eager, budget_s=seconds / 2, rng=rng)
     for row in rows:
         if row["peer"] in timings:
             row |= _figures(case, contenders[row["peer"]], timings[row["peer"]])
+            if row["peer"] in waited:
+                eager_ms = waited[row["peer"]].median_ms / contenders[row["peer"]].calls
+                rates = {f"eager_{name}": rate for name, rate in case.rates(eager_ms).items()}
+                row |= {"eager_ms": eager_ms, **rates}
             if isinstance(case, DecodeCase) and case.about_memory:
                 contender = contenders[row["peer"]]
                 row |= {"cache_bytes": contender.cache_bytes, "peak_bytes": peak_bytes(contender.once, device)}
@@ -355,8 +363,12 @@ def summary(record: Record) -> Table:
     for row in record.rows:
         line = lines.setdefault(labels[case_of(row)], {})
         line[row["peer"]] = show(row[value]) if row.get(value) else "-"
+        if row.get(f"eager_{value}"):
+            line[row["peer"]] += f" / {show(row[f'eager_{value}'])}"
     rows = [(label, *(line.get(peer, "") for peer in ran)) for label, line in lines.items()]
     notes = [f"{unit} All: {shared}."]
+    if any(row.get(f"eager_{value}") for row in record.rows):
+        notes.append("In a CUDA graph / called from Python, one after another.")
     for peer in peers:
         reasons = dict.fromkeys(row["why_not"] for row in record.select(peer=peer) if row["why_not"])
         notes += [f"{peer}: {reason}" for reason in reasons]

@@ -156,7 +156,8 @@ class Contender:
 
     Attributes:
         comparison: its result against the oracle.
-        burst: runs the case once on each set of inputs.
+        burst: runs the case once on each set of inputs. eager: the same on a GPU as a program does it, one call after another from Python, and
+            waits; None without a GPU.
         calls: how many runs that is. once: one of them.
         cache_bytes: of k and v as the peer holds them.
         no_graph: None if a burst is one CUDA graph; else why it is not, so that its time holds Python's launches too.
@@ -178,6 +179,7 @@ class Contender:
         self.calls, self.once, self.cache_bytes = len(runs), runs[0], nbytes((sets[0].k, sets[0].v))
         self.no_graph = "no GPU" if not on_gpu else None if peer.captures else "reads the host's memory"
         self.burst: Callable[[], object] = lambda: [run() for run in runs]
+        self.eager = None if stream is None else functools.partial(_in_a_row, runs, stream)
         if stream is not None and peer.captures:
             self._capture(runs, stream)
 
@@ -223,6 +225,13 @@ def failure(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first[:300]} ({Path(where.filename).name}:{where.lineno})"
+
+
+def _in_a_row(runs: list[Callable[[], object]], stream: torch.cuda.Stream) -> None:
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    stream.synchronize()
 
 
 def _on(stream: torch.cuda.Stream | None):

@@ -13,8 +13,12 @@ DECODING = ("kernels/combine.py", "kernels/decode.py", "launch/decode.py")
 
 
 # How launches are handed to the driver: what it costs the host, and nothing that a GPU does.
-LAUNCHING = tuple(
-    f"launch/{name}.py" for name in ("checks", "counters", "engines", "folding", "forms", "packets", "plans")
+LAUNCHING = (
+    *(
+        f"launch/{name}.py"
+        for name in ("checks", "counters", "engines", "folding", "forms", "packets", "plans", "recipes")
+    ),
+    "launch/packets.c",
 )
 
 
@@ -41,10 +45,15 @@ def cpu_sources(*, decoding: bool = False) -> list[str]:
     """The same for attention on a CPU, or for decoding there."""
     kernels = [path for path in (PACKAGE / "kernels" / "cpu").iterdir() if path.suffix in (".h", ".cpp")]
     found = [*kernels, *(PACKAGE / "launch" / "cpu").glob("*.py"), PACKAGE / "backends" / "cpu.py"]
-    return sorted([*(str(path.relative_to(PACKAGE)) for path in found), *(["inference/decode.py"] if decoding else [])])
+    return sorted(
+        [
+            *(str(path.relative_to(PACKAGE)) for path in found),
+            *(["inference/decode.py", "inference/decode_problem.py"] if decoding else []),
+        ]
+    )
 
 
 def decode_sources() -> list[str]:
     """The same for decoding."""
     shared = ("kernels/bundles.py", "kernels/common.py", "launch/options.py", "launch/start.py", "launch/tiles.py")
-    return sorted([*DECODING, *shared, "inference/decode.py"])
+    return sorted([*DECODING, *shared, "inference/decode.py", "inference/decode_problem.py"])

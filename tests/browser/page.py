@@ -52,7 +52,7 @@ class Chapter:
             notebook.node.focus();
             return true; }}"""
         assert self.page.evaluate(script, text), f"no cell holds {text!r}"
-        active = self.page.locator(".jp-Notebook .jp-Cell.jp-mod-active")
+        active = self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell.jp-mod-active")
         active.wait_for()
         return active
 

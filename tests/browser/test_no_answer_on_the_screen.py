@@ -36,7 +36,9 @@ def telling(answer: str) -> re.Pattern[str] | None:
 
 def gives_away(question: Question, answer: str, cells: list[str]) -> list[str]:
     """The cells that say the reason, or the answer and no other of the choices. (Code that settles a choice names them all.)"""
-    pattern, others = telling(answer), [choice for choice in question.choices or () if choice != answer]
+    offered = answer in question.text  # as one of several that the question names
+    pattern = None if offered else telling(answer)
+    others = [choice for choice in question.choices or () if choice != answer]
     return [
         cell
         for cell in cells

@@ -44,14 +44,22 @@ class Chapter:
 
     def select(self, text: str) -> Locator:
         """Make the cell whose source holds a text the active one, on the screen."""
-        script = f"""text => {{ {_NOTEBOOK}
+        script = f"""async text => {{ {_NOTEBOOK}
             const at = notebook.widgets.findIndex(cell => cell.model.sharedModel.source.includes(text));
-            if (at < 0) return false;
+            if (at < 0) return 'no cell';
             notebook.activeCellIndex = at; notebook.mode = 'command';
-            notebook.widgets[at].node.scrollIntoView({{block: 'start'}});
-            notebook.node.focus();
-            return true; }}"""
-        assert self.page.evaluate(script, text), f"no cell holds {text!r}"
+            notebook.node.focus({{preventScroll: true}});
+            for (let tries = 0, stays = 0; tries < 60; tries++) {{  // cells above may still be drawn, and push this one down
+                await notebook.scrollToItem(at, 'start');
+                notebook.widgets[at].node.scrollIntoView({{block: 'start'}});
+                await new Promise(done => setTimeout(done, 50));
+                const box = notebook.widgets[at].node.getBoundingClientRect();
+                stays = box.height > 0 && box.top >= 0 && box.top < innerHeight - 60 ? stays + 1 : 0;
+                if (stays === 3) return '';
+            }}
+            return 'not on the screen'; }}"""
+        problem = self.page.evaluate(script, text)
+        assert not problem, f"{text!r}: {problem}"
         active = self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell.jp-mod-active")
         active.wait_for()
         return active

@@ -50,6 +50,7 @@ class Launch:
         memory: bytes that come from memory, or go there, if the cache keeps what programs that are at work share.
         shared: bytes that it would have to keep for that, until the last wave of programs has passed; 0 if no wave reads what another did.
         rows: of a tile, where a program's steps follow one another (decoding); else 0.
+        paired: two programs share a multiprocessor, and a tile is half of what one program alone would take.
     """
 
     kernel: str
@@ -59,6 +60,7 @@ class Launch:
     memory: float
     shared: float = 0.0
     rows: int = 0
+    paired: bool = False
 
     def read_once(self, gpu: Device) -> bool:
         """Whether the cache keeps what programs share, so that :attr:`memory` is all that crosses memory. If not, it is the least.
@@ -94,8 +96,11 @@ HOPPER = {64: Tiles(192, 128), 128: Tiles(128, 128)}
 HOPPER_ROOMY, HOPPER_NARROW, HOPPER_LEAST_KEYS = Tiles(128, 128), Tiles(128, 64), 1024
 HOPPER_BACKWARD = {64: Tiles(128, 128), 128: Tiles(64, 128)}
 HOPPER_BACKWARD_ROOMY = {64: Tiles(64, 128), 128: Tiles(32, 128)}
-HOPPER_DQ = Tiles(128, 64)
-HOPPER_CACHE, HOPPER_SPREAD = 8 << 20, 3.5
+HOPPER_BACKWARD_PAIRED, HOPPER_BACKWARD_LEAST_KEYS = Tiles(64, 64), 800
+HOPPER_DQ = {64: Tiles(64, 64), 128: Tiles(128, 64)}
+HOPPER_CACHE, HOPPER_SPREAD, BACKWARD_SPREAD = 8 << 20, 3.5, 2
+PAIR_CHANNELS_PER_NS, PART_BYTES_PER_NS, SUM_NS = 1200, 3500, 3000
+MOST_PARTS, MOST_PART_WAVES, SUMMED_KEYS = 8, 8, 16
 # The plain ones, as in flashlib.launch.tiles: by major compute capability, kernel and widest head_dim.
 TABLE = {
     9: {
@@ -153,15 +158,11 @@ def forward_launches(problem: Problem, gpu: Device) -> list[Launch]:
         work += (of_head + tile * _visited(blocks, hopper)) * (count * problem.q_heads)
         memory += _from_memory(problem, mask) * count
     heads = problem.batch * problem.q_heads
-    least = 1 if hopper else 0
     row_blocks = -(-problem.q_len // tiles.block_m)
-    together = 1
-    if hopper:
-        programs = min(gpu.units, row_blocks * heads)
-        together = _heads_together(problem, heads, row_blocks, programs)
-        order = _side_by_side(by_entry, problem.q_heads, together, least)
-    else:
-        order = _head_by_head(by_entry, problem.q_heads, least, backwards=True)
+    together = (
+        _heads_together(problem, heads, row_blocks, gpu.units, _bytes_per_head(problem), HOPPER_SPREAD) if hopper else 1
+    )
+    order = _by_rows(by_entry, problem.q_heads, together, hopper)
     shared = _shared_keys(problem, together) if row_blocks * together > gpu.units else 0.0
     if not hopper:
         return [Launch("attention_forward", order, tile, work, memory, shared)]
@@ -171,7 +172,8 @@ def forward_launches(problem: Problem, gpu: Device) -> list[Launch]:
 
 
 def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
-    """The backward: delta, then dK and dV, then dQ; and, if the mask is given row by row, what looks it up beforehand.
+    """The backward: delta, then dK and dV, then dQ; if the mask is given row by row, what looks it up beforehand; and if the query heads of
+    a KV head are cut into parts, what adds them up.
 
     Raises:
         ValueError: our kernels do not run the problem there.
@@ -193,6 +195,7 @@ def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
     launches += [Launch("backward_row_ranges", [([(0, 1)], 1)], Work(), Work(), 0.0)] * by_row
     launches += [Launch("hopper_blank_rows", [([(0, 1)], 1)], Work(), Work(), 0.0)] * (by_row and hopper)
 
+    parts = dkdv_parts(problem, gpu)
     tiles = dkdv_tiles(problem, gpu)
     area = tiles.block_m * tiles.block_n
     tile = Work(4 * (block_d + block_dv) * area, area * (1 + problem.softcap), 4 * area)
@@ -206,15 +209,32 @@ def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
         )
         numbers = sum(last - first for first, last in ends) * FP32
         of_head = Work(read={"q": passing * d * size, "grad_out": passing * dv * size, "lse": numbers, "delta": numbers})  # fmt: skip
-        owned = Work(read={"k": mask.kv_len * d * size, "v": mask.kv_len * dv * size}, written={"dk": mask.kv_len * d * size, "dv": mask.kv_len * dv * size})  # fmt: skip
+        owned = Work(read={"k": mask.kv_len * d * size, "v": mask.kv_len * dv * size})
+        gradients = Work(written={"dk": mask.kv_len * d * size, "dv": mask.kv_len * dv * size})
+        if parts > 1:
+            gradients = Work(written={"partial": _part_bytes(problem, tiles.block_n)})
         work += (of_head + tile * _visited(blocks, False)) * (count * problem.q_heads)
-        work += owned * (count * problem.kv_heads)
+        work += (owned + gradients) * (count * problem.kv_heads * parts)
         least = mask.q_len * ((d + dv) * size + 2 * FP32)
-        memory += (least * problem.q_heads + owned.bytes * problem.kv_heads) * count
-    order = _head_by_head(by_entry, problem.kv_heads, 0, backwards=False, times=problem.group)
+        memory += least * problem.q_heads * count
+        memory += (owned.bytes + gradients.bytes * parts) * problem.kv_heads * count
+    key_blocks, groups = -(-problem.kv_len // tiles.block_n), problem.kv_heads * parts
+    group_bytes = problem.group // parts * problem.q_len * (d + dv) * size
+    together = backward_together(problem, problem.batch * groups, key_blocks, gpu, group_bytes)
+    group_tiles = [([block.hull * (problem.group // parts) for block in blocks], count) for blocks, count in by_entry]
+    order = _side_by_side(group_tiles, groups, together)
     # Blocks of keys begin at rows of their own, so that all rows of a group's heads pass before the last block is done with the first.
-    passing = problem.group * problem.q_len * (d + dv) * size
-    launches.append(Launch("hopper_dkdv" if hopper else "backward_dkdv", order, tile, work, memory, passing))
+    kernel, paired = "hopper_dkdv" if hopper else "backward_dkdv", hopper and tiles == HOPPER_BACKWARD_PAIRED
+    launches.append(Launch(kernel, order, tile, work, memory, group_bytes * together, paired=paired))
+    if parts > 1:
+        keys = problem.batch * problem.kv_heads * problem.kv_len
+        summed = Work(
+            other=(parts - 1) * keys * (block_d + block_dv),
+            read={"partial": parts * keys * (block_d + block_dv) * FP32},
+            written={"dk": keys * d * size, "dv": keys * dv * size},
+        )
+        programs = problem.batch * problem.kv_heads * -(-problem.kv_len // SUMMED_KEYS)
+        launches.append(Launch("hopper_sum_parts", [([(0, programs)], 1)], Work(), summed, summed.bytes))
 
     launches += [_prepare(problem)] * (by_row and hopper)
     tiles = dq_tiles(problem, gpu)
@@ -230,10 +250,11 @@ def backward_launches(problem: Problem, gpu: Device) -> list[Launch]:
         work += (of_head + tile * _visited(blocks, hopper)) * (count * problem.q_heads)
         keys = mask.seen_keys * (d + dv) * problem.kv_itemsize
         memory += ((sum(own) + mask.q_len * d * size) * problem.q_heads + keys * problem.kv_heads) * count
-    order = _head_by_head(by_entry, problem.q_heads, 1 if hopper else 0, backwards=True)
-    launches.append(
-        Launch("hopper_dq" if hopper else "backward_dq", order, tile, work, memory, _shared_keys(problem, 1))
-    )
+    row_blocks = -(-problem.q_len // tiles.block_m)
+    together = backward_together(problem, heads, row_blocks, gpu, _bytes_per_head(problem))
+    order = _by_rows(by_entry, problem.q_heads, together, hopper)
+    kernel, paired = "hopper_dq" if hopper else "backward_dq", hopper and tiles == HOPPER_DQ[64]
+    launches.append(Launch(kernel, order, tile, work, memory, _shared_keys(problem, together), paired=paired))
     return launches
 
 
@@ -346,13 +367,46 @@ def dkdv_tiles(problem: Problem, gpu: Device) -> Tiles:
     """The tile of dK and dV."""
     if not _hopper_runs(problem, gpu):
         return _table("dkdv", problem, gpu)
-    table = HOPPER_BACKWARD_ROOMY if problem.softcap else HOPPER_BACKWARD
-    return table[64 if _wide(problem) <= 64 else 128]
+    width = 64 if _wide(problem) <= 64 else 128
+    if problem.softcap:
+        return HOPPER_BACKWARD_ROOMY[width]
+    few = width == 128 or _keys_per_row(problem) < HOPPER_BACKWARD_LEAST_KEYS
+    return HOPPER_BACKWARD_PAIRED if few and dkdv_parts(problem, gpu) == 1 else HOPPER_BACKWARD[width]
+
+
+def dkdv_parts(problem: Problem, gpu: Device) -> int:
+    """How many programs share the query heads of a KV head in dK and dV (``group_parts`` of :mod:`flashlib.launch.hopper`)."""
+    if not _hopper_runs(problem, gpu):
+        return 1
+    block_n = HOPPER_BACKWARD[64 if _wide(problem) <= 64 else 128].block_n
+    channels = _padded(problem.head_dim, 64) + _padded(problem.v_head_dim, 64)
+    heads, group, units = problem.batch * problem.kv_heads, problem.group, gpu.units
+    programs = -(-problem.kv_len // block_n) * heads
+    left, right = _widths(problem)
+    rows = problem.q_len if left is None else min(problem.q_len, left + block_n + (right or 0))
+    longest = rows * block_n * group * channels // PAIR_CHANNELS_PER_NS
+    mean = problem.q_len * _keys_per_row(problem) * group * heads * channels // (PAIR_CHANNELS_PER_NS * units)
+    part_bytes = 2 * 4 * programs * block_n * channels
+
+    def ns(parts: int) -> int:
+        work = max(longest // parts, mean) if _unequal(problem) else -(-programs * parts // units) * longest // parts
+        return work if parts == 1 else work + part_bytes * parts // PART_BYTES_PER_NS + SUM_NS
+
+    most = min(MOST_PARTS, MOST_PART_WAVES * units // max(1, programs))
+    return min([1, *(parts for parts in range(2, most + 1) if group % parts == 0)], key=ns)
+
+
+def _part_bytes(problem: Problem, block_n: int) -> int:
+    """What one program of several writes of a KV head's gradients: whole blocks of keys in fp32, padding included."""
+    keys = -(-problem.kv_len // block_n) * block_n
+    return keys * (_padded(problem.head_dim, 64) + _padded(problem.v_head_dim, 64)) * FP32
 
 
 def dq_tiles(problem: Problem, gpu: Device) -> Tiles:
     """The tile of dQ."""
-    return HOPPER_DQ if _hopper_runs(problem, gpu) else _table("dq", problem, gpu)
+    if not _hopper_runs(problem, gpu):
+        return _table("dq", problem, gpu)
+    return HOPPER_DQ[64 if _wide(problem) <= 64 else 128]
 
 
 def decode_tiles(problem: Problem, gpu: Device) -> Tiles:
@@ -419,6 +473,11 @@ def _widths(problem: Problem) -> tuple[int | None, int | None]:
     return (None, None) if widths is None else widths
 
 
+def _unequal(problem: Problem) -> bool:
+    """Whether some blocks may have more work than others."""
+    return _by_row(problem) or _widths(problem)[1] is not None
+
+
 def _keys_per_row(problem: Problem) -> int:
     """About how many keys a row sees under a band; all of them if it is told row by row."""
     if _by_row(problem):
@@ -461,15 +520,26 @@ def _shared_keys(problem: Problem, heads: int) -> float:
     return -(-heads // problem.group) * seen * (problem.head_dim + problem.v_head_dim) * problem.kv_itemsize
 
 
-def _heads_together(problem: Problem, heads: int, row_blocks: int, programs: int) -> int:
-    """As ``heads_together`` of flashlib.launch.hopper."""
-    if not row_blocks or not heads:
-        return 1
+def _bytes_per_head(problem: Problem) -> float:
+    """K and V of one query head, of a KV head that others share."""
     seen = problem.kv_len if _by_row(problem) else problem.visible[0].seen_keys
-    bytes_per_head = seen * (problem.head_dim + problem.v_head_dim) * problem.kv_itemsize / problem.group
-    right = None if _by_row(problem) else _widths(problem)[1]
-    spread = HOPPER_SPREAD if _by_row(problem) or right is not None else 0
-    least = max(1, HOPPER_CACHE // max(1, int(bytes_per_head)), -(-int(spread * programs) // row_blocks))
+    return seen * (problem.head_dim + problem.v_head_dim) * problem.kv_itemsize / problem.group
+
+
+def _heads_together(
+    problem: Problem, heads: int, blocks_each: int, units: int, head_bytes: float, spread: float
+) -> int:
+    """As ``heads_together`` of flashlib.launch.hopper.
+
+    Args:
+        heads, blocks_each: whose blocks are worked on, and how many each has. head_bytes: what passes by the blocks of one head.
+        spread: blocks for each program, where some have more work than others.
+    """
+    if not blocks_each or not heads:
+        return 1
+    spread = spread if _unequal(problem) else 0
+    programs = min(units, blocks_each * heads)
+    least = max(1, HOPPER_CACHE // max(1, int(head_bytes)), -(-int(spread * programs) // blocks_each))
     together = heads
     for groups in range(max(1, heads // least), 0, -1):
         together = -(-heads // groups)
@@ -479,20 +549,39 @@ def _heads_together(problem: Problem, heads: int, row_blocks: int, programs: int
     return together
 
 
-def _side_by_side(by_entry: list[tuple[list[BlockTiles], int]], q_heads: int, together: int, least: int) -> Parts:
-    """The blocks of the heads of a group, most work first, one group after another."""
-    heads = []
-    for blocks, count in by_entry:
-        heads += [tuple(sorted((max(block.hull, least) for block in blocks), reverse=True))] * (count * q_heads)
+def backward_together(problem: Problem, heads: int, blocks_each: int, gpu: Device, head_bytes: float) -> int:
+    """As ``backward_heads_together`` of flashlib.launch.hopper; of the plain kernels 1."""
+    if not _hopper_runs(problem, gpu) or not _unequal(problem):
+        return 1
+    return _heads_together(problem, heads, blocks_each, gpu.units, head_bytes, BACKWARD_SPREAD)
+
+
+def _by_rows(by_entry: list[tuple[list[BlockTiles], int]], q_heads: int, together: int, hopper: bool) -> Parts:
+    """The blocks of rows of so many heads at a time: most work first, or, by the plain kernels, the last first."""
+    if hopper:  # each program visits one tile at least
+        each = [(sorted((max(block.hull, 1) for block in blocks), reverse=True), count) for blocks, count in by_entry]
+    else:
+        each = [([block.hull for block in reversed(blocks)], count) for blocks, count in by_entry]
+    return _side_by_side(each, q_heads, together)
+
+
+def _side_by_side(by_entry: list[tuple[list[int], int]], heads: int, together: int) -> Parts:
+    """The blocks of ``together`` heads, the first of each, then the second of each; then those of the next heads.
+
+    Args:
+        by_entry: the tiles of a head's blocks in the order in which they start, and how many entries of the batch are alike.
+        heads: of an entry.
+    """
+    if together == 1:
+        return [(_runs((each, 1) for each in tiles), count * heads) for tiles, count in by_entry]
+    every = [tuple(tiles) for tiles, count in by_entry for _ in range(count * heads)]
     parts: Parts = []
-    for first in range(0, len(heads), together):
-        group = heads[first : first + together]
-        programs: Programs = []
+    for first in range(0, len(every), together):
+        group = every[first : first + together]
         if len(set(group)) == 1:
-            programs = [(tiles, len(group)) for tiles in group[0]]
+            programs = _runs((tiles, len(group)) for tiles in group[0])
         else:
-            for rank in zip(*group, strict=True):
-                _append(programs, rank)
+            programs = _runs((tiles, 1) for rank in zip(*group, strict=True) for tiles in rank)
         if parts and parts[-1][0] == programs:
             parts[-1] = (programs, parts[-1][1] + 1)
         else:
@@ -500,25 +589,15 @@ def _side_by_side(by_entry: list[tuple[list[BlockTiles], int]], q_heads: int, to
     return parts
 
 
-def _head_by_head(
-    by_entry: list[tuple[list[BlockTiles], int]], heads: int, least: int, *, backwards: bool, times: int = 1
-) -> Parts:
-    """The blocks of one head after another."""
-    parts: Parts = []
-    for blocks, count in by_entry:
-        programs: Programs = []
-        tiles = [max(block.hull, least) * times for block in blocks]
-        _append(programs, reversed(tiles) if backwards else tiles)
-        parts.append((programs, count * heads))
-    return parts
-
-
-def _append(programs: Programs, tiles: Iterable[int]) -> None:
-    for count in tiles:
-        if programs and programs[-1][0] == count:
-            programs[-1] = (count, programs[-1][1] + 1)
+def _runs(programs: Iterable[tuple[int, int]]) -> Programs:
+    """Tiles and how many programs in a row have so many, with neighbours that have as many put together."""
+    found: Programs = []
+    for tiles, count in programs:
+        if found and found[-1][0] == tiles:
+            found[-1] = (tiles, found[-1][1] + count)
         else:
-            programs.append((count, 1))
+            found.append((tiles, count))
+    return found
 
 
 def _prepare(problem: Problem) -> Launch:

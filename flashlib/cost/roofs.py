@@ -10,7 +10,8 @@ An estimate is more than the highest roof (:func:`launch_time`):
   have other instructions to issue besides; the estimate takes both for equal, and **adds up products and exponentials** of a
   tile, each at its data sheet's rate.
 * Programs run in waves. They are put on multiprocessors in the order in which they start, each as soon as one is free; a program
-  costs what its tiles cost, and :data:`PROGRAM_TILES` more in which it fills and drains its pipeline.
+  costs what its tiles cost, and :data:`PROGRAM_TILES` more in which it fills and drains its pipeline; twice as many where two
+  programs share a multiprocessor, whose tiles are half as large.
 * A kernel costs :data:`KERNEL_SECONDS` beside its programs.
 * A decoding program alone on its multiprocessor takes :data:`LONE_STEP_SECONDS` for a tile of several queries.
 
@@ -187,11 +188,12 @@ def attention_time(problem: Problem, device: Device, *, direction: str = "forwar
 def _makespan(launch: Launch, units: int) -> float:
     """When the last program ends, in the time of a tile, if each starts as soon as a unit is free."""
     free, done, every = [0.0] * units, 0, launch.program_count
+    starting = PROGRAM_TILES * (2 if launch.paired else 1)
     for programs, times in launch.parts:
         for _ in range(times):
             for tiles, count in programs:
                 for _ in range(count):
-                    heapq.heapreplace(free, free[0] + tiles + PROGRAM_TILES)
+                    heapq.heapreplace(free, free[0] + tiles + starting)
                 done += count
             if done >= SIMULATED:
                 break
@@ -200,5 +202,5 @@ def _makespan(launch: Launch, units: int) -> float:
     if done >= every:
         return max(free)
     # The rest keeps all units busy; what is left over at the end is what was left over here.
-    whole = (launch.tiles + PROGRAM_TILES * every) / units
+    whole = (launch.tiles + starting * every) / units
     return whole + max(free) - sum(free) / units

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,8 @@ from flashlib.launch.start import Launch, TileMap
 from flashlib.launch.tiles import (
     HOPPER,
     HOPPER_BACKWARD,
+    HOPPER_BACKWARD_LEAST_KEYS,
+    HOPPER_BACKWARD_PAIRED,
     HOPPER_BACKWARD_ROOMY,
     HOPPER_DQ,
     HOPPER_LEAST_KEYS,
@@ -49,10 +50,10 @@ HOPPER_CACHE = 8 << 20  # bytes of K and V that heads worked on together may tak
 # TFLOP/s, packed causal sequences of 1k at 377 or 352, and ragged ones at 545 or 568.
 HOPPER_SPREAD = 3.5
 BACKWARD_SPREAD = 2  # the same for programs of the backward, which work on one block each
-# Of dK and dV, on an H200: pairs of a row and a key, times channels of both, that a multiprocessor gets through in a nanosecond; bytes
+# Of dK and dV with two consumers, on an H200: pairs of a row and a key, times channels of both, that a multiprocessor gets through in a nanosecond; bytes
 # that all of them together write and read again; and what one more launch costs.
 PAIR_CHANNELS_PER_NS, PART_BYTES_PER_NS, SUM_NS = 1200, 3500, 3000
-PARTS = (2, 3, 4, 5, 7, 8)  # into which a group's query heads may be cut
+MOST_PARTS = 8  # into which a group's query heads are cut
 MOST_PART_WAVES = 8  # of programs that write parts: each of 128 KiB at head_dim 128
 SUMMED_KEYS = 16  # that a program of hopper_sum_parts adds up
 PREPARE_CHUNK = 1024  # rows that hopper_prepare looks at together
@@ -202,20 +203,39 @@ def group_parts(
     longest = rows * tiles.block_n * group_size * channels // PAIR_CHANNELS_PER_NS
     pairs = q_len * keys_per_row(q_len, kv_len, options)
     mean = pairs * group_size * heads * channels // (PAIR_CHANNELS_PER_NS * units)
+    part_bytes = 2 * 4 * programs * tiles.block_n * channels
     unequal = options.mask_kind == INTERVALS or options.right is not None
-    best, least_ns = 1, dkdv_ns(programs, 1, longest, mean, units, unequal)
-    for parts in PARTS:
-        if group_size % parts == 0 and programs * parts <= MOST_PART_WAVES * units:
-            moved = 2 * 4 * programs * parts * tiles.block_n * channels // PART_BYTES_PER_NS
-            ns = dkdv_ns(programs, parts, longest, mean, units, unequal) + moved + SUM_NS
-            if ns < least_ns:
-                best, least_ns = parts, ns
-    return best
+    return computed(fastest_parts, group_size, programs, longest, mean, part_bytes, units, unequal)
 
 
-def dkdv_ns(programs: int, parts: int, longest: int, mean: int, units: int, unequal: bool) -> int:
-    """About how long dK and dV take. Programs of unequal work fill one another's gaps; equal ones run in so many waves."""
-    return max(longest // parts, mean) if unequal else blocks(programs * parts, units) * longest // parts
+def fastest_parts(
+    group_size: int, programs: int, longest: int, mean: int, part_bytes: int, units: int, unequal: bool
+) -> int:
+    """The number of parts with the shortest time, and of equals the smallest.
+
+    Programs of unequal work fill one another's gaps; equal ones run in so many waves.
+
+    Args:
+        programs: of one part. longest, mean: ns that one program has to do, and a multiprocessor, if there is one part.
+        part_bytes: that are written and read again for each of several parts.
+    """
+
+    def ns(parts: int) -> int:
+        work = max(longest // parts, mean) if unequal else blocks(programs * parts, units) * longest // parts
+        return work if parts == 1 else work + part_bytes * parts // PART_BYTES_PER_NS + SUM_NS
+
+    most = min(MOST_PARTS, MOST_PART_WAVES * units // max(1, programs))
+    return min([1, *(parts for parts in range(2, most + 1) if group_size % parts == 0)], key=ns)
+
+
+def hopper_dkdv_tiles(head_dim: int, keys: int, options: KernelOptions, *, in_parts: bool) -> HopperBackwardTiles:
+    """The shape of dK and dV for about so many ``keys`` per row. ``in_parts``: several programs share the heads of a group."""
+    width = 64 if head_dim <= 64 else 128
+    if options.softcap or options.alibi_slopes is not None:
+        return HOPPER_BACKWARD_ROOMY[width]
+    if not in_parts and (width == 128 or keys < HOPPER_BACKWARD_LEAST_KEYS):
+        return HOPPER_BACKWARD_PAIRED
+    return HOPPER_BACKWARD[width]
 
 
 NOTHING_PREPARED = {"tiles": None, "flags": None, "blanked": None}
@@ -263,23 +283,29 @@ def hopper_backward_runs(tensors: BackwardTensors, options: KernelOptions) -> bo
 
 def hopper_dkdv_launches(
     tensors: BackwardTensors, options: KernelOptions, tiles: HopperBackwardTiles | None = None,
-    *, together: int | None = None, parts: int | None = None,
+    *, parts: int | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches of the warp-specialised dK and dV: one, under row intervals two more, and one more where parts are added up.
 
-    Args:
-        together, parts: instead of :func:`backward_heads_together` and :func:`group_parts`.
-
     It multiplies whole tiles of Q and dO by weights, and a weight of 0 does not hide a NaN. So rows that see nothing must not
     be given to it: under a band they are the first ones, and under row intervals a kernel blanks them in copies of their tiles.
+
+    Args:
+        tiles, parts: instead of those of :func:`hopper_dkdv_tiles` and :func:`group_parts`.
     """
     from flashlib.kernels.hopper.dkdv import hopper_dkdv
 
     q, grad_out = tensors.q, tensors.grad_out
     batch, kv_heads, kv_len, _ = tensors.k.shape
-    q_len, v_head_dim = q.shape[2], tensors.v.shape[3]
-    table = HOPPER_BACKWARD_ROOMY if options.softcap or options.alibi_slopes is not None else HOPPER_BACKWARD
-    tiles = tiles or table[64 if max(q.shape[3], v_head_dim) <= 64 else 128]
+    q_len, head_dim, v_head_dim = q.shape[2], q.shape[3], tensors.v.shape[3]
+    block_d, block_dv = (max(64, padded(x)) for x in (head_dim, v_head_dim))
+    heads, group_size, units = batch * kv_heads, q.shape[1] // kv_heads, multiprocessors(q.device)
+    widest = max(head_dim, v_head_dim)
+    if parts is None:
+        wide = tiles or hopper_dkdv_tiles(widest, 0, options, in_parts=True)
+        parts = group_parts(q_len, kv_len, heads, group_size, block_d + block_dv, wide, units, options)
+    in_parts = bool(parts > 1)
+    tiles = tiles or hopper_dkdv_tiles(widest, keys_per_row(q_len, kv_len, options), options, in_parts=in_parts)
     launches, ranges, unseeing, blank = [], None, 0, NOTHING_BLANK
     if options.mask_kind == INTERVALS:
         launch, ranges = row_ranges_launch(tensors, options, tiles.block_n)
@@ -290,24 +316,18 @@ def hopper_dkdv_launches(
         unseeing = min(max(0, q_len - kv_len - options.right), q_len - 1)
         q, grad_out = q[:, :, unseeing:], grad_out[:, :, unseeing:]
     shared = options.arguments(q, tensors.k, tensors.v)
-    block_d, block_dv = (max(64, shared[name]) for name in ("BLOCK_D", "BLOCK_DV"))
-    heads, group_size, units = batch * kv_heads, shared["group_size"], multiprocessors(q.device)
-    parts = parts or group_parts(q_len, kv_len, heads, group_size, block_d + block_dv, tiles, units, options)
     key_blocks = blocks(kv_len, tiles.block_n)
-    bytes_per_head = q_len * (q.shape[3] + v_head_dim) * q.element_size() * group_size // parts
-    together = together or backward_heads_together(heads * parts, key_blocks, units, bytes_per_head, options)
-    partial: dict[str, Any] = dict.fromkeys(("dk", "dv"))
-    if parts > 1:
+    bytes_per_head = q_len * (head_dim + v_head_dim) * q.element_size() * group_size // parts
+    together = backward_heads_together(heads * parts, key_blocks, units, bytes_per_head, options)
+    dk_parts = dv_parts = None
+    if in_parts:
         shape = (batch, kv_heads * parts, key_blocks * tiles.block_n)
-        partial = {
-            "dk": q.new_empty(*shape, block_d, dtype=torch.float32),
-            "dv": q.new_empty(*shape, block_dv, dtype=torch.float32),
-        }
+        dk_parts, dv_parts = (q.new_empty(*shape, width, dtype=torch.float32) for width in (block_d, block_dv))
     taken = ("p_start", "p_stop", "p_slopes", "stride_interval", "stride_slope", "kv_len", "left", "right", "scale", "softcap",
              "MASK", "HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "ALIBI")  # fmt: skip
     arguments = {name: shared[name] for name in taken} | {"q_len": q_len, "offset": kv_len - q_len}
-    arguments |= {"parts": parts, "group_size": group_size // parts, "heads_together": together, "IN_PARTS": parts > 1}
-    arguments |= {"p_dk_parts": partial["dk"], "p_dv_parts": partial["dv"]}
+    arguments |= {"parts": parts, "group_size": group_size // parts, "heads_together": together, "IN_PARTS": in_parts}
+    arguments |= {"p_dk_parts": dk_parts, "p_dv_parts": dv_parts}
     # What one unit of a score tile is worth as a power of 2. Computed there, it would take a register, and none is left.
     arguments["unit"] = (options.softcap or options.scale) * math.log2(math.e)
     arguments |= {
@@ -323,9 +343,9 @@ def hopper_dkdv_launches(
         **{"STAGES": tiles.num_stages, "CONSUMER_REGISTERS": tiles.registers},
     }  # fmt: skip
     launches.append(Launch(hopper_dkdv, (key_blocks * heads * parts,), arguments, tiles))
-    return (
-        launches if parts == 1 else [*launches, sum_parts_launch(tensors, partial["dk"], partial["dv"], parts, tiles)]
-    )
+    if dk_parts is not None and dv_parts is not None:
+        launches.append(sum_parts_launch(tensors, dk_parts, dv_parts, parts, tiles))
+    return launches
 
 
 def sum_parts_launch(
@@ -346,7 +366,7 @@ def sum_parts_launch(
 
 
 def hopper_dq_launches(
-    tensors: BackwardTensors, options: KernelOptions, tiles: HopperTiles | None = None, *, together: int | None = None
+    tensors: BackwardTensors, options: KernelOptions, tiles: HopperTiles | None = None
 ) -> list[Launch]:
     """The launches of the warp-specialised dQ: one, or under row intervals two.
 
@@ -356,7 +376,7 @@ def hopper_dq_launches(
 
     q, rows = tensors.q, tensors.rows
     batch, q_heads, q_len, _ = q.shape
-    tiles = tiles or HOPPER_DQ
+    tiles = tiles or HOPPER_DQ[64 if max(q.shape[3], tensors.v.shape[3]) <= 64 else 128]
     seen = seen_range(q_len, tensors.k.shape[2], options)
     if seen[0] >= seen[1]:  # zero keys cannot be described to the copy engine
         tensors.dq.zero_()
@@ -374,14 +394,9 @@ def hopper_dq_launches(
              "scale", "softcap", "MASK", "HAS_LEFT", "HAS_RIGHT", "SOFTCAP", "ALIBI")  # fmt: skip
     row_blocks, heads = blocks(q_len, tiles.block_m), batch * q_heads
     bytes_per_head = k.shape[2] * (q.shape[3] + v.shape[3]) * k.element_size() / shared["group_size"]
-    together = together or backward_heads_together(
-        heads, row_blocks, multiprocessors(q.device), bytes_per_head, options
-    )
-    arguments = {name: shared[name] for name in taken} | {
-        "offset": offset,
-        "q_heads": q_heads,
-        "heads_together": together,
-    }
+    together = backward_heads_together(heads, row_blocks, multiprocessors(q.device), bytes_per_head, options)
+    arguments = {name: shared[name] for name in taken}
+    arguments |= {"offset": offset, "q_heads": q_heads, "heads_together": together}
     arguments |= {
         **{"desc_q": tile_descriptor(q, HOPPER_ROWS, block_d), "desc_do": tile_descriptor(tensors.grad_out, HOPPER_ROWS, block_dv)},
         **{"desc_k": tile_descriptor(k, tiles.block_n, block_d), "desc_v": tile_descriptor(v, tiles.block_n, block_dv)},

@@ -125,20 +125,23 @@ def inspect(
     alibi: bool = False,
     alibi_by_row: bool = False,
     dropout: bool = False,
-    tiles: TileConfig | HopperTiles | dict[str, TileConfig] | None = None,
+    in_parts: bool = False,
+    tiles: TileConfig | HopperTiles | dict[str, Any] | None = None,
     only: str | None = None,
 ) -> list[KernelReport]:
     """Compile the kernels of one pass for a GPU that need not be there.
 
     Args:
         kernel: "forward"; "hopper", the forward that Hopper GPUs run (sm_90, 16-bit, head_dim up to 128), under row intervals two
-            kernels; "backward", which is three or four kernels; or "hopper-backward", those that Hopper GPUs run, three or six.
+            kernels; "backward", which is three or four kernels; or "hopper-backward", those that Hopper GPUs run, three or six, and
+            one more ``in_parts``.
         arch: one of :data:`ARCHITECTURES`.
         dtype: fp16, bf16 or fp32. head_dim, v_head_dim: at most 256.
         causal, window, softcap, alibi: features, as in :func:`flashlib.attention`.
         alibi_by_row: compile for ALiBi whose slope and offset are each row's own, as in packed sequences of unequal lengths.
         dropout: compile with dropout, which "hopper" and "hopper-backward" do not have.
         intervals: compile for a mask given as row intervals, as all but causal masks and windows are.
+        in_parts: compile "hopper-backward" for query heads of a KV head that several programs share in dK and dV.
         tiles: tile sizes instead of the table's: one for "forward" or "hopper", or by kernel, "forward", "dkdv" and "dq".
         only: the name of the one kernel to compile, such as "backward_dq"; None for all of the pass.
 
@@ -155,8 +158,9 @@ def inspect(
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels are interpreted in this process, not compiled; unset it")
     q = torch.empty(2, 4, 1024, head_dim, dtype=dtype, device="meta")
-    k = torch.empty(2, 4, 1024, head_dim, dtype=dtype, device="meta")
-    v = torch.empty(2, 4, 1024, v_head_dim or head_dim, dtype=dtype, device="meta")
+    kv_heads = 2 if in_parts else 4
+    k = torch.empty(2, kv_heads, 1024, head_dim, dtype=dtype, device="meta")
+    v = torch.empty(2, kv_heads, 1024, v_head_dim or head_dim, dtype=dtype, device="meta")
     spec = AttentionSpec.from_tensors(q, k, v, mask=Window(*window) if window else None, causal=causal, softcap=softcap)
     options = KernelOptions.from_spec(spec)
     rows = torch.empty(2, 1024, dtype=torch.int32, device="meta") if intervals else None
@@ -176,9 +180,12 @@ def inspect(
     if kernel == "hopper":
         launches, _, _ = hopper_launches(q, k, v, options, tiles=chosen.get("hopper"))
     if kernel in ("backward", "hopper-backward"):
+        asked = tiles if isinstance(tiles, dict) else {}
         hopper = {
-            "dkdv": lambda tensors, options, _: hopper_dkdv_launches(tensors, options),
-            "dq": lambda tensors, options, _: hopper_dq_launches(tensors, options),
+            "dkdv": lambda tensors, options, _: hopper_dkdv_launches(
+                tensors, options, asked.get("dkdv"), parts=2 if in_parts else 1
+            ),
+            "dq": lambda tensors, options, _: hopper_dq_launches(tensors, options, asked.get("dq")),
         }
         own: dict[str, Any] = hopper if kernel == "hopper-backward" else {}
         launches, _ = backward_launches(q, k, v, out, lse, torch.empty_like(out), None, options, tiles=chosen, **own)

@@ -147,13 +147,8 @@ _codes: dict[tuple, Code | NotPlannable] = {}
 
 
 def _compiled(launch: Launch) -> Code:
-    tiles = launch.tiles
-    key = (
-        launch.kernel,
-        launch.device.index,
-        None if tiles is None else (tiles.num_warps, tiles.num_stages),
-        *kinds(launch),
-    )
+    # From the tiles alone follow the options that it is compiled with.
+    key = (launch.kernel, launch.device.index, launch.tiles, *kinds(launch))
     code = _codes.get(key)
     if code is None:
         if recording():

@@ -57,16 +57,12 @@ class TileMap:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid and its arguments by name.
-
-    ``overlaps``: its programs may begin as soon as all of the launch before have, which they do not depend on, and which they wait for.
-    """
+    """A kernel, its grid and its arguments by name."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     tiles: TileConfig | HopperTiles | HopperBackwardTiles | None = None
-    overlaps: bool = False
 
     @property
     def name(self) -> str:
@@ -74,11 +70,7 @@ class Launch:
 
     @property
     def compile_options(self) -> dict[str, int]:
-        if self.tiles is None:
-            return {}
-        options = {"num_warps": self.tiles.num_warps, "num_stages": self.tiles.num_stages}
-        options |= {"launch_pdl": True} if self.overlaps else {}
-        return options | ({"maxnreg": 128} if getattr(self.tiles, "consumers", 2) == 1 else {})
+        return {} if self.tiles is None else self.tiles.compile_options
 
     @property
     def triton_arguments(self) -> dict[str, Any]:

@@ -12,7 +12,10 @@ __all__ = [
     "EXCEPTIONS",
     "HOPPER",
     "HOPPER_BACKWARD",
+    "HOPPER_BACKWARD_LEAST_KEYS",
+    "HOPPER_BACKWARD_PAIRED",
     "HOPPER_BACKWARD_ROOMY",
+    "HOPPER_DQ",
     "HOPPER_LEAST_KEYS",
     "HOPPER_NARROW",
     "HOPPER_ROOMY",
@@ -36,19 +39,45 @@ class TileConfig:
     num_warps: int
     num_stages: int
 
+    @property
+    def compile_options(self) -> dict[str, int]:
+        """What Triton is told beside the kernel's arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 HOPPER_ROWS = 64  # of one consumer of the warp-specialised kernel, as in flashlib.kernels.hopper.common
 
 
+class WarpSpecialized:
+    """What the shapes of the warp-specialised kernels have in common.
+
+    Attributes:
+        num_warps: of one consumer; the others are started by the first.
+        maxnreg: registers of each thread when a program begins, before warps give some of theirs to others; None for as many as there are.
+            With 128 two programs of one consumer fit on a multiprocessor.
+    """
+
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+
+    @property
+    def compile_options(self) -> dict[str, int]:
+        """What Triton is told beside the kernel's arguments."""
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+
+
 @dataclass(frozen=True)
-class HopperTiles:
-    """Shape of the warp-specialised forward: consumers of 64 rows, keys, stages of each ring, registers per consumer's thread."""
+class HopperTiles(WarpSpecialized):
+    """Shape of the warp-specialised forward, or dQ: consumers of 64 rows, keys, stages of each ring, registers per consumer's thread."""
 
     consumers: int
     block_n: int
     num_stages: int
     registers: int
-    num_warps: int = 4  # of one consumer; the others are started by the first
+    num_warps: int = 4
+    maxnreg: int | None = None
 
     @property
     def block_m(self) -> int:
@@ -56,7 +85,7 @@ class HopperTiles:
 
 
 @dataclass(frozen=True)
-class HopperBackwardTiles:
+class HopperBackwardTiles(WarpSpecialized):
     """Shape of the warp-specialised dK/dV: rows, consumers of 64 keys, stages of the ring, registers per consumer's thread."""
 
     block_m: int
@@ -64,18 +93,24 @@ class HopperBackwardTiles:
     num_stages: int
     registers: int
     num_warps: int = 4
+    maxnreg: int | None = None
 
     @property
     def block_n(self) -> int:
         return HOPPER_ROWS * self.consumers
 
 
-# By padded head_dim, measured on an H200.
+# By padded head_dim, measured on an H200 (benchmarks/h200/backward_orders.json).
 HOPPER_BACKWARD = {64: HopperBackwardTiles(128, 2, 2, 240), 128: HopperBackwardTiles(64, 2, 2, 240)}
 # With a softcap or ALiBi, whose values take registers too.
 HOPPER_BACKWARD_ROOMY = {64: HopperBackwardTiles(64, 2, 3, 240), 128: HopperBackwardTiles(32, 2, 3, 240)}
-# dQ of any head_dim: at 4k, wider tiles or three consumers were not faster at 64, and slower at 128.
-HOPPER_DQ = HopperTiles(2, 64, 3, 240)
+# Two programs of one consumer on a multiprocessor: one computes while the other waits, and blocks of keys are half as long. At head_dim
+# 128 they were faster, 1670 against 1764 us causal and 1773 against 1928 full, but where a group's heads are cut into parts; at 64 where
+# rows see few keys: with 512 of them 136 against 152 us, with 1024 222 against 209.
+HOPPER_BACKWARD_PAIRED = HopperBackwardTiles(64, 1, 2, 232, maxnreg=128)
+HOPPER_BACKWARD_LEAST_KEYS = 800  # per row, between the two, from which on two consumers are taken at head_dim 64
+# Of dQ. At head_dim 64 two programs on a multiprocessor were faster in every shape, 103 against 119 us in GPT-2's; at 128 slower.
+HOPPER_DQ = {64: HopperTiles(1, 64, 3, 232, maxnreg=128), 128: HopperTiles(2, 64, 3, 240)}
 HOPPER = {64: HopperTiles(3, 128, 3, 160), 128: HopperTiles(2, 128, 2, 240)}
 # With a softcap or ALiBi at head_dim 64: the 160 registers a thread of three consumers are too few for them. Also for windows and
 # short sequences, of which blocks of 192 rows cut off too much.

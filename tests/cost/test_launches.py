@@ -12,6 +12,7 @@ from flashlib.cost.visible import Visible
 from flashlib.inference import decode
 from flashlib.launch import decode as decode_launch
 from flashlib.launch import hopper as hopper_launch
+from flashlib.launch import plain as plain_launch
 from flashlib.launch import splits, tiles
 from flashlib.launch.options import KernelOptions
 from flashlib.spec import AttentionSpec
@@ -24,14 +25,25 @@ def _same(mine: Tiles, theirs) -> bool:
 
 
 def test_tables_are_those_of_the_kernels() -> None:
-    for name in ("HOPPER", "HOPPER_BACKWARD", "HOPPER_BACKWARD_ROOMY"):
+    for name in ("HOPPER", "HOPPER_BACKWARD", "HOPPER_BACKWARD_ROOMY", "HOPPER_DQ"):
         mine, theirs = getattr(launches, name), getattr(tiles, name)
         assert mine.keys() == theirs.keys()
         assert all(_same(mine[width], theirs[width]) for width in mine), name
-    for name in ("HOPPER_ROOMY", "HOPPER_NARROW", "HOPPER_DQ"):
+    for name in ("HOPPER_ROOMY", "HOPPER_NARROW", "HOPPER_BACKWARD_PAIRED"):
         assert _same(getattr(launches, name), getattr(tiles, name)), name
-    assert launches.HOPPER_LEAST_KEYS == tiles.HOPPER_LEAST_KEYS
-    for name in ("HOPPER_CACHE", "HOPPER_SPREAD"):
+    for name in ("HOPPER_LEAST_KEYS", "HOPPER_BACKWARD_LEAST_KEYS"):
+        assert getattr(launches, name) == getattr(tiles, name), name
+    for name in (
+        "HOPPER_CACHE",
+        "HOPPER_SPREAD",
+        "BACKWARD_SPREAD",
+        "PAIR_CHANNELS_PER_NS",
+        "PART_BYTES_PER_NS",
+        "SUM_NS",
+        "MOST_PARTS",
+        "MOST_PART_WAVES",
+        "SUMMED_KEYS",
+    ):
         assert getattr(launches, name) == getattr(hopper_launch, name), name
     for width in (64, 128, 256):
         for major in (8, 9):
@@ -71,18 +83,63 @@ def test_tiles_are_chosen_as_the_kernels_choose_them(rng) -> None:
         for gpu in (H200, A100):
             hopper = gpu is H200 and spec.dtype != torch.float32 and wide <= 128
             for kernel, mine in (("forward", launches.forward_tiles), ("dkdv", launches.dkdv_tiles), ("dq", launches.dq_tiles)):  # fmt: skip
+                if hopper and kernel != "forward":
+                    continue  # these are held against whole launches below
                 theirs = tiles.tile_config(kernel, spec.dtype, wide, gpu.capability, demands=plain)
-                if hopper and kernel == "forward":
+                if hopper:
                     keys = hopper_launch.keys_per_row(spec.q_len, spec.kv_len, options)
                     theirs = hopper_launch.hopper_tiles(wide, keys, options)
-                elif hopper:
-                    roomy = tiles.HOPPER_BACKWARD_ROOMY if spec.softcap else tiles.HOPPER_BACKWARD
-                    theirs = roomy[64 if wide <= 64 else 128] if kernel == "dkdv" else tiles.HOPPER_DQ
                 assert _same(mine(problem, gpu), theirs), (kernel, gpu.name, problem)
             rows = problem.group * problem.q_len
             assert _same(
                 launches.decode_tiles(problem, gpu), decode_launch.decode_tiles(rows, spec.dtype, wide, gpu.capability)
             )
+
+
+def test_the_backward_of_hopper_is_tiled_ordered_and_cut_into_parts_as_it_is_launched(rng) -> None:
+    cut = paired = 0
+    for _ in range(120):
+        spec, problem = _random(rng)
+        if spec.dtype == torch.float32 or problem.head_dim > 128:
+            continue
+        launched = {launch.name: launch for launch in _hopper_backward(spec, problem)}
+        mine = {launch.kernel: launch for launch in backward_launches(problem, H200)}
+        assert ("hopper_sum_parts" in mine) == ("hopper_sum_parts" in launched), problem
+        if "hopper_sum_parts" in mine:
+            assert mine["hopper_sum_parts"].program_count == launched["hopper_sum_parts"].grid[0]
+            written = sum(launched["hopper_dkdv"].arguments[name].numel() for name in ("p_dk_parts", "p_dv_parts"))
+            assert mine["hopper_dkdv"].work.written["partial"] == 4 * written
+        of_keys, of_rows = launched["hopper_dkdv"], launched["hopper_dq"]
+        parts = launches.dkdv_parts(problem, H200)
+        assert of_keys.arguments["parts"] == parts
+        assert _same(launches.dkdv_tiles(problem, H200), of_keys.tiles)
+        assert _same(launches.dq_tiles(problem, H200), of_rows.tiles)
+        group = problem.group // parts
+        passing = problem.q_len * 2 * problem.head_dim * problem.itemsize * group
+        for launch, heads, head_bytes in (
+            (of_keys, problem.kv_heads * parts, passing),
+            (of_rows, problem.q_heads, launches._bytes_per_head(problem)),
+        ):
+            count = mine[launch.name].program_count
+            assert count == launch.grid[0], problem
+            heads *= problem.batch
+            together = launches.backward_together(problem, heads, count // heads, H200, head_bytes)
+            assert together == launch.arguments["heads_together"], (launch.name, problem)
+        cut += parts > 1
+        paired += of_keys.tiles.consumers == 1
+    assert cut and paired
+
+
+def _hopper_backward(spec: AttentionSpec, problem: Problem):
+    """The launches of a backward on a Hopper GPU, which need not be there."""
+    q, k, v, out = (
+        torch.empty(shape, dtype=spec.dtype) for shape in (*_shapes(problem), *reversed([*_shapes(problem)]))
+    )
+    lse = torch.empty(problem.batch, problem.q_heads, problem.q_len)
+    return plain_launch.backward_launches(
+        q, k, v, out, lse, out, None, KernelOptions.from_spec(spec),
+        dkdv=hopper_launch.hopper_dkdv_launches, dq=hopper_launch.hopper_dq_launches,
+    )[0]  # fmt: skip
 
 
 def _shapes(problem: Problem):
@@ -98,11 +155,9 @@ def test_heads_are_grouped_and_keys_split_as_the_kernels_do(rng) -> None:
         problem = Problem.causal(rng.randint(1, 16), 16, 4, rng.randint(1, 9000), rng.randint(1, 9000), 128)
         row_blocks, heads = -(-problem.q_len // 128), problem.batch * 16
         programs = min(132, row_blocks * heads)
-        seen = problem.visible[0].seen_keys
-        theirs = hopper_launch.heads_together(
-            heads, row_blocks, programs, seen * 128 * 2 * 2 / 4, hopper_launch.HOPPER_SPREAD
-        )
-        assert launches._heads_together(problem, heads, row_blocks, programs) == theirs
+        head_bytes, spread = problem.visible[0].seen_keys * 128 * 2 * 2 / 4, hopper_launch.HOPPER_SPREAD
+        theirs = hopper_launch.heads_together(heads, row_blocks, programs, head_bytes, spread)
+        assert launches._heads_together(problem, heads, row_blocks, 132, head_bytes, spread) == theirs
 
 
 def test_programs_visit_the_tiles_of_the_schedule(rng) -> None:

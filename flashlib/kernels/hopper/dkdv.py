@@ -17,12 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashlib.kernels.bundles import DkdvParts, DkdvRings, DkdvSchedule, DkdvTensors, HopperShape, Problem
 from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E, UNMASKED
-from flashlib.kernels.hopper.common import let_the_next_begin, note, noted, of_entry, place
+from flashlib.kernels.hopper.common import note, noted, of_entry, place
 
 KEYS = gl.constexpr(64)  # of one consumer: what one warpgroup's instruction takes
 # What the producer tells the consumers: places in shared memory.
-PLAN = gl.constexpr(5)
-BATCH_ENTRY, GROUP, FULL, TILES, OWN = (gl.constexpr(slot) for slot in range(5))
+PLAN = gl.constexpr(6)
+BATCH_ENTRY, GROUP, FULL, PARTIAL, ALL, OWN = (gl.constexpr(slot) for slot in range(6))
 warp_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until triton 3.6
 
 
@@ -159,7 +159,6 @@ def produce(tensors, rings, schedule, problem, shape):
     CONSUMERS: gl.constexpr = shape.CONSUMERS
     BLOCK_M: gl.constexpr = shape.BLOCK
     BLOCK_N: gl.constexpr = KEYS * CONSUMERS
-    let_the_next_begin()
     key_blocks = (problem.kv_len + BLOCK_N - 1) // BLOCK_N
     heads = gl.num_programs(0) // key_blocks
     i_head, i_n = place(gl.program_id(0), key_blocks, heads, schedule.heads_together)
@@ -175,7 +174,8 @@ def produce(tensors, rings, schedule, problem, shape):
     note(rings.plan, BATCH_ENTRY, i_b)
     note(rings.plan, GROUP, i_group)
     note(rings.plan, FULL, n_full)
-    note(rings.plan, TILES, n_tiles)
+    note(rings.plan, PARTIAL, n_tiles - n_full)
+    note(rings.plan, ALL, schedule.group_size * n_tiles)
     if schedule.IN_PARTS:
         note(rings.plan, OWN, i_head * key_blocks + i_n)
     mbarrier.expect(rings.ready_kv, CONSUMERS * (tensors.k.block_type.nbytes + tensors.v.block_type.nbytes))
@@ -266,20 +266,22 @@ def consume(which, rings, into, p_slopes, stride_slope, group_size, unit, proble
     if problem.ALIBI:
         p_slopes += noted(rings.plan, BATCH_ENTRY) * stride_slope + noted(rings.plan, GROUP) * group_size
     before = 0  # tiles of the group's heads that have passed by
-    while before < group_size * noted(rings.plan, TILES):
+    while before < noted(rings.plan, ALL):
         if problem.ALIBI:
             slope = gl.load(p_slopes)
             p_slopes += 1
+        # What is needed behind a loop takes a register in it, and none is left: only where the loop ends is.
+        end = before + noted(rings.plan, FULL)
         b_dk, b_dv = gather_rows(
-            before, before + noted(rings.plan, FULL), which, b_dk, b_dv, k, v, slope, rings, unit, problem, shape,
-            dk_layout, dv_layout, False,
-        )  # fmt: skip
+            before, end, which, b_dk, b_dv, k, v, slope, rings, unit, problem, shape, dk_layout, dv_layout, False
+        )
+        before = end
         if problem.MASK != UNMASKED:
+            end = before + noted(rings.plan, PARTIAL)
             b_dk, b_dv = gather_rows(
-                before + noted(rings.plan, FULL), before + noted(rings.plan, TILES), which, b_dk, b_dv, k, v, slope,
-                rings, unit, problem, shape, dk_layout, dv_layout, True,
-            )  # fmt: skip
-        before += noted(rings.plan, TILES)
+                before, end, which, b_dk, b_dv, k, v, slope, rings, unit, problem, shape, dk_layout, dv_layout, True
+            )
+            before = end
     b_dk *= problem.scale if problem.SOFTCAP else unit * LN_2
     if into.IN_PARTS:  # in fp32, for which the places of K and V are too small
         own = noted(rings.plan, OWN).to(gl.int64) * shape.CONSUMERS + which

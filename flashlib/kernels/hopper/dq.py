@@ -16,16 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashlib.kernels.bundles import DqBlock, DqRings, DqTensors, HopperShape, Problem
 from flashlib.kernels.common import BAND, INTERVALS, LN_2, LOG2_E
-from flashlib.kernels.hopper.common import (
-    ROWS,
-    key_tiles,
-    noted,
-    of_entry,
-    pack,
-    place,
-    unpack,
-    wait_for_the_launch_before,
-)
+from flashlib.kernels.hopper.common import ROWS, key_tiles, noted, of_entry, pack, place, unpack
 
 
 @gluon.jit(
@@ -141,9 +132,6 @@ def produce(tensors, rings, p_blanked, stride_blanked, group_size, block, proble
         tma.async_copy_global_to_shared(
             tensors.v, [i_b, i_kv, tile * shape.BLOCK, 0], rings.ready_v.index(stage), rings.v.index(stage)
         )
-    # What comes after this launch must find dK and dV there too.
-    if gl.program_id(0) == gl.num_programs(0) - 1:
-        wait_for_the_launch_before()
 
 
 @gluon.jit

@@ -25,7 +25,7 @@ LAB_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install weights lab test test-bits test-long test-gpu sanitize-gpu lint unit coverage nbcheck format exercises notebooks pins clean
+.PHONY: help install weights lab test test-bits test-long test-gpu sanitize-gpu lint unit coverage nbcheck browser format exercises notebooks pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,13 +44,14 @@ install: $(STAMP) ## Build .venv and install flashlib with everything the course
 weights: install ## Bring the weights of SmolLM2-135M (98 MB, once per user)
 	@$(BIN)/flashlib weights
 
-lab: install ## Open the course in JupyterLab, at chapter 00
+lab: install ## Open the course in JupyterLab, at chapter 00, in a copy of your own (my_course/), which updates are merged into
+	@$(BIN)/python -m flashlib.course.workspace
 	@$(BIN)/flashlib weights || echo "== The lab opens all the same; cells that run the model will show this message again."
-	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/my_course/notebooks/00_start_here.ipynb \
 	  $(LAB_ROOT) $(LAB_FLAGS)
 
-test: weights ## Run every check: lint, tests, notebooks. All three run; any failure fails the whole
-	@$(MAKE) --no-print-directory --keep-going lint unit nbcheck
+test: weights ## Run every check: lint, tests, notebooks, chapters in a browser. All of them run; any failure fails the whole
+	@$(MAKE) --no-print-directory --keep-going lint unit nbcheck browser
 
 test-bits: install ## Repeat the tests of numbers and grades with the last bits of other machines
 	@for bits in $(BITS); do echo "== Tests with other last bits: $$bits"; \
@@ -92,7 +93,11 @@ coverage: install ## Run the tests, and print for each file of the library how m
 nbcheck: install ## Execute every notebook and compare every output with the committed one
 	@echo "== Notebooks: nbval"
 	$(REPRODUCIBLE) PYTHONPATH=tests/notebooks $(BIN)/python -m pytest -q -p notebook_report --nbval --nbval-current-env \
-	  --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 60 -n 2 --dist loadscope notebooks
+	  --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 60 -n 2 --dist loadscope notebooks/answers
+
+browser: install ## Read, answer and write in chapters in headless Chromium. Without a browser: reported as not run
+	@echo "== Chapters in a browser: playwright"
+	$(BIN)/python -m pytest -q -m browser -p no:xdist tests/browser
 
 format: install ## Format code and notebooks, and apply safe fixes
 	$(BIN)/ruff check --fix
@@ -101,9 +106,10 @@ format: install ## Format code and notebooks, and apply safe fixes
 exercises: install ## Write exercises/ from the solutions
 	$(BIN)/python -m flashlib.course.stubs
 
-notebooks: install ## Execute every notebook in place, for its outputs to be committed
-	$(REPRODUCIBLE) $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+notebooks: install ## Execute every chapter into notebooks/answers, and leave in notebooks/ what readers open: no output but the questions
+	$(REPRODUCIBLE) $(BIN)/jupyter nbconvert --to notebook --execute --output-dir notebooks/answers \
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=60 $(NOTEBOOKS)
+	$(BIN)/python -m flashlib.course.editions
 
 pins: install ## Write constraints.txt for what pyproject.toml asks; UPGRADE=--upgrade takes newer versions
 	$(BIN)/python -m pip install --quiet uv

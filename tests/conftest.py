@@ -15,6 +15,7 @@ LONGEST_FIRST = (
     "grader/test_kill_matrix.py",
     "kernels/test_compiled.py",
     "models/test_smollm2.py",
+    "course/test_own.py",
     "core/test_backends_agree.py",
     "kernels/test_decode_kernels.py",
     "kernels/test_interpreter.py",

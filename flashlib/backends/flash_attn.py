@@ -6,8 +6,10 @@ FlashAttention-2: Dao 2023 (arXiv 2307.08691). FlashAttention-3: Shah et al. 202
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import sys
 
 import torch
 
@@ -22,6 +24,12 @@ __all__ = ["FlashAttention2", "FlashAttention3"]
 @constant_when_traced
 def no_package(name: str) -> str | None:
     """Why there is no such package other than this one, or None."""
+    # Looked for anew where what imports go by is another: a search asks the file system for each folder of the path.
+    return _no_package(name, id(sys.modules.get(name)), *map(id, sys.meta_path))
+
+
+@functools.lru_cache(maxsize=64)
+def _no_package(name: str, *_) -> str | None:
     spec = importlib.util.find_spec(name)
     if spec is None:
         return f"the package {name} is not installed"

@@ -8,6 +8,7 @@ from importlib import import_module
 
 _HOME = {
     "Figure": "display",
+    "attempt": "tasks",
     "capture_qkv": "models",
     "chat_prompt": "models",
     "check": "grader",
@@ -19,7 +20,7 @@ _HOME = {
     "show_source": "source",
     "table": "display",
 }
-_MODULES = {"figures", "widgets"}
+_MODULES = {"figures", "own", "widgets"}
 
 __all__ = sorted([*_HOME, *_MODULES])
 

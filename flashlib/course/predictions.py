@@ -3,115 +3,87 @@
 A result that you have guessed at first stays; one that you only read does not. So each measurement of the course has a
 question before it:
 
-    p = predict("How many MB is the score matrix?", id="01-score-bytes", unit="MB", default=100, within=2)
+    p = predict("01-largest-tensor")
     ...
-    p.settle(scores.nbytes / 1e6, because="N^2 entries for each head.")
+    p.settle(meter.largest.bytes / 1e6)
+
+What is asked, and why the answer is what it is, stands in `flashlib.course.questions`: in the notebook it would be read too early.
 
 With a reader in front of it, `predict` shows a control and writes the answer to the reader's record, a JSON file in the
 user's data directory (`FLASHLIB_DATA` names another). With nobody in front of it (`FLASHLIB_NONINTERACTIVE=1`, or no
 notebook), it takes the default, says so, and writes nothing; what it prints is then the same in every run.
+
+The first answer counts, and so does the first value that settles it. A cell that is changed and run again is an experiment, and what it
+gives is shown beside them.
 """
 
 from __future__ import annotations
 
 import html
 import json
-import math
-import numbers
 import os
-import re
-from collections.abc import Sequence
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashlib.course.display import Table, format_number, show, table, widgets_run
+from flashlib.course.questions import Question, question
 
-_ID = re.compile(r"(\d\d)-[a-z0-9]+(-[a-z0-9]+)*")
+_LATE_SECONDS = 2.0
 _RIGHT, _WRONG, _NEUTRAL = "#009E73", "#D55E00", "#0072B2"
 _settled_here: dict[str, dict[str, Any]] = {}  # what a session without a reader has settled; never written to disk
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked, and how an answer is judged.
-
-    A number is right within a *factor*: 50 to 200 is right for 100 with `within=2`. A choice is right if it is equal.
-    """
-
-    id: str
-    text: str
-    default: float | str
-    unit: str = ""
-    within: float = 2.0
-    choices: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.id, str) or not _ID.fullmatch(self.id):
-            raise ValueError(f"id must look like '01-score-bytes' (chapter, then words), got {self.id!r}")
-        if not isinstance(self.text, str) or not self.text.strip():
-            raise ValueError(f"question must be a text that asks something, got {self.text!r}")
-        if self.choices is not None and len(set(self.choices)) < 2:
-            raise ValueError(f"choices must offer at least two different answers, got {list(self.choices)}")
-        if not _is_number(self.within) or self.within < 1:
-            raise ValueError(f"within must be a factor of at least 1, got {self.within!r}")
-        self.validate(self.default, "default")
-
-    @property
-    def chapter(self) -> str:
-        return self.id[:2]
-
-    def validate(self, value: Any, name: str) -> float | str:
-        """`value` as this question's kind of answer.
-
-        Raises:
-            TypeError: a number was expected and something else came.
-            ValueError: the number is not finite, or the choice is not among the choices.
-        """
-        if self.choices is not None:
-            if value not in self.choices:
-                raise ValueError(f"{name} of {self.id!r} must be one of {list(self.choices)}, got {value!r}")
-            return value
-        if not _is_number(value):
-            raise TypeError(f"{name} of {self.id!r} must be a number, got {type(value).__name__}: {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} of {self.id!r} must be finite, got {value!r}")
-        return float(value)
-
-    def judge(self, predicted: float | str, actual: float | str) -> bool:
-        if self.choices is not None:
-            return predicted == actual
-        if predicted == actual:
-            return True
-        return predicted * actual > 0 and max(predicted / actual, actual / predicted) <= self.within
-
-    def show(self, value: float | str) -> str:
-        """`value` as the reader sees it: rounded, with its unit."""
-        return value if self.choices is not None else f"{format_number(value)} {self.unit}".strip()
+_drafts: dict[str, str] = {}  # what a reader has typed and not recorded: Shift+Enter in the box runs the cell that asks
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A settled prediction. `correct` is None if there was no prediction. Prints as text, shows as HTML."""
+    """A settled prediction. Prints as text, shows as HTML.
+
+    Attributes:
+        question: what was asked. predicted: the first answer, or None. by_default: nobody was there to ask.
+        actual: the first value that settled it. because: the reason. now: the value of an experiment, or None.
+    """
 
     question: Question
     predicted: float | str | None
     by_default: bool
     actual: float | str
     because: str
+    now: float | str | None = None
 
     @property
     def correct(self) -> bool | None:
+        """None if there was no prediction."""
         return None if self.predicted is None else self.question.judge(self.predicted, self.actual)
 
     def __str__(self) -> str:
-        return "\n".join(filter(None, [self._headline(), self.because]))
+        return "\n".join(self._lines())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
+        if self._withheld:
+            return _box(_NEUTRAL, *map(html.escape, self._lines()))
         color = {True: _RIGHT, False: _WRONG, None: _NEUTRAL}[self.correct]
-        return _box(color, f"<b>{html.escape(self._headline())}</b>", html.escape(self.because))
+        first, *rest = map(html.escape, self._lines())
+        return _box(color, f"<b>{first}</b>", *rest)
+
+    @property
+    def _withheld(self) -> bool:
+        """Whether a reader is there who has not answered yet."""
+        return self.predicted is None and widgets_run()
+
+    def _lines(self) -> list[str]:
+        if self._withheld:
+            return ["Computed. Make your prediction in the cell that asks, and the answer appears there."]
+        beside = ""
+        if self.now is not None:
+            beside = (
+                f"In this run it is {self.question.show(self.now)}. Your first prediction and the first result stay."
+            )
+        return list(filter(None, [self._headline(), self.because, beside]))
 
     def _headline(self) -> str:
         shown = self.question.show(self.actual)
@@ -139,52 +111,73 @@ class Prediction:
     Attributes:
         question: the `Question`.
         answer: what was predicted so far, or None.
+        verdict: the `Verdict` once it is settled, or None.
         widget: the control shown to the reader, or None where there is no reader.
     """
 
-    def __init__(self, question: Question, *, interactive: bool) -> None:
-        self.question = question
+    def __init__(self, asked: Question, *, interactive: bool) -> None:
+        self.question = asked
         self.by_default = not interactive
         self.verdict: Verdict | None = None
-        self.answer = _recorded_answer(question) if interactive else question.default
+        self.answer = asked.default
+        if interactive:
+            self._resume()
         self.widget = _AnswerControl(self) if interactive else None
 
+    def _resume(self) -> None:
+        """Go on where this cell, or an earlier session, left the very same question."""
+        entry = _entries().get(self.question.id, {})
+        same = entry.get("question") == self.question.text
+        self.answer = entry["predicted"] if same else None
+        if self.answer is not None and entry["actual"] is not None:
+            self.verdict = Verdict(self.question, self.answer, False, entry["actual"], entry.get("because", ""))
+        elif self.answer is None and self.question.id in _drafts:
+            with suppress(ValueError):  # what is no number, the control refuses when it is to be recorded
+                self.record(self.question.read(_drafts.pop(self.question.id)))
+
     def record(self, answer: float | str) -> None:
-        """Take the reader's answer and write it to the record, as the control's button does.
+        """Take the reader's answer and write it to the record, as the control does.
 
         Raises:
             TypeError, ValueError: the answer is not of the question's kind.
-            RuntimeError: the prediction is settled; it is too late to change it.
+            RuntimeError: it was answered and settled before; it is too late to change it.
         """
-        if self.verdict is not None:
-            raise RuntimeError(f"{self.question.id!r} is settled; run the cell that asks it to answer again")
+        if self.verdict is not None and self.verdict.predicted is not None:
+            raise RuntimeError(f"{self.question.id!r} is settled, and the first answer counts")
         self.answer = self.question.validate(answer, "answer")
         self.by_default = False
-        _write(self.question, predicted=self.answer, actual=None, correct=None)
+        settled = self.verdict
+        if settled is not None:  # computed before it was answered, and withheld until now
+            self.verdict = Verdict(self.question, self.answer, False, settled.actual, settled.because)
+        self._keep()
 
-    def settle(self, actual: float | str, *, because: str = "") -> Verdict:
-        """Compare the prediction with `actual` and score it.
+    def settle(self, actual: float | str, **figures: Any) -> Verdict:
+        """Compare the prediction with `actual` and score it. Run again with another value, it shows that value beside the first.
 
         Args:
             actual: the value, computed or measured by the notebook; never typed in, so that a prediction, and the
                 course, can be wrong. A number (Python, NumPy or a one-element tensor) or one of the choices.
-            because: one or two sentences on why it is so, shown with the verdict.
+            **figures: what the names in the question's reason stand for.
 
         Raises:
             TypeError, ValueError: `actual` is not of the question's kind.
-            RuntimeError: it was settled before with another value.
         """
         actual = self.question.validate(_python_value(actual), "actual")
-        if self.verdict is not None and self.verdict.actual != actual:
-            raise RuntimeError(
-                f"{self.question.id!r} is settled already, with {self.question.show(self.verdict.actual)}; now came "
-                f"{self.question.show(actual)}. Run the cell that asks it to settle it anew."
-            )
-        self.verdict = Verdict(self.question, self.answer, self.by_default, actual, because)
-        _write(self.question, predicted=self.answer, actual=actual, correct=self.verdict.correct)
-        if self.widget is not None:
-            self.widget.lock()
-        return self.verdict
+        if self.verdict is None:
+            self.verdict = Verdict(self.question, self.answer, self.by_default, actual, self.question.because(figures))
+            self._keep()
+            if self.widget is not None:
+                self.widget.refresh()
+        first = self.verdict
+        if first.actual == actual:
+            return first
+        return Verdict(first.question, first.predicted, first.by_default, first.actual, first.because, now=actual)
+
+    def _keep(self) -> None:
+        settled = {"actual": None, "correct": None}
+        if self.verdict is not None:
+            settled = {"actual": self.verdict.actual, "correct": self.verdict.correct, "because": self.verdict.because}
+        _write(self.question, predicted=self.answer, **settled)
 
     def __str__(self) -> str:
         return f"Predict: {self.question.text}\n{self._status()}"
@@ -192,45 +185,36 @@ class Prediction:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return _box(_NEUTRAL, f"<b>Predict:</b> {html.escape(self.question.text)}", html.escape(self._status()))
+        return _asked(self.question, self._status())
 
     def _status(self) -> str:
-        offered = f"Choices: {' · '.join(self.question.choices)}. " if self.question.choices else ""
         if self.by_default:
-            return f"{offered}No reader in this run; the default answer stands in: {self.question.show(self.answer)}."
+            stands_in = f"No reader in this run; the default answer stands in: {self.question.show(self.answer)}."
+            return f"{_offered(self.question)}{stands_in}"
         if self.answer is None:
-            return f"{offered}Not answered yet."
-        return f"{offered}Your prediction: {self.question.show(self.answer)}."
+            return "Not answered yet."
+        return f"Recorded: {self.question.show(self.answer)}. Now compute it: run the cells below."
 
 
-def predict(
-    question: str,
-    *,
-    id: str,
-    default: float | str,
-    unit: str = "",
-    within: float = 2.0,
-    choices: Sequence[str] | None = None,
-) -> Prediction:
+def predict(id: str) -> Prediction:
     """Ask for a prediction, show the control for it, and return the `Prediction` to settle later.
 
     Args:
-        question: one question, with one answer: a number, or one of `choices`.
-        id: names the prediction in the reader's record: two digits of the chapter, then words, `"01-score-bytes"`.
-        default: the answer that stands in where there is nobody to ask. A typical guess beats the right answer.
-        unit: unit of a number, shown after it (`"MB"`).
-        within: a number is right within this factor of the actual value.
-        choices: the answers on offer, if the answer is not a number.
+        id: of one of the questions in `flashlib.course.questions`.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the message names it.
+        ValueError: there is no such question.
     """
-    if choices is not None and (isinstance(choices, str) or not all(isinstance(c, str) for c in choices)):
-        raise TypeError(f"choices must be a sequence of strings, got {choices!r}")
-    asked = Question(id, question, default, unit, within, tuple(choices) if choices is not None else None)
-    prediction = Prediction(asked, interactive=widgets_run())
+    prediction = Prediction(question(id), interactive=widgets_run())
     show(prediction if prediction.widget is None else prediction.widget.box)
     return prediction
+
+
+def as_asked(id: str) -> dict[str, str]:
+    """What a question looks like before anybody runs it, by MIME type: the output that a chapter is handed out with."""
+    asked = question(id)
+    hint = f"{_offered(asked)}Run this cell to answer."
+    return {"text/html": _asked(asked, hint), "text/plain": f"Predict: {asked.text}\n{hint}"}
 
 
 def scoreboard(chapter: str | None = None) -> Table:
@@ -254,6 +238,13 @@ def scoreboard(chapter: str | None = None) -> Table:
     return table(rows, ["chapter", "settled", "answered", "right"], notes=notes)
 
 
+def start_over(chapter: str) -> None:
+    """Forget the answers to a chapter's questions (`"01"`), so that they can be given anew."""
+    _save({id: entry for id, entry in _entries().items() if id[:2] != chapter})
+    for id in [id for id in _drafts if id[:2] == chapter]:
+        del _drafts[id]
+
+
 def record_path() -> Path:
     """The reader's record: `predictions.json` in `FLASHLIB_DATA`, or else in the user's data directory."""
     import platformdirs
@@ -262,48 +253,93 @@ def record_path() -> Path:
 
 
 class _AnswerControl:
-    """The question with a number box or radio buttons, and a button that records the answer."""
+    """The question, a box for a number or a button for each choice, and below it the one place where everything is answered."""
 
     def __init__(self, prediction: Prediction) -> None:
         import ipywidgets as widgets
 
-        self._prediction = prediction
-        question = prediction.question
-        if question.choices is not None:
-            self.control = widgets.RadioButtons(
-                options=question.choices, value=prediction.answer, layout={"width": "max-content"}
+        self._prediction, asked = prediction, prediction.question
+        self._entered_at = float("-inf")
+        self.message = widgets.HTML()
+        if asked.choices is not None:
+            self.buttons = {choice: _button(chr(ord("A") + i), choice) for i, choice in enumerate(asked.choices)}
+            for choice, button in self.buttons.items():
+                button.on_click(lambda _, choice=choice: self._record(choice))
+            texts = [
+                widgets.HTML(f'<div style="line-height:1.4;padding:5px 0">{html.escape(c)}</div>')
+                for c in asked.choices
+            ]
+            pairs = zip(self.buttons.values(), texts, strict=True)
+            row = widgets.VBox(
+                [widgets.HBox([button, text], layout={"align_items": "flex-start"}) for button, text in pairs]
             )
         else:
             shown = "" if prediction.answer is None else f"{prediction.answer:g}"
-            self.control = widgets.Text(value=shown, placeholder="a number", layout={"width": "12em"})
-        self.button = widgets.Button(description="Record", button_style="primary")
-        self.button.on_click(lambda _: self._record())
-        self.message = widgets.Label(value=prediction._status() if prediction.answer is not None else "")
-        text = widgets.HTML(_box(_NEUTRAL, f"<b>Predict:</b> {html.escape(question.text)}"))
-        row = [self.control, widgets.Label(question.unit), self.button, self.message]
-        self.box = widgets.VBox([text, widgets.HBox(row)])
+            wide = {"width": "26em", "max_width": "100%"}
+            style = {"description_width": "initial"}
+            self.control = widgets.Text(
+                shown, description="Your prediction", placeholder="a number", style=style, layout=wide
+            )
+            self.control.observe(self._typed, names="value")
+            self.control.on_msg(lambda _, content, __: self._entered(content))
+            self.buttons = {"": _button("Record", "Record this prediction", "auto")}
+            self.buttons[""].on_click(lambda _: self._record_number())
+            row = widgets.HBox(
+                [self.control, widgets.Label(asked.unit), self.buttons[""]], layout={"flex_flow": "row wrap"}
+            )
+        self.box = widgets.VBox([widgets.HTML(_asked(asked)), row, self.message])
+        self.refresh()
 
-    def lock(self) -> None:
-        """No more answers: the value is out."""
-        self.control.disabled = self.button.disabled = True
+    def refresh(self) -> None:
+        """Show where things stand. Once an answer is settled, there are no more answers: the value is out."""
+        prediction = self._prediction
+        answered = prediction.verdict is not None and prediction.answer is not None
+        for choice, button in self.buttons.items():
+            button.disabled = answered
+            button.button_style = "primary" if choice in ("", prediction.answer) else ""
+        if prediction.question.choices is None:
+            self.control.disabled = answered
+        if answered:
+            self.message.value = prediction.verdict._repr_html_()
+        elif prediction.answer is not None:
+            self._say(prediction._status())
 
-    def _record(self) -> None:
+    def _say(self, text: str) -> None:
+        self.message.value = f'<div role="status" style="line-height:1.4">{html.escape(text)}</div>'
+
+    def _typed(self, change: dict[str, Any]) -> None:
+        _drafts[self._prediction.question.id] = change["new"]
+        if time.monotonic() - self._entered_at < _LATE_SECONDS:
+            self._record_number()
+
+    def _entered(self, content: dict[str, Any]) -> None:
+        """Enter was pressed. It may overtake the last characters that were typed, while the kernel is busy with those before."""
+        if content.get("event") == "submit":
+            self._entered_at = time.monotonic()
+            self._record_number()
+
+    def _record_number(self) -> None:
         try:
-            self._prediction.record(self._value())
-        except (TypeError, ValueError) as problem:
-            self.message.value = str(problem)
+            number = self._prediction.question.read(self.control.value)
+        except ValueError as problem:
+            self._say(str(problem))
         else:
-            self.message.value = self._prediction._status()
+            self._record(number)
 
-    def _value(self) -> float | str:
-        if self._prediction.question.choices is not None:
-            if self.control.value is None:
-                raise ValueError("Choose one first.")
-            return self.control.value
+    def _record(self, answer: float | str) -> None:
+        _drafts.pop(self._prediction.question.id, None)
         try:
-            return float(self.control.value.replace(",", "").replace("_", ""))
-        except ValueError:
-            raise ValueError(f"Not a number: {self.control.value!r}. Write it like 250 or 2.5e6.") from None
+            self._prediction.record(answer)
+        except (TypeError, ValueError, RuntimeError) as problem:
+            self._say(str(problem))
+        else:
+            self.refresh()
+
+
+def _button(text: str, tooltip: str, width: str = "3em"):
+    import ipywidgets as widgets
+
+    return widgets.Button(description=text, tooltip=tooltip, layout={"width": width, "flex": "0 0 auto"})
 
 
 def _chapter_scores(chapter: str, entries: dict[str, dict[str, Any]]) -> Table:
@@ -320,7 +356,7 @@ def _chapter_scores(chapter: str, entries: dict[str, dict[str, Any]]) -> Table:
 
 def _entries() -> dict[str, dict[str, Any]]:
     if not widgets_run():
-        return _settled_here
+        return dict(_settled_here)
     path = record_path()
     if not path.exists():
         return {}
@@ -335,22 +371,28 @@ def _entries() -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _recorded_answer(question: Question) -> float | str | None:
-    """What the reader answered to this very question in an earlier session."""
-    entry = _entries().get(question.id)
-    return entry["predicted"] if entry and entry["question"] == question.text else None
+def _write(asked: Question, **outcome: Any) -> None:
+    _save(_entries() | {asked.id: {"question": asked.text, **outcome}})
 
 
-def _write(question: Question, **outcome: Any) -> None:
-    entries = _entries()
-    entries[question.id] = {"question": question.text, **outcome}
+def _save(entries: dict[str, dict[str, Any]]) -> None:
     if not widgets_run():
+        _settled_here.clear()
+        _settled_here.update(entries)
         return
     path = record_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(entries, indent=1, sort_keys=True), encoding="utf-8")
     draft.replace(path)  # all or nothing: a kernel killed half-way leaves the old record
+
+
+def _offered(asked: Question) -> str:
+    return f"Choices: {' · '.join(asked.choices)}. " if asked.choices else ""
+
+
+def _asked(asked: Question, below: str = "") -> str:
+    return _box(_NEUTRAL, f"<b>Predict:</b> {html.escape(asked.text)}", html.escape(below))
 
 
 def _box(color: str, *paragraphs: str) -> str:
@@ -361,7 +403,3 @@ def _box(color: str, *paragraphs: str) -> str:
 def _python_value(value: Any) -> Any:
     """A one-element array or tensor, or a NumPy scalar, as the Python value it holds."""
     return value.item() if hasattr(value, "item") and not isinstance(value, str) else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -49,7 +49,7 @@ class Source:
             noclasses=True,
             nobackground=True,
             hl_lines=[index + 1 for index in self.highlighted],
-            prestyles="margin:0;padding:8px 10px;overflow-x:auto;white-space:pre;font-family:monospace;background:#fbfbfb;color:#1f2328",
+            prestyles="margin:0;padding:8px 10px;overflow-x:auto;white-space:pre;font-family:monospace;font-size:12px;background:#fbfbfb;color:#1f2328",
         )
         code = highlight(self.code, PythonLexer(stripnl=False), formatter)
         return f'<div style="{_FRAME}"><div style="{_PATH}">{html.escape(self._title())}</div>{code}</div>'

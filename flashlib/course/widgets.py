@@ -7,6 +7,8 @@ controls' first values.
 
 from __future__ import annotations
 
+import base64
+import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +33,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PLAY_MILLISECONDS = 900
+
+# What a control is called, where the argument's name is not a word that a reader knows.
+_WORDS = {
+    "block_q": "rows of a tile",
+    "block_k": "keys of a tile",
+    "kv_heads": "KV heads",
+    "num_splits": "splits",
+    "itemsize": "dtype",
+    "blocks_seen": "blocks seen",
+    "gpu": "GPU",
+    "n": "tokens",
+    "head_dim": "channels of a head",
+    "kind": "mask",
+    "size": "size of the mask",
+    "queries": "rows",
+    "loop_order": "loop order",
+    "habit": "habit of the machine",
+    "way": "way to time it",
+    "mode": "meaning of alpha",
+}
 
 
 @dataclass(frozen=True)
@@ -74,10 +96,10 @@ class Explorer:
         import ipywidgets as widgets
 
         self._draw = draw
-        self._image, self._caption = widgets.Image(format="png"), widgets.HTML()
+        self._image, self._caption = widgets.HTML(), widgets.HTML()
         self.controls, shown = {}, []
         for name, control in controls.items():
-            self.controls[name], row = _control_widget(name.replace("_", " "), control)
+            self.controls[name], row = _control_widget(_WORDS.get(name, name.replace("_", " ")), control)
             self.controls[name].observe(lambda _: self._redraw(), names="value")
             shown.append(row)
         self._redraw()
@@ -85,16 +107,16 @@ class Explorer:
         self.box = widgets.VBox([row, self._image, self._caption])
 
     def _redraw(self) -> None:
-        import html
-
         try:
             self.figure = self._draw(**{name: widget.value for name, widget in self.controls.items()})
         except ValueError as problem:  # two controls that do not go together; the old figure stays
             self._caption.value = f"<b>{html.escape(str(problem))}</b>"
             return
-        self._image.value = self.figure.png
-        self._image.width = self.figure.size[0]
-        self._caption.value = f"<small>{html.escape(self.figure.alt)}</small>"
+        width, height = self.figure.size
+        png, alt = base64.b64encode(self.figure.png).decode("ascii"), html.escape(self.figure.alt, quote=True)
+        shape = f'width="{width}" height="{height}" style="max-width:100%;height:auto"'
+        self._image.value = f'<img src="data:image/png;base64,{png}" alt="{alt}" {shape}>'
+        self._caption.value = f'<details><summary>In words</summary><small role="status">{alt}</small></details>'
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return self.box._repr_mimebundle_(include=include, exclude=exclude)
@@ -151,11 +173,11 @@ def tile_stepper(
     block_k: int = 8,
     mask: Mask | None = None,
     *,
-    step: int | None = None,
+    step: int = 1,
 ) -> Figure | Explorer:
     """Step through the tiles of the forward pass, in either loop order. See `figures.tile_sweep`.
 
-    `step` is where it starts (and what the static figure shows); the middle if left out.
+    `step` is where it starts (and what the static figure shows).
     """
     last = len(figures.tile_steps(q_len, kv_len, block_q, block_k, mask))
 
@@ -163,8 +185,7 @@ def tile_stepper(
         return figures.tile_sweep(q_len, kv_len, block_q, block_k, step, mask, loop_order)
 
     orders = {"FlashAttention-2: rows outside": "q_outer", "FlashAttention-1: keys outside": "kv_outer"}
-    start = (last + 1) // 2 if step is None else step
-    return explore(draw, step=Slider(1, last, start, play=True), loop_order=Choice(orders, "q_outer"))
+    return explore(draw, step=Slider(1, last, step, play=True), loop_order=Choice(orders, "q_outer"))
 
 
 def mask_explorer(q_len: int = 32, kv_len: int = 32) -> Figure | Explorer:
@@ -238,7 +259,26 @@ def online_softmax_stepper(x: Tensor | Sequence[float], block: int = 4) -> Figur
     def draw(blocks_seen: int) -> Figure:
         return figures.online_softmax_trace(x, block, upto=blocks_seen)
 
-    return explore(draw, blocks_seen=Slider(1, count, count, play=True))
+    return explore(draw, blocks_seen=Slider(1, count, 1, play=True))
+
+
+def row_by_hand() -> Figure | Explorer:
+    """Four scores in two blocks, with every number of the online softmax written out. See `figures.row_by_hand`."""
+
+    def draw(blocks_seen: int) -> Figure:
+        return figures.row_by_hand((1, 3, 2, 5), (1, 2, 3, 4), 2, blocks_seen)
+
+    return explore(draw, blocks_seen=Slider(0, 3, 0, play=True))
+
+
+def tiles_by_hand() -> Figure | Explorer:
+    """Four rows and four keys in tiles of 2 x 2, and the state of each row. See `figures.tiles_by_hand`."""
+    scores = ((1, 0, 2, 1), (0, 3, 1, 2), (2, 1, 0, 4), (1, 2, 3, 0))
+
+    def draw(step: int) -> Figure:
+        return figures.tiles_by_hand(scores, (1, 2, 3, 4), 2, step)
+
+    return explore(draw, step=Slider(0, 4, 0, play=True))
 
 
 def program_explorer(lengths: Sequence[int] = (5, 3, 6, 1), cols: int = 6) -> Figure | Explorer:
@@ -273,7 +313,7 @@ def attention_program_explorer(
         draw,
         row_block=Slider(0, row_blocks - 1, 1),
         head=Slider(0, q_heads - 1, 2),
-        tiles_seen=Slider(0, key_tiles, min(3, key_tiles), play=True),
+        tiles_seen=Slider(0, key_tiles, 0, play=True),
     )
 
 
@@ -369,7 +409,7 @@ def backward_explorer(tiles: int = 5) -> Figure | Explorer:
     kernels = {"dK and dV: owns keys": "dk_dv", "dQ: owns rows": "dq", "all three, dQ by atomics": "one_kernel"}
     return explore(
         draw,
-        step=Slider(1, tiles, min(3, tiles), play=True),
+        step=Slider(1, tiles, 1, play=True),
         program=Slider(0, tiles - 1, 1),
         kernel=Choice(kernels, "dk_dv"),
     )
@@ -544,10 +584,10 @@ def _tiled_bytes(n: int, heads: int, head_dim: int, itemsize: int) -> int:
     return heads * n * (4 * head_dim * itemsize + 4)
 
 
-def page_stepper(slots: int = 48, *, step: int | None = None) -> Figure | Explorer:
+def page_stepper(slots: int = 48, *, step: int = 0) -> Figure | Explorer:
     """Requests come to a paged cache, grow, continue one another and go, step by step, with pages of a size that you choose.
 
-    ``step`` is where it starts (and what the static figure shows); the middle if left out. See `figures.page_map`.
+    ``step`` is where it starts (and what the static figure shows). See `figures.page_map`.
     """
     last = len(SCRIPT)
 
@@ -555,8 +595,7 @@ def page_stepper(slots: int = 48, *, step: int | None = None) -> Figure | Explor
         now = replay(step, slots=slots, page_size=page_size)
         return figures.page_map(now.cache, now.names, title=f"Step {step}: {now.said}")
 
-    start = (last + 1) // 2 if step is None else step
-    return explore(draw, step=Slider(0, last, start, play=True), page_size=Choice([1, 2, 4, 8, 16], 4))
+    return explore(draw, step=Slider(0, last, step, play=True), page_size=Choice([1, 2, 4, 8, 16], 4))
 
 
 def _control_widget(label: str, control: Slider | Choice):

@@ -109,6 +109,28 @@ def test_chapters_say_what_records_and_cells_say(name: str) -> None:
     assert uncovered(inside, chapters.prose(name)) == []
 
 
+@pytest.mark.parametrize("name", chapters.NOTEBOOKS)
+def test_no_number_in_a_chapter_stands_bare(name: str) -> None:
+    """It comes from a statement, is a setting of the chapter's own code, or is excused with a reason."""
+    assert chapters.bare(name) == []
+
+
+def test_a_bare_number_is_noticed_and_no_excuse_is_left_over() -> None:
+    for added in ("We found 777 of them.", "It took 3,141 tries.", "The factor was 2.718281."):
+        assert (
+            len(
+                chapters.bare(
+                    "03_tiling.ipynb", chapters.prose("03_tiling.ipynb").split("## Sources")[0] + f"\n\n{added}"
+                )
+            )
+            == 1
+        )
+    for name in chapters.NOTEBOOKS:
+        text = plain(chapters.prose(name))
+        for words, reason in chapters.EXCUSED.get(name[:2], {}).items():
+            assert words in text and reason.strip(), words
+
+
 def _prose_of(where: str) -> str:
     return README if where == "README.md" else chapters.prose(where.removeprefix("notebooks/"))
 

@@ -175,6 +175,14 @@ def test_memory_scaling():
     )
 
 
+def test_what_is_continued_is_drawn_and_said_to_be():
+    points = [1024, 2048, 4096]
+    figure = figures.memory_scaling(points, {"naive": [2**20, 2**22, 2**24]}, measured_to=2048)
+    assert_drawn(figure)
+    assert figure.alt.endswith("Measured up to 2,048, continued beyond.")
+    assert figure.png != figures.memory_scaling(points, {"naive": [2**20, 2**22, 2**24]}).png
+
+
 def test_line_chart():
     measured = {"ours": [1.0, 2.0], "theirs": [1.01, 2.01], "not run": [None, None]}
     labels = {"xlabel": "N", "ylabel": "time (ms)", "title": "Forward time"}

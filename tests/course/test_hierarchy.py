@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashlib.course.figures import h200_memory, memory_hierarchy
+from flashlib.course.figures import h200_memory, hierarchy, memory_hierarchy
 from flashlib.measure import MemoryLevel
 
 LEVELS = [
@@ -24,6 +24,13 @@ def test_words_hold_sizes_rates_and_places():
     )
     assert memory_hierarchy(LEVELS[:1], title="One").alt == "One. Fastest first: L1 cache 32 KiB, one core."
     assert memory_hierarchy(LEVELS, title="Memory", alt="Three levels.").alt == "Three levels."
+
+
+def test_the_best_of_several_measurements_is_kept(monkeypatch):
+    runs = iter([[LEVELS[0], MemoryLevel("L2 cache", 2**20, rate, "one core")] for rate in (1e10, 3e10, 2e10)])
+    monkeypatch.setattr(hierarchy, "cpu_memory", lambda: next(runs))
+    levels = hierarchy.best_of(3)
+    assert [level.bytes_per_s for level in levels] == [None, 3e10]
 
 
 def test_what_fits_nowhere_is_refused():

@@ -17,14 +17,15 @@ def problems(chapter: str, cells: list[str]) -> list[str]:
         for node in ast.walk(ast.parse("\n".join(lines))):
             match node:
                 case ast.Assign(targets=[ast.Name(id=variable)], value=ast.Call(func=ast.Name(id="predict")) as call):
-                    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-                    id = ast.literal_eval(keywords["id"])
+                    id = ast.literal_eval(call.args[0])
                     if not id.startswith(f"{chapter}-"):
                         found.append(f"{id}: belongs to chapter {chapter}")
                     if id in [entry["id"] for entry in asked.values()]:
                         found.append(f"{id}: asked twice")
                     if variable in asked:
                         found.append(f"{id}: {variable} still holds {asked[variable]['id']}")
+                    if len(source.strip().splitlines()) > 1:
+                        found.append(f"{id}: does not have its cell to itself, which is shown without its code")
                     asked[variable] = {"id": id, "cell": number, "settled": False}
                 case ast.Call(func=ast.Attribute(value=ast.Name(id=variable), attr="settle")) as call if (
                     variable in asked
@@ -46,28 +47,18 @@ def problems(chapter: str, cells: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     "cells, says",
     [
-        (['p = predict("?", id="01-a", default=1)', "p.settle(x)"], None),
-        (['p = predict("?", id="01-a", default=1)', "%timeit f()\np.settle(7 * x.nbytes)"], None),
-        (['p = predict("?", id="01-a", default=1)', "p.settle(604)"], "typed in"),
-        (['p = predict("?", id="01-a", default=1)', "p.settle(9 * 64 * 2**20)"], "typed in"),
-        (['p = predict("?", id="01-a", default=1)', "p.settle('rows')"], "typed in"),
-        (['p = predict("?", id="01-a", default=1)'], "never settled"),
-        (['predict("?", id="01-a", default=1)'], "cannot be settled"),
-        (['p = predict("?", id="01-a", default=1)\np.settle(x)'], "settled in the cell that asks"),
-        (['p = predict("?", id="02-a", default=1)', "p.settle(x)"], "belongs to chapter 01"),
-        (
-            [
-                'p = predict("?", id="01-a", default=1)',
-                "p.settle(x)",
-                'q = predict("?", id="01-a", default=1)',
-                "q.settle(x)",
-            ],
-            "twice",
-        ),
-        (
-            ['p = predict("?", id="01-a", default=1)', 'p = predict("?", id="01-b", default=1)', "p.settle(x)"],
-            "still holds",
-        ),
+        (['p = predict("01-a")', "p.settle(x)"], None),
+        (['p = predict("01-a")', "%timeit f()\np.settle(7 * x.nbytes)"], None),
+        (['p = predict("01-a")', "p.settle(604)"], "typed in"),
+        (['p = predict("01-a")', "p.settle(9 * 64 * 2**20)"], "typed in"),
+        (['p = predict("01-a")', "p.settle('rows')"], "typed in"),
+        (['p = predict("01-a")'], "never settled"),
+        (['predict("01-a")'], "cannot be settled"),
+        (['p = predict("01-a")\np.settle(x)'], "settled in the cell that asks"),
+        (['x = 5\np = predict("01-a")', "p.settle(x)"], "to itself"),
+        (['p = predict("02-a")', "p.settle(x)"], "belongs to chapter 01"),
+        (['p = predict("01-a")', "p.settle(x)", 'q = predict("01-a")', "q.settle(x)"], "twice"),
+        (['p = predict("01-a")', 'p = predict("01-b")', "p.settle(x)"], "still holds"),
     ],
 )
 def test_the_guard_sees(cells, says):

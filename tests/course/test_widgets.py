@@ -1,8 +1,11 @@
 """Widgets: the controls are driven as a reader would, and the figure's words must follow."""
 
+import base64
+import html
 import itertools
 
 import pytest
+import torch
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from flashlib.course import display, figures, widgets
@@ -21,6 +24,8 @@ EXPLORERS = {
     "page_stepper": widgets.page_stepper,
     "roofline_explorer": widgets.roofline_explorer,
     "timing_explorer": widgets.timing_explorer,
+    "row_by_hand": widgets.row_by_hand,
+    "tiles_by_hand": widgets.tiles_by_hand,
 }
 
 
@@ -50,8 +55,9 @@ def test_every_control_changes_the_figure(name, reader, undrawn):
         before = explorer.figure.alt
         control.value = other_value(control)
         assert explorer.figure.alt != before, f"{control_name} does nothing"
-        assert explorer._image.value == explorer.figure.png
-        assert "<small>" in explorer._caption.value
+        assert base64.b64encode(explorer.figure.png).decode() in explorer._image.value
+        assert f'alt="{html.escape(explorer.figure.alt)}"' in explorer._image.value
+        assert html.escape(explorer.figure.alt) in explorer._caption.value
 
 
 def other_value(control):
@@ -107,9 +113,38 @@ def test_tile_size_explorer_says_what_fits(reader, undrawn):
 
 def test_online_softmax_stepper_lets_blocks_arrive(reader, undrawn):
     explorer = EXPLORERS["online_softmax_stepper"]()
-    assert "block 3" in explorer.figure.alt
-    explorer.controls["blocks_seen"].value = 1
     assert "block 1" in explorer.figure.alt and "block 2" not in explorer.figure.alt
+    explorer.controls["blocks_seen"].value = 3
+    assert "block 3" in explorer.figure.alt
+
+
+def test_examples_by_hand_agree_with_softmax(reader, undrawn):
+    row = widgets.row_by_hand()
+    assert "Nothing seen yet" in row.figure.alt and "m = -∞" in row.figure.alt
+    row.controls["blocks_seen"].value = 3
+    weights = torch.softmax(torch.tensor([1.0, 3.0, 2.0, 5.0]), 0)
+    assert f"= {weights @ torch.tensor([1.0, 2.0, 3.0, 4.0]):.3f}" in row.figure.alt
+    tiles = widgets.tiles_by_hand()
+    tiles.controls["step"].value = 4
+    scores = torch.tensor([[1.0, 0, 2, 1], [0, 3, 1, 2], [2, 1, 0, 4], [1, 2, 3, 0]])
+    outputs = torch.softmax(scores, -1) @ torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert all(f"row {i} {output:.3f}" in tiles.figure.alt for i, output in enumerate(outputs))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [({"values": (1, 2)}, "a value each"), ({"block": 3}, "must divide 4 scores"), ({"seen": 4}, "from 0 to 3; got 4")],
+)
+def test_a_row_that_cannot_be_drawn_is_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        figures.row_by_hand(**({"scores": (1, 3, 2, 5), "values": (1, 2, 3, 4), "block": 2, "seen": 1} | change))
+
+
+def test_tiles_that_cannot_be_drawn_are_refused():
+    with pytest.raises(ValueError, match="square"):
+        figures.tiles_by_hand([[1, 2]], [1, 2], 1, 0)
+    with pytest.raises(ValueError, match="from 0 to 4; got 5"):
+        figures.tiles_by_hand([[1, 2], [3, 4]], [1, 2], 1, 5)
 
 
 def test_cache_explorer_multiplies_out(reader, undrawn):

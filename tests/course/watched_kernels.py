@@ -177,8 +177,31 @@ def nothing_is_left_behind() -> None:
         assert "missing" in str(error)
 
 
+@triton.jit
+def load_apart(p_x, p_out, stride, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    tl.store(p_out + o, tl.load(p_x + o * stride))
+
+
+def sectors_are_counted() -> None:
+    """32 bytes each: lanes side by side share them, lanes that lie apart do not, and each load counts by itself."""
+    for itemsize, dtype in ((4, torch.float32), (2, torch.float16)):
+        per_sector = 32 // itemsize
+        for stride, sectors in ((1, 64 // per_sector), (2, 64 * 2 // per_sector), (per_sector, 64), (100, 64)):
+            x, out = torch.zeros(64 * 100, dtype=dtype), torch.zeros(64, dtype=dtype)
+            assert x.data_ptr() % 32 == 0
+            with KernelWatch(x=x, out=out) as watch:
+                load_apart[(1,)](x, out, stride, BLOCK=64)
+            assert watch.sectors_read["x"] == sectors, (itemsize, stride, watch.sectors_read)
+            assert watch.sectors_written["out"] == 64 // per_sector and not watch.sectors_written["x"]
+    with KernelWatch(x=x) as watch:
+        load_apart[(1,)](x, out, 0, BLOCK=64)
+    assert watch.sectors_read["x"] == 1, "64 lanes at one address"
+
+
 def main(rng: random.Random) -> None:
     traffic_is_counted(rng)
+    sectors_are_counted()
     bounds_are_those_of_the_allocation(rng)
     races_are_found_whatever_the_result(rng)
     programs_are_told_apart_in_three_dimensions()

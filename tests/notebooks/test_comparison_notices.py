@@ -17,7 +17,7 @@ from nbval.plugin import IPyNbCell, IPyNbFile, coalesce_streams, get_sanitize_pa
 
 HERE = Path(__file__).resolve().parent
 SANITIZE = HERE / "sanitize.cfg"
-NOTEBOOKS = sorted((HERE.parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((HERE.parents[1] / "notebooks/answers").glob("*.ipynb"))
 
 SOURCE = """\
 from IPython.display import display

@@ -11,7 +11,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((REPOSITORY / "notebooks/answers").glob("*.ipynb"))
 
 NOT_COMPARED = "nbval-ignore-output"
 NBVAL_TAGS = {"nbval-skip", "nbval-check-output", "nbval-raises-exception", "pytest-validate-ignore-output"}

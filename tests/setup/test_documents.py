@@ -1,5 +1,7 @@
 """README and CONTRIBUTING promise nothing that is not there: commands, links, code."""
 
+import io
+import json
 import re
 import subprocess
 import sys
@@ -8,8 +10,13 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from PIL import Image
 
+from flashlib import __version__
 from flashlib.cli import app
+from flashlib.course.figures import moving
+from flashlib.course.figures.tiles import tile_steps
+from flashlib.masks import Causal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
@@ -55,6 +62,33 @@ def test_paths_named_as_code_exist(document: str) -> None:
 def test_readme_lists_the_chapters_that_there_are() -> None:
     listed = re.findall(r"^\| (\d\d) ", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert listed == sorted(path.name[:2] for path in (REPOSITORY / "notebooks").glob("*.ipynb"))
+
+
+def test_readme_links_each_chapter_and_says_how_long_it_takes() -> None:
+    """The minutes in README are those at the top of the chapter."""
+    rows = re.findall(
+        r"^\| (\d\d) \[[^\]]+\]\((\S+)\) \| [^|]+ \| ([\d +]+) \|$",
+        (REPOSITORY / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(rows) == len(list((REPOSITORY / "notebooks").glob("*.ipynb")))
+    for number, path, minutes in rows:
+        assert Path(path).name.startswith(number)
+        first = "".join(json.loads((REPOSITORY / path).read_text(encoding="utf-8"))["cells"][0]["source"])
+        told = re.search(r"\*\*Time\*\* \| (.*?) \|", first)[1].replace("two to three hours", "150")
+        assert re.findall(r"\d+", told) == re.findall(r"\d+", minutes), path
+
+
+def test_the_moving_picture_shows_each_tile() -> None:
+    with Image.open(moving.PICTURE) as committed, Image.open(io.BytesIO(moving.stepping_tiles())) as made:
+        assert committed.n_frames == made.n_frames == len(tile_steps(32, 32, 8, 8, Causal())) == 10
+        assert committed.size == made.size
+    assert moving.PICTURE.stat().st_size < 400_000
+
+
+def test_the_citation_has_the_version() -> None:
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert cited["version"] == __version__ and f"version = {{{__version__}}}" in (REPOSITORY / "README.md").read_text()
 
 
 def test_readme_code_runs() -> None:

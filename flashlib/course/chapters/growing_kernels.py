@@ -228,12 +228,14 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> tup
 
 
 def instructions(arch: str = "sm_90") -> dict[str, Counter[str]]:
-    """Floating-point instructions in the PTX of the two last stages, compiled for a GPU that need not be there.
+    """Float32 instructions in the machine code (SASS) of the two last stages, compiled for a GPU that need not be there.
+
+    PTX would not do: the assembler makes several instructions of one of its own.
 
     Compiled in a process of its own, since in this one Triton may be interpreting.
 
     Returns:
-        by stage: how often ``mul.f32``, ``fma.rn.f32``, ``sub.f32``, ``ex2.approx.ftz.f32`` and their like occur.
+        by stage: how often ``FMUL``, ``FADD``, ``FFMA``, ``FSETP`` and ``MUFU.EX2`` occur.
 
     Raises:
         RuntimeError: the compiler failed; says what it said.
@@ -256,11 +258,9 @@ def _count_instructions(arch: str) -> dict[str, Counter[str]]:
         "over_heads": Launch(over_heads_kernel, grid, {**arguments, "ACCUMULATE": tl.float32}),
         "in_base_2": Launch(in_base_2_kernel, grid, arguments),
     }
+    operations = r"\b(FMUL|FADD|FFMA|FSETP|MUFU\.EX2)\b"
     return {
-        stage: Counter(
-            re.findall(r"^\s+(?:@%p\d+ )?((?:mul|fma|sub|add|ex2|max)[a-z0-9.]*f32)\s", report.ptx, re.MULTILINE)
-        )
-        for stage, report in ((stage, compile_launch(launch, arch)) for stage, launch in stages.items())
+        stage: Counter(re.findall(operations, compile_launch(launch, arch).sass)) for stage, launch in stages.items()
     }
 
 

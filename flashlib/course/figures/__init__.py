@@ -5,9 +5,10 @@ One visual language throughout, kept in `style`: Q blue, K orange, V green, S an
 
 from flashlib.course.figures.attention import attention_matrix, online_softmax_trace, running_softmax
 from flashlib.course.figures.backward import backward_sweep
+from flashlib.course.figures.by_hand import row_by_hand, tiles_by_hand
 from flashlib.course.figures.charts import MEASURED_HERE, bars, line_chart, memory_scaling, recorded
 from flashlib.course.figures.heads import cache_figure, head_gallery, layout_heads, rotary_figure
-from flashlib.course.figures.hierarchy import h200_memory, memory_hierarchy
+from flashlib.course.figures.hierarchy import best_of, h200_memory, memory_hierarchy
 from flashlib.course.figures.kernels import program_lanes
 from flashlib.course.figures.pages import page_map
 from flashlib.course.figures.programs import attention_programs
@@ -26,6 +27,7 @@ __all__ = [
     "attention_programs",
     "backward_sweep",
     "bars",
+    "best_of",
     "cache_figure",
     "estimates",
     "h200_memory",
@@ -45,6 +47,7 @@ __all__ = [
     "recorded",
     "ring_sweep",
     "rotary_figure",
+    "row_by_hand",
     "running_softmax",
     "split_schedule",
     "split_shares",
@@ -54,5 +57,6 @@ __all__ = [
     "tile_steps",
     "tile_sweep",
     "tile_visits",
+    "tiles_by_hand",
     "under_roofs",
 ]

@@ -33,6 +33,7 @@ def line_chart(
     bytes_y: bool = False,
     reference: tuple[str, float] | None = None,
     mark: float | None = None,
+    measured_to: float | None = None,
     alt: str | None = None,
 ) -> Figure:
     """One line for each series over `x`, named at its end.
@@ -47,6 +48,7 @@ def line_chart(
         bytes_y: label the y axis in KiB, MiB, GiB.
         reference: (name, value) of a horizontal line: a limit, a peak, a theory.
         mark: an x to set off by a vertical line.
+        measured_to: the last x that was measured; what lies beyond is continued by a rule, and drawn pale, dashed and hollow.
         alt: the description. Without it, the numbers are described, which is right for computed numbers; numbers measured
             anew in each run need a description of your own that stays true.
 
@@ -60,7 +62,14 @@ def line_chart(
         ax = fig.add_subplot()
         for (name, values), color, marker in zip(series.items(), _colors(series), _MARKERS * 9, strict=False):
             gaps = [float("nan") if value is None else value for value in values]
-            ax.plot(x, gaps, color=color, marker=marker, label=name)
+            measured = len(x) if measured_to is None else sum(at <= measured_to for at in x)
+            ax.plot(x[:measured], gaps[:measured], color=color, marker=marker, label=name)
+            continued = x[measured - 1 :], gaps[measured - 1 :]
+            if measured < len(x):
+                ax.plot(*continued, color=color, alpha=0.6, linestyle="--", linewidth=1.3, zorder=1)
+                ax.plot(
+                    x[measured:], gaps[measured:], color=color, linestyle="", marker=marker, markerfacecolor=style.PAPER
+                )
         _scales(ax, x, log_x, log_y, bytes_y)
         if reference is not None:
             _reference_line(ax, *reference, show)
@@ -71,7 +80,11 @@ def line_chart(
         ax.set_title(title)
         ax.grid(True, which="major")
         style.source_note(fig, source)
-        return Figure(fig, alt=alt or _describe_lines(title, xlabel, ylabel, x, series, reference, show, source))
+        told = _describe_lines(title, xlabel, ylabel, x, series, reference, show, source)
+        beyond = (
+            "" if measured_to is None else f" Measured up to {format_number(measured_to, digits=6)}, continued beyond."
+        )
+        return Figure(fig, alt=alt or told + beyond)
 
 
 def memory_scaling(
@@ -82,6 +95,7 @@ def memory_scaling(
     wall_name: str = "this machine's memory",
     title: str = "Memory against sequence length",
     mark: float | None = None,
+    measured_to: float | None = None,
     source: str | None = None,
     alt: str | None = None,
 ) -> Figure:
@@ -91,7 +105,7 @@ def memory_scaling(
         ns: sequence lengths.
         series: name to bytes, as in `{"naive": [...], "tiled": [...]}`; None where it was not run.
         wall_bytes: memory of the machine, drawn as a line across.
-        wall_name, title, mark, source, alt: labels, as in `line_chart`.
+        wall_name, title, mark, measured_to, source, alt: as in `line_chart`.
 
     Raises:
         ValueError: as `line_chart`.
@@ -108,6 +122,7 @@ def memory_scaling(
         bytes_y=True,
         reference=(wall_name, wall_bytes) if wall_bytes is not None else None,
         mark=mark,
+        measured_to=measured_to,
         alt=alt,
     )
 
@@ -234,7 +249,9 @@ def _name_line_ends(ax, x, series) -> None:
     if any(upper - lower < 22 for lower, upper in pairwise(heights)):
         ax.legend(loc="best")
         return
-    for (name, _), end, line in zip(series.items(), ends, ax.get_lines(), strict=False):
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    for name, end in zip(series, ends, strict=True):
+        line = lines[name]
         if end:
             ax.annotate(
                 name, end[0], xytext=(9, 0), textcoords="offset points", va="center", color=line.get_color(),

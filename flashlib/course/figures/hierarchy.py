@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from flashlib.course.display import Figure, format_bytes, format_number
 from flashlib.course.figures import style
+from flashlib.measure import cpu_memory
 from flashlib.measure.racing.machine import MemoryLevel
-from flashlib.measure.records.record import Record
+from flashlib.measure.records.record import Record, load_record
 
 _SMS, _BOOST_HZ = 132, 1.98e9  # an SM, streaming multiprocessor, is a core of the GPU; H100 and H200, SXM boards
 _BANKED_BYTES = 128  # shared memory gives 4 bytes from each of 32 banks per clock
@@ -21,7 +22,8 @@ def h200_memory(record: Record) -> list[MemoryLevel]:
     Args:
         record: `load_record("h200/attention_steps")`, for the rates of L2 cache and HBM as measured.
 
-    Sources: "NVIDIA H100 Tensor Core GPU Architecture" (2022), table 4, for sizes (the H200 is the same chip with other HBM);
+    Sources: "NVIDIA H100 Tensor Core GPU Architecture" (2022), table 4, for registers and shared memory (the H200 is the same
+    chip with other HBM); for the L2 cache, what this H200's driver said when traffic was recorded;
     "CUDA C++ Programming Guide", on shared memory, for its 32 banks; 1.98 GHz is the highest clock.
     """
     on_chip, in_hbm = sorted(record.extra["stream_bytes_per_s"], key=int)
@@ -29,8 +31,19 @@ def h200_memory(record: Record) -> list[MemoryLevel]:
     return [
         MemoryLevel("registers", 2**18, None, f"in each of {_SMS} SMs"),
         MemoryLevel("shared memory, L1", 2**18, _SMS * _BANKED_BYTES * _BOOST_HZ, f"in each of {_SMS} SMs"),
-        MemoryLevel("L2 cache", 50 * 2**20, rates[on_chip], "on the chip"),
+        MemoryLevel("L2 cache", load_record("h200/attention_traffic").extra["l2_bytes"], rates[on_chip], "on the chip"),
         MemoryLevel("HBM", record.extra["memory_bytes"], rates[in_hbm], "beside the chip"),
+    ]
+
+
+def best_of(times: int) -> list[MemoryLevel]:
+    """The memory of this machine, fastest first, each level at the best of several measured rates.
+
+    One measurement beside a busy neighbor may put a cache behind main memory.
+    """
+    return [
+        max(level, key=lambda one: one.bytes_per_s or 0.0)
+        for level in zip(*(cpu_memory() for _ in range(times)), strict=True)
     ]
 
 

@@ -6,7 +6,7 @@ tensors' memory. That hides three things which decide whether a kernel works on 
 - **Out of bounds.** A load past the end of a tensor gives whatever lies there, a store overwrites it. Mostly nothing is seen.
 - **Races.** Programs of a launch run at the same time on a GPU, in no order. Where one writes what another reads or writes,
   the result depends on which is first. In the interpreter it is always the same one.
-- **Traffic.** How many bytes cross between memory and the programs.
+- **Traffic.** How many bytes cross between memory and the programs, and in how many sectors: a GPU fetches 32 bytes at a time.
 
 `KernelWatch` sees every address that a kernel loads from or stores to. The first two it raises, at the line of the kernel where
 they happen; the third it counts.
@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from flashlib.measure.counting.meter import ELSEWHERE
 from flashlib.measure.records.tables import Table, table
 
+SECTOR_BYTES = 32  # what a GPU's memory moves at least: a quarter of a cache line. CUDA C++ Best Practices Guide, "Coalesced access"
 _SEVERAL = -1  # stands for more than one program in a record of readers
 
 
@@ -84,6 +85,8 @@ class KernelWatch:
 
     Attributes:
         bytes_read, bytes_written: `Counter` by operand name, and `"elsewhere"` for tensors that were not named.
+        sectors_read, sectors_written: likewise, sectors of 32 bytes: for each load and store of a program, those in which its lanes
+            have an address. Their bytes are what memory really moves; neighbors that share a sector move it once.
         launches: `Counter` of kernels by name.
         programs: how many programs ran.
         largest_block: elements of the largest block of pointers that was loaded or stored at once, masked lanes included.
@@ -110,6 +113,8 @@ class KernelWatch:
         self._operands = operands
         self.bytes_read: Counter[str] = Counter()
         self.bytes_written: Counter[str] = Counter()
+        self.sectors_read: Counter[str] = Counter()
+        self.sectors_written: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
         self.programs = 0
         self.largest_block = 0
@@ -243,9 +248,11 @@ class _Launch:
             self._out_of_bounds(access, addresses, inside, which, itemsize)
         for index in np.unique(which):
             memory, here = self.memories[index], addresses[which == index]
+            sectors = len(np.unique(here // SECTOR_BYTES))
             for watch, owners in zip(_watches, self.owners, strict=True):
-                booked = watch.bytes_read if access == "load" else watch.bytes_written
-                booked[owners[index]] += len(here) * itemsize
+                loads = access == "load"
+                (watch.bytes_read if loads else watch.bytes_written)[owners[index]] += len(here) * itemsize
+                (watch.sectors_read if loads else watch.sectors_written)[owners[index]] += sectors
             yield memory, ((here - np.uint64(memory.start)) // np.uint64(memory.itemsize)).astype(int)
         for watch in _watches:
             watch.largest_block = max(watch.largest_block, pointers.size)

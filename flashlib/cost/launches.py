@@ -370,13 +370,13 @@ def dkdv_tiles(problem: Problem, gpu: Device) -> Tiles:
     width = 64 if _wide(problem) <= 64 else 128
     if problem.softcap:
         return HOPPER_BACKWARD_ROOMY[width]
-    few = width == 128 or _keys_per_row(problem) < HOPPER_BACKWARD_LEAST_KEYS
+    few = width == 128 or (not _by_row(problem) and _keys_per_row(problem) < HOPPER_BACKWARD_LEAST_KEYS)
     return HOPPER_BACKWARD_PAIRED if few and dkdv_parts(problem, gpu) == 1 else HOPPER_BACKWARD[width]
 
 
 def dkdv_parts(problem: Problem, gpu: Device) -> int:
     """How many programs share the query heads of a KV head in dK and dV (``group_parts`` of :mod:`flashlib.launch.hopper`)."""
-    if not _hopper_runs(problem, gpu):
+    if not _hopper_runs(problem, gpu) or _by_row(problem):
         return 1
     block_n = HOPPER_BACKWARD[64 if _wide(problem) <= 64 else 128].block_n
     channels = _padded(problem.head_dim, 64) + _padded(problem.v_head_dim, 64)

@@ -193,18 +193,21 @@ def group_parts(
 ) -> int:  # fmt: skip
     """How many programs share the query heads of a KV head in dK and dV: 1 but where programs are few, for one of which all would wait.
 
-    Parts are written and read again in fp32, which must be less than what is gained.
+    Parts are written and read again in fp32, which must be less than what is gained. Under row intervals there are none: a pack's gradients must not
+    depend on what else is in it, and parts add up in another order.
 
     Args:
         heads: KV heads of all batch entries. channels: of keys and values together. units: multiprocessors.
     """
+    if options.mask_kind == INTERVALS:
+        return 1
     programs = blocks(kv_len, tiles.block_n) * heads
     rows = q_len if options.left is None else min(q_len, options.left + tiles.block_n + (options.right or 0))
     longest = rows * tiles.block_n * group_size * channels // PAIR_CHANNELS_PER_NS
     pairs = q_len * keys_per_row(q_len, kv_len, options)
     mean = pairs * group_size * heads * channels // (PAIR_CHANNELS_PER_NS * units)
     part_bytes = 2 * 4 * programs * tiles.block_n * channels
-    unequal = options.mask_kind == INTERVALS or options.right is not None
+    unequal = options.right is not None
     return computed(fastest_parts, group_size, programs, longest, mean, part_bytes, units, unequal)
 
 
@@ -229,11 +232,13 @@ def fastest_parts(
 
 
 def hopper_dkdv_tiles(head_dim: int, keys: int, options: KernelOptions, *, in_parts: bool) -> HopperBackwardTiles:
-    """The shape of dK and dV for about so many ``keys`` per row. ``in_parts``: several programs share the heads of a group."""
+    """The shape of dK and dV for about so many ``keys`` per row, which row intervals do not tell. ``in_parts``: several programs share the heads of
+    a group."""
     width = 64 if head_dim <= 64 else 128
     if options.softcap or options.alibi_slopes is not None:
         return HOPPER_BACKWARD_ROOMY[width]
-    if not in_parts and (width == 128 or keys < HOPPER_BACKWARD_LEAST_KEYS):
+    few = options.mask_kind != INTERVALS and keys < HOPPER_BACKWARD_LEAST_KEYS
+    if not in_parts and (width == 128 or few):
         return HOPPER_BACKWARD_PAIRED
     return HOPPER_BACKWARD[width]
 
@@ -359,8 +364,10 @@ def sum_parts_launch(
         **{"p_dk_parts": dk_parts, "p_dv_parts": dv_parts, "p_dk": tensors.dk, "p_dv": tensors.dv},
         **strides(dk=tensors.dk, dv=tensors.dv),
         **{"kv_heads": kv_heads, "parts": parts, "kv_len": kv_len, "head_dim": head_dim, "v_head_dim": tensors.dv.shape[3]},
-        **{"PADDED": tiles.block_n, "CHECK_D": checked_channels(tensors.dk), "CHECK_DV": checked_channels(tensors.dv)},
-        **{"BLOCK_D": dk_parts.shape[3], "BLOCK_DV": dv_parts.shape[3], "BLOCK_N": SUMMED_KEYS},
+        **{"PADDED": tiles.block_n, "BLOCK_D": dk_parts.shape[3], "BLOCK_DV": dv_parts.shape[3], "BLOCK_N": SUMMED_KEYS},
+        # Parts are at least 64 channels wide, whatever the tensors are.
+        **{"CHECK_D": checked_channels(tensors.dk, width=dk_parts.shape[3])},
+        **{"CHECK_DV": checked_channels(tensors.dv, width=dv_parts.shape[3])},
     }  # fmt: skip
     return Launch(hopper_sum_parts, (blocks(kv_len, SUMMED_KEYS) * batch * kv_heads,), arguments)
 

@@ -229,15 +229,15 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def checked_channels(*tensors: Tensor) -> int:
-    """0 if no channel need be checked: tiles are as wide as the tensors' head_dim, and strides are multiples of 16, so that Triton sees
-    by itself where rows begin. Otherwise the rows of all of them begin, and end, at multiples of so many channels, at most 16 bytes:
-    what a thread can move at once.
+def checked_channels(*tensors: Tensor, width: int | None = None) -> int:
+    """0 if no channel need be checked: tiles, of :func:`padded` width or of ``width``, are as wide as the tensors' head_dim, and strides are
+    multiples of 16, so that Triton sees by itself where rows begin. Otherwise the rows of all of them begin, and end, at multiples of so many
+    channels, at most 16 bytes: what a thread can move at once.
     """
     first = tensors[0]
     pointers = [x.data_ptr() for x in tensors]
     found = [step for x in tensors for step in steps(x)]
-    if first.shape[3] == padded(first.shape[3]) and not any(number % 16 for number in (*pointers, *found)):
+    if first.shape[3] == (width or padded(first.shape[3])) and not any(number % 16 for number in (*pointers, *found)):
         return 0
     begins = (pointer // first.element_size() for pointer in pointers)
     return settled(math.gcd, 16 // first.element_size(), first.shape[3], *begins, *found)

@@ -31,7 +31,7 @@ def run_one(seed: int) -> None:
     )
     tiles = HopperBackwardTiles(64, rng.choice((1, 2)), 2, 240)
     padded_keys = -(-kv_len // tiles.block_n) * tiles.block_n
-    widths = [rng.choice((24, 64, 100, 128)) for _ in range(2)]
+    widths = [rng.choice((16, 24, 32, 64, 100, 128)) for _ in range(2)]
     places, partial = [], []
     for width in widths:
         padded_width = 64 if width <= 64 else 128

@@ -4,9 +4,10 @@ import random
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from flashlib.launch import packets
+from flashlib.launch import hopper, packets
 from flashlib.launch.hopper import (
     HOPPER_CACHE,
     MOST_PART_WAVES,
@@ -172,3 +173,19 @@ def test_what_is_compiled_with_other_options_is_another_kernel(monkeypatch):
     for one in [*tiles, *tiles]:
         packets._compiled(Launch("kernel", (1,), {"p_q": on_gpu}, one))
     assert len(compiled) == len(tiles)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_of_a_pack_are_added_up_alike_whatever_else_is_in_it(head_dim):
+    """Tiles and parts decide in which order gradients are added up. Under row intervals they must not depend on how long the pack is."""
+    found = set()
+    for tokens in (100, 700, 900, 2048, 5000, 40_000):
+        rows = torch.zeros(1, tokens, dtype=torch.int32)
+        options = KernelOptions(rows, rows, None, None, None, None, 1.0, 0.0)
+        wide = hopper.HOPPER_BACKWARD[head_dim]
+        parts = hopper.group_parts(tokens, tokens, 1, 8, 2 * head_dim, wide, 132, options)
+        keys = hopper.keys_per_row(tokens, tokens, options)
+        found.add((parts, hopper.hopper_dkdv_tiles(head_dim, keys, options, in_parts=parts > 1)))
+    assert len(found) == 1
+    dense = KernelOptions(None, None, None, 0, None, None, 1.0, 0.0)
+    assert hopper.group_parts(2048, 2048, 8, 4, 256, hopper.HOPPER_BACKWARD[128], 132, dense) > 1

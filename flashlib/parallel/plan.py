@@ -52,7 +52,7 @@ class Rows:
             return found
         intervals = mask.intervals(batch, q_len, kv_len, "cpu")
         offsets = mask.row_offsets(batch, q_len, kv_len, torch.device("cpu"))
-        offsets = torch.full((1, 1), kv_len - q_len) if offsets is None else offsets
+        offsets = torch.full((1, 1), kv_len - q_len, device="cpu") if offsets is None else offsets
         offsets = offsets.expand(-1, q_len)
         return [cls(at, intervals.start[:, at], intervals.stop[:, at], offsets[:, at] + at) for at in every]
 

@@ -331,7 +331,8 @@ def on_processes(mesh: Any, file: str, inputs: list[tuple[Tensor, Tensor, Tensor
 
 def _module_of(file: str) -> Any:
     spec = importlib.util.spec_from_file_location("of_the_reader", file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -336,3 +336,11 @@ def test_combine_is_the_merge_of_partials(rng):
     merged = Partial(outs[0].double(), lses[0].double()).merge(Partial(outs[1].double(), lses[1].double()))
     for got, exact in zip(flash_attn_combine(outs, lses), (merged.out, merged.lse), strict=True):
         assert largest_error(got, exact) <= 4 * one_rounding(exact, torch.float32)
+
+
+def test_a_cache_without_room_for_a_token_is_no_error():
+    """Whichever of its rows a request has."""
+    q, k, v = torch.randn(1, 1, 2, 8), torch.empty(2, 0, 2, 8), torch.empty(2, 0, 2, 8)
+    lengths, index = torch.zeros(1, dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, cache_batch_idx=index)
+    assert out.shape == q.shape and not out.any()

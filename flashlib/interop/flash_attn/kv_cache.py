@@ -168,6 +168,9 @@ def _cache(
         return Pages(k_cache[:batch], v_cache[:batch], table, True)
     check_indices("cache_batch_idx", cache_batch_idx, batch, q.device, "[batch]")
     check_range("cache_batch_idx", cache_batch_idx, 0, rows - 1)
+    if k_cache.shape[1] == 0:  # rows without room for a token are no pages, and each of them is like any other
+        keys, values = (x.new_empty(batch, *x.shape[1:]) for x in (k_cache, v_cache))
+        return Pages(keys, values, torch.arange(batch, dtype=torch.int32, device=q.device)[:, None], True)
     return Pages(k_cache, v_cache, cache_batch_idx[:, None])
 
 

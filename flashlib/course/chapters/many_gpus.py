@@ -402,9 +402,10 @@ def one_rank_fails(mesh: Any, arrays: tuple) -> None:
 
 def exercise_on_processes(file: str, ranks: int = 4, length: int = 64) -> str:
     """Exercise 18's file on real processes: whether it gives what one process would, and what it sent. A line to print."""
+    from flashlib.course.grader.front_door import find
     from flashlib.reference import check
 
-    module = _module_of(file)
+    module = _module_of(str(find(file)))
     generator = torch.Generator().manual_seed(18)
     q, k, v = (torch.randn(2, length, 16, generator=generator) for _ in range(3))
     places = [part.tolist() for part in part_positions(length, ranks, "zigzag")]

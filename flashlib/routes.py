@@ -12,7 +12,6 @@ of tensors, autocast, another current device. Nor does one that drops weights, o
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -28,7 +27,15 @@ from flashlib.launch import packets
 from flashlib.launch.decode import DecodeOptions, best_decode_launches
 from flashlib.launch.engines import TritonEngine
 from flashlib.launch.options import KernelOptions, aligned, begins_at_16_bytes, readable
-from flashlib.launch.plans import MOST_PLANS, Plan, launches_are_watched, plan_by_recipe, plan_for, plans_are_possible
+from flashlib.launch.plans import (
+    MOST_PLANS,
+    Plan,
+    keep,
+    launches_are_watched,
+    plan_by_recipe,
+    plan_for,
+    plans_are_possible,
+)
 from flashlib.launch.rules import RuledOptions, fits, packed_rule, rule_of, ruled_forward_launches, ruled_launches_kept
 from flashlib.launch.run import best_backward_launches, best_forward_launches, launch_backward
 from flashlib.masks import Mask, Window
@@ -53,7 +60,6 @@ _COUNTS = (int, type(None))
 
 _routes: dict[tuple | None, Route | DecodeRoute | PackedRoute] = {}
 _relatives: dict[tuple, Route] = {}  # by what is left of a key without lengths and strides
-_lock = threading.Lock()
 
 
 def route_key(
@@ -191,9 +197,9 @@ def new_route(
     engine = TritonEngine(triton.fp32_precision, triton.autotune)
     laid_out = len(given) if band is None else 0
     route = Route(plan, options, engine, config, spec.needs_grad, returns_lse, laid_out, build, planned)
-    _keep(_routes, key, route)
+    keep(_routes, key, route, MOST_PLANS)
     if all(x.dim() <= 1 or (x is spec.alibi_slopes and x.dim() == 2) for x in given):  # none has a number for each row
-        _keep(_relatives, _relation(key, q, k, v, given), route)
+        keep(_relatives, _relation(key, q, k, v, given), route, MOST_PLANS)
     return route
 
 
@@ -220,7 +226,7 @@ def related_route(key: tuple | None, q: Tensor, k: Tensor, v: Tensor, given: lis
     if plan is None:
         return None
     route = relative.with_plan(plan)
-    _keep(_routes, key, route)
+    keep(_routes, key, route, MOST_PLANS)
     return route
 
 
@@ -270,7 +276,7 @@ def keep_decode_route(
     if all(readable(x) is x for x in (q, k, v)):
         plan = plan_for(best_decode_launches, (q, k, v), options)
         if plan is not None:
-            _keep(_routes, key, DecodeRoute(plan, config))
+            keep(_routes, key, DecodeRoute(plan, config), MOST_PLANS)
 
 
 def keep_packed_route(key: tuple | None, route: Route) -> None:
@@ -279,14 +285,7 @@ def keep_packed_route(key: tuple | None, route: Route) -> None:
     (_, heads, tokens, width), (_, by_head, by_token, _), *_ = route.plan.results[0]
     tokens_first = (heads == 1 or by_head == width) and (tokens == 1 or by_token == heads * width)
     if key is not None and not route.needs_grad and tokens_first:
-        _keep(_routes, key, PackedRoute(route.plan.with_first((tokens, heads, width)), route.config))
-
-
-def _keep(routes: dict, key: tuple, route: Route | DecodeRoute | PackedRoute) -> None:
-    with _lock:
-        while len(routes) >= MOST_PLANS:
-            routes.pop(next(iter(routes)))
-        routes[key] = route
+        keep(_routes, key, PackedRoute(route.plan.with_first((tokens, heads, width)), route.config), MOST_PLANS)
 
 
 @dataclass(eq=False)

@@ -21,7 +21,6 @@ from flashlib.config import current_config
 from flashlib.inference.decode_problem import (
     TILE,
     Problem,
-    blocks_of,
     check_count,
     needs_grad,
     no_triton,
@@ -32,6 +31,7 @@ from flashlib.inference.decode_problem import (
     too_wide,
 )
 from flashlib.launch import splits
+from flashlib.launch.options import blocks
 from flashlib.launch.splits import fewest_waves
 from flashlib.partial import Partial, fold
 from flashlib.values import has_data
@@ -139,8 +139,8 @@ def choose_num_splits(
     ):
         check_count(name, value, least)
     return max(
-        fewest_waves(batch * kv_heads * row_blocks, max(blocks_of(max_length, block_n), 1), sm_count),
-        blocks_of(max_length, splits.LONGEST_SPLIT),
+        fewest_waves(batch * kv_heads * row_blocks, max(blocks(max_length, block_n), 1), sm_count),
+        blocks(max_length, splits.LONGEST_SPLIT),
     )
 
 
@@ -253,7 +253,7 @@ def _precision(problem: Problem) -> str:
 def _cpu(problem: Problem) -> tuple[Tensor, Tensor]:
     from flashlib.launch.cpu.operators import decode
 
-    size = problem.split_size or (blocks_of(problem.capacity, problem.num_splits) if problem.num_splits else 0)
+    size = problem.split_size or (blocks(problem.capacity, problem.num_splits) if problem.num_splits else 0)
     caches = (problem.q, problem.k, problem.v, problem.lengths, problem.block_table)
     return decode(*caches, problem.left, problem.right, problem.scale, problem.softcap, size)
 

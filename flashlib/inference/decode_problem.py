@@ -244,10 +244,6 @@ def needs_grad(*tensors: Tensor) -> str | None:
     return None
 
 
-def blocks_of(length: int, block: int) -> int:
-    return -(-length // block)
-
-
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from flashlib.launch.options import power_of_two
 from flashlib.launch.tiles import TABLE, TileConfig
 
 __all__ = ["CANDIDATES", "Device", "Problem", "fits", "search", "searches"]
@@ -112,9 +113,9 @@ class Problem:
             dtype=str(q.dtype).removeprefix("torch."),
             head_dim=arguments["BLOCK_D"],
             v_head_dim=arguments["BLOCK_DV"],
-            programs=_power_of_two(q.shape[0] * q.shape[1]),
-            q_len=_power_of_two(arguments["q_len"]),
-            kv_len=_power_of_two(arguments["kv_len"]),
+            programs=power_of_two(q.shape[0] * q.shape[1]),
+            q_len=power_of_two(arguments["q_len"]),
+            kv_len=power_of_two(arguments["kv_len"]),
             group_size=arguments["group_size"],
             features=tuple(features),
         )
@@ -283,7 +284,3 @@ def _versions() -> dict[str, str]:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashlib.launch.counters import counters
-from flashlib.launch.options import blocks, checked_channels, padded, readable, strides
+from flashlib.launch.options import blocks, checked_channels, padded, power_of_two, readable, strides
 from flashlib.launch.plans import plan_for
 from flashlib.launch.recipes import computed, settled
 from flashlib.launch.splits import LEAST_MERGED_IN_KERNEL, MOST_PROGRAMS, fewest_waves, longest_split
@@ -212,7 +212,7 @@ def _decode_launches(
     splits_kept = options.num_splits if options.num_splits > 1 or not options.merge_in_kernel else 0
     partial_out = q.new_empty((splits_kept, *out.shape), dtype=torch.float32)
     partial_lse = q.new_empty((splits_kept, *lse.shape), dtype=torch.float32)
-    merge_rows = settled(_power_of_two, rows, LEAST_ROWS)
+    merge_rows = settled(_rows_merged, rows)
     block_d, block_dv = padded(head_dim), padded(v_head_dim)
     arguments = {
         "p_q": q, "p_k": k, "p_v": v, "p_out": out, "p_lse": lse, "p_partial_out": partial_out, "p_partial_lse": partial_lse,
@@ -326,7 +326,7 @@ def decode_tiles(rows: int, dtype: torch.dtype, head_dim: int, capability: int) 
     """
     width = next(width for width in (64, 128, 256) if head_dim <= width)
     tiles = DECODE_FP32 if dtype == torch.float32 else DECODE_TABLE[8 if capability < 9 else 9][width]
-    return replace(tiles, block_m=max(LEAST_ROWS, _power_of_two(rows, tiles.block_m)))
+    return replace(tiles, block_m=max(LEAST_ROWS, min(power_of_two(rows), tiles.block_m)))
 
 
 def tiles_for(q: Tensor, v: Tensor) -> TileConfig:
@@ -335,9 +335,9 @@ def tiles_for(q: Tensor, v: Tensor) -> TileConfig:
     return settled(_tiles, rows, q.dtype, max(q.shape[3], v.shape[3]), q.device)
 
 
-def _power_of_two(number: int, most: int) -> int:
-    """The next power of two, at most ``most``."""
-    return min(most, 1 << (number - 1).bit_length())
+def _rows_merged(rows: int) -> int:
+    """How many of ``rows`` rows a program merges at a time."""
+    return min(LEAST_ROWS, power_of_two(rows))
 
 
 @cache

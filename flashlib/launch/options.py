@@ -28,6 +28,7 @@ __all__ = [
     "dropout_arguments",
     "empty_results",
     "padded",
+    "power_of_two",
     "readable",
     "strides",
 ]
@@ -226,7 +227,12 @@ def batch_stride(x: Tensor | None) -> int:
 
 def padded(head_dim: int) -> int:
     """The tile width for a head_dim: the next power of two, at least 16, the least a tensor core takes."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, power_of_two(head_dim))
+
+
+def power_of_two(number: int) -> int:
+    """The next power of two, at least 1."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def checked_channels(*tensors: Tensor, width: int | None = None) -> int:

@@ -1,7 +1,7 @@
 /* Kernel launches whose parameters are ready but for the addresses.
 
    A Packet holds what cuLaunchKernelEx wants: the kernel, its grid, and an image of all its parameters. Of the image, a few places differ from one
-   call to the next: pointers, and the addresses inside of tensor maps. start() copies the image to its own stack, writes the addresses there, and
+   call to the next: pointers, and the addresses inside of tensor maps. run() copies the image to its own stack, writes the addresses there, and
    launches; the packet itself never changes, so that any number of threads may start it at once.
 
    What must be known of a tensor is asked by DLPack's exchange of C functions, which PyTorch offers: a tenth of a microsecond for shape, strides,
@@ -186,7 +186,6 @@ static int launch(Packet *packet, const unsigned long long *address, unsigned lo
   return 0;
 }
 
-/* start(packets, stream, addresses): launches all of them in order; an address is an int. */
 static PyObject *start_packets(PyObject *packets, const unsigned long long *address, Py_ssize_t sources, unsigned long long stream) {
   if (!recorder && open_driver()) return NULL;
   Py_ssize_t count = PyTuple_GET_SIZE(packets);
@@ -198,20 +197,6 @@ static PyObject *start_packets(PyObject *packets, const unsigned long long *addr
     if (launch((Packet *)packet, address, stream)) return NULL;
   }
   Py_RETURN_NONE;
-}
-
-/* start(packets, stream, addresses) */
-static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-  unsigned long long address[MOST_ADDRESSES];
-  if (count != 3 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[2])) {
-    return PyErr_Format(PyExc_TypeError, "start takes a tuple of packets, a stream and a tuple of addresses");
-  }
-  unsigned long long stream = PyLong_AsUnsignedLongLong(args[1]);
-  Py_ssize_t sources = PyTuple_GET_SIZE(args[2]);
-  if (sources > MOST_ADDRESSES) return PyErr_Format(PyExc_ValueError, "at most %d addresses; got %zd", MOST_ADDRESSES, sources);
-  for (Py_ssize_t i = 0; i < sources; i++) address[i] = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(args[2], i));
-  if (PyErr_Occurred()) return NULL;
-  return start_packets(args[0], address, sources, stream);
 }
 
 static struct {
@@ -376,7 +361,6 @@ static PyMethodDef methods[] = {
     {"use_torch", use_torch, METH_VARARGS, "use_torch(exchange, empty_strided)"},
     {"describe", (PyCFunction)(void (*)(void))describe, METH_FASTCALL, "describe(tensors, n) -> bytes or None"},
     {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "run(packets, results, stream, inputs, wanted, unread, scratch, counters) -> list"},
-    {"start", (PyCFunction)(void (*)(void))start, METH_FASTCALL, "start(packets, stream, addresses)"},
     {"encode", encode, METH_VARARGS, "encode(element_type, element_bytes, swizzle, shape, strides, block) -> bytes"},
     {"parameter_sizes", parameter_sizes, METH_O, "parameter_sizes(function) -> list of bytes per parameter"},
     {"record", record, METH_O, "record(list or None)"},

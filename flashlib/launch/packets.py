@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from flashlib.launch.forms import Form, NotPlannable
-from flashlib.launch.recipes import Symbol, computed, is_wide, number_type, plain, recording
+from flashlib.launch.recipes import computed, is_wide, number_type, plain, recording
 from flashlib.launch.start import Launch, TileMap
 
 __all__ = ["Places", "library", "packet", "why_missing"]
@@ -65,7 +65,7 @@ def _library() -> tuple[ModuleType | None, str | None]:
 
 
 def library() -> ModuleType | None:
-    """``packets.c`` as a Python module: ``Packet``, ``start``, ``run``, ``describe``, ``encode`` and others. None where it cannot be had."""
+    """``packets.c`` as a Python module: ``Packet``, ``run``, ``describe``, ``encode`` and others. None where it cannot be had."""
     return _library()[0]
 
 
@@ -91,7 +91,7 @@ class Places(dict):
 
 
 def packet(launch: Launch, places: Places) -> Any:
-    """``launch``, whose tensors are forms, as a packet for ``library().start``.
+    """``launch``, whose tensors are forms, as a packet for ``library().run``.
 
     Raises:
         NotPlannable: the kernel does not take its parameters as this module lays them out.
@@ -182,9 +182,7 @@ def kinds(launch: Launch) -> list:
     found, arguments = [], launch.arguments
     for name, role in _roles(launch.kernel):
         x = arguments[name]
-        kind = type(x)
-        if kind is Symbol:
-            kind = number_type(x)
+        kind = number_type(x)
         if role == CONSTANT or x is None:
             found.append(plain(x))
         elif kind is int:

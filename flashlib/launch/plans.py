@@ -28,7 +28,7 @@ from flashlib.launch.forms import Form, Memory, NotPlannable
 from flashlib.launch.recipes import Recipe, record
 from flashlib.launch.start import TRITON_INSTALLED, Launch, interpreting
 
-__all__ = ["Plan", "kept_plan", "launches_are_watched", "plan_by_recipe", "plan_for", "plannable"]
+__all__ = ["Plan", "keep", "kept_plan", "launches_are_watched", "plan_by_recipe", "plan_for", "plannable"]
 
 MOST_PLANS = 1024  # kept; the oldest goes first
 MOST_KINDS, MOST_RECIPES = 256, 16  # kinds of problem of which recipes are kept, and recipes of each
@@ -180,18 +180,25 @@ def _counters(device: torch.device, stream: int, count: int) -> int:
     return memory.counters.address
 
 
+_keeping = threading.Lock()
+
+
+def keep(store: dict, key: Any, value: Any, most: int) -> None:
+    """``store[key] = value``, without those that have been there longest if there are ``most`` already."""
+    with _keeping:
+        while len(store) >= most:
+            store.pop(next(iter(store)))
+        store[key] = value
+
+
 @dataclass
 class _Kept:
     """Plans by class, and None for a class that has none. Bounded."""
 
     plans: dict[tuple | None, Plan | None] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, key: tuple, plan: Plan | None) -> None:
-        with self.lock:
-            while len(self.plans) >= MOST_PLANS:
-                self.plans.pop(next(iter(self.plans)))
-            self.plans[key] = plan
+        keep(self.plans, key, plan, MOST_PLANS)
 
 
 _kept = _Kept()
@@ -334,9 +341,7 @@ def _learn(
 ) -> None:
     """Write a recipe from a class that none was good for, if it is not the first of its kind: many programs know but one."""
     if kind not in _recipes:
-        while len(_recipes) >= MOST_KINDS:
-            _recipes.pop(next(iter(_recipes)), None)
-        _recipes[kind] = []
+        keep(_recipes, kind, [], MOST_KINDS)
         return
     known = _recipes[kind]
     if known is None or len(known) >= MOST_RECIPES:

@@ -279,12 +279,12 @@ def test_packets_refuse_what_does_not_fit():
         library.Packet(1, (1, 1, 1), 32, 0, b"\0" * 8, (8,), ())
     with pytest.raises(ValueError, match="outside of the image"):
         library.Packet(1, (1, 1, 1), 32, 0, b"\0" * 8, (0,), ((0, 4, 0, False),))
-    packet = library.Packet(1, (1, 1, 1), 32, 0, b"\0" * 8, (0,), ((1, 0, 0, False),))
+    packet, other = (library.Packet(1, (1, 1, 1), 32, 0, b"\0" * 8, (0,), ((at, 0, 0, False),)) for at in (1, 2))
     library.record(written := [])
     try:
         with pytest.raises(ValueError, match="an address is missing"):
-            library.start((packet,), 0, (1,))
-        library.start((packet,), 0, (1, 2))
+            library.run((other,), (), 0, (), 0, 0, 1, 2)
+        library.run((packet,), (), 0, (), 0, 0, 1, 2)
     finally:
         library.record(None)
     assert written[0][-1] == struct.pack("<q", 2)

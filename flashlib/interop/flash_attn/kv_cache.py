@@ -159,19 +159,17 @@ def _cache(
             raise ValueError("cache_batch_idx must be None where there is a block_table, which says it already")
         check_indices("block_table", block_table, batch, q.device, "[batch, max_num_blocks_per_seq]", ndim=2)
         return Pages(k_cache, v_cache, block_table)
-    if cache_batch_idx is None:
-        if rows < batch:
-            raise ValueError(
-                f"k_cache must hold at least as many requests as q, {batch}; got shape {tuple(k_cache.shape)}"
-            )
-        table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
-        return Pages(k_cache[:batch], v_cache[:batch], table, True)
-    check_indices("cache_batch_idx", cache_batch_idx, batch, q.device, "[batch]")
-    check_range("cache_batch_idx", cache_batch_idx, 0, rows - 1)
-    if k_cache.shape[1] == 0:  # rows without room for a token are no pages, and each of them is like any other
-        keys, values = (x.new_empty(batch, *x.shape[1:]) for x in (k_cache, v_cache))
-        return Pages(keys, values, torch.arange(batch, dtype=torch.int32, device=q.device)[:, None], True)
-    return Pages(k_cache, v_cache, cache_batch_idx[:, None])
+    if cache_batch_idx is not None:
+        check_indices("cache_batch_idx", cache_batch_idx, batch, q.device, "[batch]")
+        check_range("cache_batch_idx", cache_batch_idx, 0, rows - 1)
+        if k_cache.shape[1]:
+            return Pages(k_cache, v_cache, cache_batch_idx[:, None])
+        # Rows without room for a token are no pages, and each of them is like any other.
+        k_cache, v_cache = (x.new_empty(batch, *x.shape[1:]) for x in (k_cache, v_cache))
+    elif rows < batch:
+        raise ValueError(f"k_cache must hold at least as many requests as q, {batch}; got shape {tuple(k_cache.shape)}")
+    table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
+    return Pages(k_cache[:batch], v_cache[:batch], table, True)
 
 
 def _lengths_before(cache_seqlens: int | Tensor | None, cache: Pages, new: Tensor | None) -> Tensor:
